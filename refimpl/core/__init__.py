@@ -1,0 +1,1 @@
+"""Arithmetic that chapters share: contracts of shape and precision, stable elementary functions, the associative scan."""

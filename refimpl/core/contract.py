@@ -1,0 +1,513 @@
+"""What an operator takes and gives: shapes, precisions, heads. Written once per chapter, held for every form.
+
+A contract is two lines of text, in the letters of the chapter's docstring::
+
+    CONTRACT = Contract(
+        "selective_scan",
+        takes="u (..., T, c); delta (..., T, c); A (c, n); B (..., T, n) | (..., T, G, n); D (c); state (..., c, n)",
+        gives="y (..., T, c)",
+    )
+
+and two decorators, `CONTRACT.form` for the algorithms and `CONTRACT.gradient` for the adjoint. They check rank,
+sizes and kind of every array before any work, and bring the arguments into the one shape and the one precision in
+which the chapter's equation is written; so a chapter holds mathematics and nothing else.
+
+The language
+    x (..., T, c)          batch axes, then axes named by letters; a letter has one size in the whole call
+    (4, c, d), (..., W-1)  axes of a fixed or a derived size
+    a (c) | (..., T, c)    alternatives, told apart by rank against the first argument's
+    q (..., H?, n, d)      an axis of heads, which may be missing: one head
+    mask:bool, seed:int    kinds: bool, int; `free` is numeric but does not take part in the choice of precision
+    state.C (..., d, e)    a field of a state that is a NamedTuple
+
+Precision: float32 in, float32 out, likewise float64, longdouble and complex; half types (float16, bfloat16, float8)
+compute in float32 and are rounded once, at the end; states stay in the compute precision and, like integers, booleans
+and Python scalars, do not promote. Object arrays (of intervals) pass through untouched.
+"""
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+HALF = frozenset(
+    {"float16", "bfloat16", "float8_e4m3", "float8_e4m3fn", "float8_e4m3b11fnuz", "float8_e4m3fnuz", "float8_e5m2"}
+    | {"float8_e5m2fnuz", "float8_e3m4", "float8_e8m0fnu", "float6_e2m3fn", "float6_e3m2fn", "float4_e2m1fn"}
+)
+_PYTHON_SCALARS = (bool, int, float, complex)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One alternative of an argument's shape: ``(..., H?, T, d)``."""
+
+    axes: tuple[str, ...]
+    batched: bool
+
+    @classmethod
+    def parse(cls, text: str) -> "Shape":
+        axes = tuple(a.strip() for a in text.strip().removeprefix("(").removesuffix(")").split(",") if a.strip())
+        batched = bool(axes) and axes[0] == "..."
+        return cls(axes[1:] if batched else axes, batched)
+
+    @property
+    def heads(self) -> int | None:
+        """Position from the end of the optional head axis, or None."""
+        marked = [i - len(self.axes) for i, a in enumerate(self.axes) if a.endswith("?")]
+        return marked[0] if marked else None
+
+    def __str__(self) -> str:
+        names = [a.rstrip("?") for a in self.axes]
+        return "(" + ", ".join((["..."] if self.batched else []) + names) + ("," if len(names) == 1 and not self.batched else "") + ")"
+
+
+@dataclass(frozen=True)
+class Array:
+    """An argument or a result: name, kind, and the alternatives of its shape."""
+
+    name: str
+    kind: str
+    shapes: tuple[Shape, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Array":
+        match = re.fullmatch(r"\s*([\w.]+)(?::(\w+))?\s*(\(.*\))\s*", text)
+        if match is None:
+            raise ValueError(f"contract: cannot read {text!r}")
+        name, kind, shapes = match.groups()
+        return cls(name, kind or "number", tuple(Shape.parse(s) for s in shapes.split("|")))
+
+    def __str__(self) -> str:
+        return f"{self.name} {' or '.join(map(str, self.shapes))}"
+
+
+@dataclass
+class _Call:
+    """One call, seen through the contract: arguments in normal form, and how to undo it."""
+
+    arguments: dict[str, Any]
+    original: dict[str, Any]
+    sizes: dict[str, int]
+    batch: tuple[int, ...]
+    layout: dict[str, tuple[str, ...]]
+    one_head: bool
+    compute: np.dtype | None
+    out: np.dtype | None
+
+
+@dataclass(frozen=True)
+class Contract:
+    """Shapes and precisions of an operator (see the module's docstring).
+
+    Parameters
+    ----------
+    name : str
+        The operator's name, which begins every message.
+    takes, gives : str
+        Arrays taken, in the order of the arguments, and given, in the order of the results (states excepted: they
+        are given in the shape in which they are taken).
+    rules : tuple of str
+        Relations between sizes, such as ``"Hkv divides Hq"``.
+    check : callable, optional
+        ``check(arguments, sizes)`` raises ValueError for what shapes cannot say; called with normalised arguments.
+    """
+
+    name: str
+    takes: str
+    gives: str
+    rules: tuple[str, ...] = ()
+    check: Callable[[dict, dict], None] | None = None
+    arrays: tuple[Array, ...] = field(init=False, repr=False)
+    results: tuple[Array, ...] = field(init=False, repr=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "arrays", tuple(Array.parse(t) for t in self.takes.split(";")))
+        object.__setattr__(self, "results", tuple(Array.parse(t) for t in self.gives.split(";")))
+
+    # -- what other parts ask -------------------------------------------------------------------------------------
+
+    @property
+    def inputs(self) -> tuple[Array, ...]:
+        """The arrays that are not states."""
+        return tuple(a for a in self.arrays if a.name.split(".")[0] != "state")
+
+    @property
+    def states(self) -> tuple[Array, ...]:
+        """The state's arrays: none, one, or the fields of a NamedTuple."""
+        return tuple(a for a in self.arrays if a.name.split(".")[0] == "state")
+
+    def form(self, function: Callable) -> Callable:
+        """Decorate an algorithm: validate, normalise, compute, round."""
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            bound = self._bind(signature, args, kwargs)
+            seen = self._see(bound)
+            result = function(**seen.arguments)
+            return self._give(result, seen, bound.get("return_state", False))
+
+        call.contract = self
+        return call
+
+    def gradient(self, function: Callable) -> Callable:
+        """Decorate an adjoint ``vjp(dy, *inputs, dstate=None, **options) -> dict``.
+
+        The function returns gradients in the normalised, broadcast shapes; the decorator sums broadcast axes, takes
+        the real part for real arguments, and casts each to its argument's dtype. `dy` and `dstate` arrive in the
+        compute precision, with heads; a missing part of a tuple `dy` arrives as zeros.
+        """
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            bound = self._bind(signature, args, kwargs)
+            dy, dstate = bound.pop("dy"), bound.pop("dstate", None)
+            seen = self._see(bound)
+            extra = {"dstate": self._cotangent_state(dstate, seen)} if "dstate" in signature.parameters else {}
+            gradients = function(self._cotangent(dy, seen), **seen.arguments, **extra)
+            return self._give_gradients(gradients, seen)
+
+        call.contract = self
+        return call
+
+    def result_shapes(self, sizes: Mapping[str, int], batch: tuple[int, ...], one_head=False) -> list[tuple[int, ...]]:
+        """Shapes of the results (states excepted) for given sizes."""
+        return [_expected(r.shapes[0], sizes, batch, drop_heads=one_head) for r in self.results]
+
+    def sizes(self, **arguments) -> tuple[dict[str, int], tuple[int, ...]]:
+        """Sizes by letter, and the batch shape, of a call's arguments."""
+        seen = self._see(arguments)
+        return seen.sizes, seen.batch
+
+    def axis(self, letter: str, **arguments) -> dict[str, int]:
+        """Where a letter's axis stands, counted from the end, in each array of a call that has it."""
+        layout = self._see(arguments).layout
+        return {name: axes.index(letter) - len(axes) for name, axes in layout.items() if letter in axes}
+
+    def result_axis(self, letter: str, one_head=False) -> dict[str, int]:
+        """The same for the results."""
+        found = {}
+        for result in self.results:
+            axes = [a for a in result.shapes[0].axes if not (one_head and a.endswith("?"))]
+            names = [a.rstrip("?") for a in axes]
+            if letter in names:
+                found[result.name] = names.index(letter) - len(names)
+        return found
+
+    def named(self, result, return_state=False) -> dict[str, np.ndarray]:
+        """The arrays of a result by name: ``{"y": ..., "state.h": ...}``."""
+        parts = list(result) if isinstance(result, tuple) and not hasattr(result, "_fields") else [result]
+        state = parts.pop() if return_state else None
+        found = {array.name: part for array, part in zip(self.results, parts, strict=False)}
+        if return_state:
+            fields = state if isinstance(state, tuple) else (state,)
+            found |= {array.name: part for array, part in zip(self.states, fields, strict=True)}
+        return found
+
+    # -- going in -------------------------------------------------------------------------------------------------
+
+    def _bind(self, signature, args, kwargs) -> dict[str, Any]:
+        unknown = [k for k in kwargs if k not in signature.parameters]
+        if unknown:
+            raise TypeError(f"{self.name}: unknown argument {unknown[0]!r}; the arguments are {', '.join(signature.parameters)}")
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self.name}: {error}; the arguments are {', '.join(signature.parameters)}") from None
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+    def _see(self, bound: dict[str, Any]) -> _Call:
+        arguments = {k: (v.item() if isinstance(v, np.generic) and not isinstance(v, np.longdouble) else v) for k, v in bound.items()}
+        given = self._given(arguments)
+        strong = [a for name, (array, a, weak) in given.items() if not weak and array.kind == "number" and array.name.split(".")[0] != "state"]
+        compute, out = _precision(strong)
+        sizes: dict[str, tuple[int, str]] = {}
+        normal, batches, one_head = {}, {}, False
+        layout: dict[str, tuple[str, ...]] = {}
+        first_rank = None
+        for name, (array, value, _) in given.items():
+            value, shape, inserted = self._fit(array, value, sizes, first_rank, one_head)
+            if first_rank is None:
+                first_rank, one_head = value.ndim - len(shape.axes), inserted
+            layout[name] = tuple(a.rstrip("?") for a in shape.axes if not (inserted and a.endswith("?")))
+            if shape.batched:
+                batches[name] = value.shape[: value.ndim - len(shape.axes)]
+            normal[name] = _cast(value, array, compute)
+        batch = self._broadcast(batches)
+        plain = {k: v[0] for k, v in sizes.items()}
+        self._apply_rules(plain)
+        for name, value in normal.items():
+            if "." not in name:
+                arguments[name] = value
+        if self.states and "." in self.states[0].name and arguments.get("state") is not None:
+            arguments["state"] = type(bound["state"])(*(normal[s.name] for s in self.states))
+        if self.check is not None:
+            self.check(arguments, plain)
+        return _Call(arguments, {n: a for n, (_, a, _) in given.items()}, plain, batch, layout, one_head, compute, out)
+
+    def _given(self, arguments) -> dict[str, tuple[Array, np.ndarray, bool]]:
+        """The arrays of this call, by name: contract, value, and whether it is a Python scalar."""
+        given = {}
+        for array in self.arrays:
+            name, _, part = array.name.partition(".")
+            if arguments.get(name) is None:
+                continue
+            value = arguments[name]
+            if part:
+                parts = [s.name.partition(".")[2] for s in self.states]
+                if not isinstance(value, tuple) or len(value) != len(parts):
+                    raise TypeError(f"{self.name}: state must be a tuple ({', '.join(parts)}), got {_describe(value)}")
+                value = value[parts.index(part)]
+            given[array.name] = (array, self._array(array, value), isinstance(value, _PYTHON_SCALARS))
+        return given
+
+    def _array(self, array: Array, value) -> np.ndarray:
+        try:
+            value = value if isinstance(value, np.ndarray) else np.asarray(value)
+        except Exception as error:
+            raise TypeError(f"{self.name}: {array.name} must be an array, got {type(value).__name__} ({error})") from None
+        kind = value.dtype.kind
+        numeric = kind in "biufcO" or value.dtype.name in HALF
+        if array.kind == "bool" and kind not in "bO":
+            raise TypeError(f"{self.name}: {array.name} must be boolean (True = allowed), got dtype {value.dtype}")
+        if array.kind == "int" and kind not in "iuO":
+            raise TypeError(f"{self.name}: {array.name} must be integer, got dtype {value.dtype}")
+        if not numeric:
+            raise TypeError(f"{self.name}: {array.name} must be numeric, got dtype {value.dtype}")
+        if array.kind == "real" and kind == "c":
+            raise TypeError(f"{self.name}: {array.name} must be real, got dtype {value.dtype}")
+        return value
+
+    def _fit(self, array: Array, value: np.ndarray, sizes, first_rank, one_head) -> tuple[np.ndarray, Shape, bool]:
+        """Choose the alternative that fits, insert a missing head axis, record sizes."""
+        reasons = []
+        for shape in self._by_rank(array, value, first_rank, one_head):
+            k, inserted = len(shape.axes), False
+            if shape.heads is not None and (one_head or first_rank is None) and value.ndim == k - 1:
+                value, inserted = np.expand_dims(value, value.ndim + 1 + shape.heads), True
+            mismatch = _match(shape, value.shape[value.ndim - k :], sizes, array.name)
+            if mismatch is None:
+                return value, shape, inserted
+            reasons.append(mismatch)
+            if inserted:
+                value = np.squeeze(value, value.ndim + shape.heads)
+        why = f" ({reasons[0]})" if reasons else ""
+        raise ValueError(f"{self.name}: {array.name} must have shape {' or '.join(map(str, array.shapes))}, got {value.shape}{why}")
+
+    @staticmethod
+    def _by_rank(array: Array, value: np.ndarray, first_rank, one_head) -> list[Shape]:
+        """Alternatives whose rank fits; those with exactly the first argument's batch axes come before the others."""
+        exact, loose = [], []
+        for shape in array.shapes:
+            ranks = {len(shape.axes)}
+            if shape.heads is not None and (one_head or first_rank is None):
+                ranks.add(len(shape.axes) - 1)
+            if value.ndim in ({r + (first_rank or 0) for r in ranks} if shape.batched else ranks):
+                exact.append(shape)
+            elif shape.batched and value.ndim >= len(shape.axes):
+                loose.append(shape)
+        return exact + loose
+
+    def _broadcast(self, batches: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+        try:
+            return np.broadcast_shapes(*batches.values())
+        except ValueError:
+            listed = ", ".join(f"{n} {b}" for n, b in batches.items())
+            raise ValueError(f"{self.name}: batch axes must broadcast together, got {listed}") from None
+
+    def _apply_rules(self, sizes):
+        for rule in self.rules:
+            match = re.fullmatch(r"(\w+) (divides|at most|at least) (\w+)", rule)
+            if match is None:
+                raise ValueError(f"contract: cannot read the rule {rule!r}")
+            a, verb, b = match.groups()
+            if a not in sizes or (b not in sizes and not b.isdigit()):
+                continue
+            x, y = sizes[a], int(b) if b.isdigit() else sizes[b]
+            holds = {"divides": x != 0 and y % x == 0 if x else y == 0, "at most": x <= y, "at least": x >= y}[verb]
+            if not holds:
+                raise ValueError(f"{self.name}: {rule} is required, got {a} = {x}, {b} = {y}")
+
+    # -- coming out -----------------------------------------------------------------------------------------------
+
+    def _give(self, result, seen: _Call, has_state: bool):
+        several = isinstance(result, tuple) and not hasattr(result, "_fields")
+        outputs = list(result) if several else [result]
+        state = outputs.pop() if has_state else None
+        outputs = [self._squeeze(_round(o, seen.out), r, seen) for o, r in zip(outputs, self.results, strict=False)] + [
+            _round(o, seen.out) for o in outputs[len(self.results) :]
+        ]
+        if has_state:
+            if hasattr(state, "_fields"):
+                state = type(state)(*(self._squeeze(v, a, seen) for v, a in zip(state, self.states, strict=True)))
+            elif self.states:
+                state = self._squeeze(state, self.states[0], seen)
+            outputs.append(state)
+        return tuple(outputs) if several else outputs[0]
+
+    @staticmethod
+    def _squeeze(value, array: Array, seen: _Call):
+        heads = array.shapes[0].heads
+        return np.squeeze(value, heads) if seen.one_head and heads is not None and isinstance(value, np.ndarray) else value
+
+    def _cotangent(self, dy, seen: _Call):
+        several = isinstance(dy, tuple)
+        parts = dy if several else (dy,)
+        if len(parts) > len(self.results):
+            raise ValueError(f"{self.name}: dy must have at most {len(self.results)} parts, got {len(parts)} (the state's is dstate)")
+        shapes = self.result_shapes(seen.sizes, seen.batch, seen.one_head)
+        out = []
+        for part, array, shape in zip(parts, self.results, shapes, strict=False):
+            name = f"dy ({array.name})" if several else "dy"
+            if part is None:
+                like = np.dtype(object) if seen.compute is None else real_dtype(seen.compute)
+                part = np.zeros(shape, dtype=like)
+            part = part if isinstance(part, np.ndarray) else np.asarray(part)
+            if part.shape != shape:
+                raise ValueError(f"{self.name}: {name} must have the result's shape {shape}, got {part.shape}")
+            if seen.one_head and array.shapes[0].heads is not None:
+                part = np.expand_dims(part, part.ndim + 1 + array.shapes[0].heads)
+            out.append(_cast(part, array, seen.compute))
+        return tuple(out) if several else out[0]
+
+    def _cotangent_state(self, dstate, seen: _Call):
+        if dstate is None:
+            return None
+        fields = dstate if isinstance(dstate, tuple) else (dstate,)
+        if len(fields) != len(self.states):
+            raise ValueError(f"{self.name}: dstate must have the state's {len(self.states)} parts, got {len(fields)}")
+        out = []
+        for value, array in zip(fields, self.states, strict=True):
+            shape = array.shapes[0]
+            if value is None:
+                value = np.zeros(_expected(shape, seen.sizes, seen.batch), dtype=seen.compute or object)
+            else:
+                value = np.asarray(value)
+                if seen.one_head and shape.heads is not None:
+                    value = np.expand_dims(value, value.ndim + 1 + shape.heads)
+            out.append(_cast(value, array, seen.compute))
+        if not isinstance(dstate, tuple):
+            return out[0]
+        return type(dstate)(*out) if hasattr(dstate, "_fields") else tuple(out)
+
+    def _give_gradients(self, gradients: dict, seen: _Call) -> dict:
+        given = {}
+        for name, g in gradients.items():
+            if seen.arguments.get(name) is None or g is None:
+                continue
+            if name == "state" and isinstance(g, tuple):
+                normal, original = seen.arguments["state"], [seen.original[s.name] for s in self.states]
+                given[name] = type(normal)(*(_like(v, n, o) for v, n, o in zip(g, normal, original, strict=True)))
+            elif name in seen.original:
+                given[name] = _like(g, seen.arguments[name], seen.original[name])
+            else:
+                given[name] = g
+        return given
+
+
+def real_dtype(dtype) -> np.dtype:
+    """The real counterpart of a dtype: float32 of complex64."""
+    dtype = np.dtype(dtype)
+    return np.empty(0, dtype).real.dtype if dtype.kind == "c" else dtype
+
+
+def unbroadcast(gradient: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Sum a gradient over the axes along which its argument, of `shape`, was broadcast (or spread a smaller one)."""
+    if gradient.shape == shape:
+        return gradient
+    extra = gradient.ndim - len(shape)
+    if extra > 0:
+        gradient = gradient.sum(axis=tuple(range(extra)))
+    axes = tuple(i for i, (g, s) in enumerate(zip(gradient.shape, shape, strict=True)) if s == 1 and g != 1)
+    return gradient.sum(axis=axes, keepdims=True) if axes else gradient
+
+
+def _precision(arrays: list[np.ndarray]) -> tuple[np.dtype | None, np.dtype | None]:
+    """(compute, out) dtypes: halves compute in float32, and are given back only if there is one kind of them."""
+    if any(a.dtype.kind == "O" for a in arrays):
+        return None, None
+    dtypes = {a.dtype for a in arrays if a.dtype.kind in "fc" or a.dtype.name in HALF}
+    if not dtypes:
+        return np.dtype(np.float64), np.dtype(np.float64)
+    wide = [np.dtype(np.float32) if d.name in HALF else d for d in dtypes]
+    compute = np.result_type(*wide)
+    only_half = len(dtypes) == 1 and next(iter(dtypes)).name in HALF
+    return compute, next(iter(dtypes)) if only_half else compute
+
+
+def _cast(value: np.ndarray, array: Array, compute: np.dtype | None) -> np.ndarray:
+    if compute is None or array.kind not in ("number", "real", "free") or value.dtype.kind == "O":
+        return value
+    if array.kind == "free" and value.dtype.kind in "iu":
+        return value
+    complex_value = value.dtype.kind == "c"
+    target = np.result_type(compute, np.complex64) if complex_value else real_dtype(compute)
+    return value.astype(target, copy=False)
+
+
+def _round(value, out: np.dtype | None):
+    if out is None or out.name not in HALF or not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+        return value
+    return value.astype(out)
+
+
+def _like(gradient, normal: np.ndarray, original: np.ndarray) -> np.ndarray:
+    gradient = unbroadcast(np.broadcast_to(gradient, np.broadcast_shapes(np.shape(gradient), normal.shape)), normal.shape)
+    gradient = gradient.reshape(original.shape)
+    if original.dtype.kind == "O" or gradient.dtype.kind == "O":
+        return gradient
+    if original.dtype.kind != "c" and gradient.dtype.kind == "c":
+        gradient = gradient.real
+    floating = original.dtype.kind in "fc" or original.dtype.name in HALF
+    return gradient.astype(original.dtype) if floating else gradient
+
+
+def _match(shape: Shape, actual: tuple[int, ...], sizes: dict, name: str) -> str | None:
+    """None if sizes agree (and are then recorded), else the reason."""
+    found = {}
+    for axis, size in zip(shape.axes, actual, strict=True):
+        axis = axis.rstrip("?")
+        letter, _, less = axis.partition("-")
+        if axis.isdigit():
+            if size != int(axis):
+                return f"an axis of {axis} is {size}"
+            continue
+        value = size + int(less or 0)
+        known, origin = found.get(letter) or sizes.get(letter) or (value, name)
+        if known != value:
+            return f"{axis} = {known - int(less or 0)} from {origin}, got {size}"
+        found[letter] = (value, origin)
+    sizes.update({k: v for k, v in found.items() if k not in sizes})
+    return None
+
+
+def _expected(shape: Shape, sizes: Mapping[str, int], batch: tuple[int, ...], drop_heads=False) -> tuple[int, ...]:
+    axes = []
+    for axis in shape.axes:
+        if axis.endswith("?") and drop_heads:
+            continue
+        letter, _, less = axis.rstrip("?").partition("-")
+        axes.append(int(letter) if letter.isdigit() else sizes[letter] - int(less or 0))
+    return (*(batch if shape.batched else ()), *axes)
+
+
+def _describe(value) -> str:
+    return f"shape {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+
+
+def one_of(operator: str, argument: str, value, choices):
+    """Raise ValueError unless an option has one of its values."""
+    if value not in choices:
+        raise ValueError(f"{operator}: {argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def positive_int(operator: str, argument: str, value):
+    """Raise ValueError unless an option (a block size, say) is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{operator}: {argument} must be an integer of at least 1, got {value!r}")

@@ -1,0 +1,60 @@
+"""Elementary functions without overflow or cancellation, in whatever arithmetic they are given.
+
+All run on float32, float64, longdouble and on object arrays of intervals. Nothing here changes precision.
+"""
+
+import numpy as np
+import scipy.special
+
+
+def constant(value, like: np.ndarray):
+    """A number in the precision of `like` (a Python float would limit longdouble to 53 bits)."""
+    if like.dtype.kind == "O":
+        return value
+    return np.asarray(value, dtype=np.empty(0, like.dtype).real.dtype)[()]
+
+
+def sqrt_of(number, like: np.ndarray):
+    """√number, rounded once to the precision of `like`; exact balls stay balls."""
+    if like.dtype.kind == "O":
+        return np.sqrt(np.zeros_like(like, shape=(1,)) + number)[0]
+    return np.sqrt(constant(number, like))
+
+
+def sigmoid(x):
+    """σ(x) = 1 / (1 + e^-x), full relative accuracy in both tails."""
+    if x.dtype.kind == "O":
+        return 1 / (1 + np.exp(-x))
+    return scipy.special.expit(x)
+
+
+def log_sigmoid(x):
+    """log σ(x) = -softplus(-x)."""
+    return -softplus(-x)
+
+
+def softplus(x):
+    """log(1 + e^x), full relative accuracy in both tails: e^x for x -> -∞, x for x -> ∞.
+
+    There is no threshold beyond which x is returned (torch has one, at 20, where e^-20 = 2e-9 is lost).
+    """
+    if x.dtype.kind == "O":
+        return np.log1p(np.exp(x))
+    return np.logaddexp(x, np.zeros_like(x))
+
+
+def silu(x):
+    """x σ(x), the gate of Mamba and of SwiGLU; -0 for x -> -∞."""
+    return x * sigmoid(x)
+
+
+def silu_derivative(x):
+    """d/dx x σ(x) = σ(x) (1 + x (1 - σ(x))), with 1 - σ(x) = σ(-x)."""
+    return sigmoid(x) * (1 + x * sigmoid(-x))
+
+
+def exp_of_difference(a, b):
+    """e^(a - b) where a <= b, and 0 where a = -∞ (also if b = -∞, where the difference is NaN)."""
+    empty = np.isneginf(a) if a.dtype.kind == "f" else np.equal(a, -np.inf)
+    safe = np.where(empty, np.zeros_like(a), a - np.where(empty, np.zeros_like(b), b))
+    return np.where(empty, np.zeros_like(safe), np.exp(safe))

@@ -1,0 +1,1 @@
+"""Linear attention: attention without the softmax, and so with a state of fixed size."""

@@ -1,0 +1,1 @@
+"""Quantisation: weights of one, two or three values, activations of eight bits."""
