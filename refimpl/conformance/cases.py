@@ -1,0 +1,302 @@
+"""Which calls a candidate is tried on. Structure finds what tolerances cannot: every case names its class.
+
+    sizes      lengths 0, 1, primes, around every power of two, unequal lengths both ways
+    options    all pairs of options, optional arrays, states in and out
+    shapes     batch axes, head ratios, single features
+    hard       the chapter's inputs at which implementations break
+    long       many steps; more than ten thousand rows
+    strides    the same values behind other strides: transposed, every other element, reversed, repeated with stride 0
+    scaled     inputs in which the operator is linear, times powers of two
+"""
+
+import inspect
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from refimpl.conformance.domain import Domain
+from refimpl.op import Op
+
+LEVELS = ("quick", "standard", "exhaustive")
+VIEWS = ("transposed", "strided", "reversed", "repeated")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: arrays in float64 (or integers, booleans) and options, by name."""
+
+    operator: str
+    klass: str
+    name: str
+    call: dict[str, Any]
+    sizes: dict[str, Any]
+    view: str = "contiguous"
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        return f"{self.klass}[{self.name}]"
+
+
+@dataclass(frozen=True)
+class Support:
+    """The keywords that a candidate takes, as far as one can know; None is all."""
+
+    keywords: frozenset[str] | None = None
+
+    def takes(self, name: str) -> bool:
+        return self.keywords is None or name in self.keywords
+
+
+# -- what an operator's calls are made of ----------------------------------------------------------------------------
+
+
+def parameters(op: Op) -> tuple[list[str], list[str], dict[str, Any]]:
+    """Of the definition: required arrays, optional arrays (state excepted), options with their defaults."""
+    arrays = {a.name.partition(".")[0] for a in op.contract.arrays}
+    required, optional, options = [], [], {}
+    for p in inspect.signature(op.definition).parameters.values():
+        if p.name in ("state", "return_state"):
+            continue
+        if p.default is p.empty:
+            required.append(p.name)
+        elif p.name in arrays:
+            optional.append(p.name)
+        else:
+            options[p.name] = p.default
+    return required, optional, options
+
+
+def default_sizes(op: Op) -> dict[str, Any]:
+    """The sizes of a small call, by letter."""
+    return {p.name: p.default for p in inspect.signature(op.sample).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
+def factors(op: Op, support: Support, domain: Domain) -> dict[str, tuple]:
+    """Everything about a call that can be chosen beside its sizes, with the choices, the default first."""
+    _, optional, defaults = parameters(op)
+    found: dict[str, tuple] = {}
+    for name in optional:
+        if support.takes(name):
+            found[name] = (False, True)
+    if op.stateful:
+        if support.takes("state"):
+            found["state"] = (False, True)
+        if support.takes("return_state"):
+            found["return_state"] = (False, True)
+    for name in defaults:
+        if name in domain.options:
+            found[name] = tuple(domain.options[name])
+        elif support.takes(name) and name in op.options:
+            found[name] = tuple(op.options[name])
+    return found
+
+
+def pairwise(choices: dict[str, tuple], rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Few combinations in which every pair of choices of every two factors occurs (greedy)."""
+    names = list(choices)
+    index = {n: range(len(choices[n])) for n in names}
+    left = {((a, i), (b, j)) for a, b in itertools.combinations(names, 2) for i in index[a] for j in index[b]}
+    combos: list[dict[str, int]] = [dict.fromkeys(names, 0)]
+    if len(names) == 1:
+        combos += [{names[0]: i} for i in index[names[0]][1:]]
+
+    def covered(combo):
+        return {((a, combo[a]), (b, combo[b])) for a, b in itertools.combinations(names, 2)}
+
+    left -= covered(combos[0])
+    while left:
+        best = None
+        for _ in range(12):
+            seed = sorted(left)[int(rng.integers(len(left)))]
+            combo = dict(seed)
+            for name in rng.permutation([n for n in names if n not in combo]):
+                gain = [sum(_pair(name, i, o, combo[o], names) in left for o in combo) for i in index[name]]
+                top = [i for i in index[name] if gain[i] == max(gain)]
+                combo[str(name)] = int(rng.choice(top))
+            if best is None or len(covered(combo) & left) > len(covered(best) & left):
+                best = combo
+        combos.append(best)
+        left -= covered(best)
+    return [{n: choices[n][c[n]] for n in names} for c in combos]
+
+
+def _pair(a, i, b, j, names):
+    return ((a, i), (b, j)) if names.index(a) < names.index(b) else ((b, j), (a, i))
+
+
+def draw(op: Op, rng: np.random.Generator, sizes: dict[str, Any], combo: dict[str, Any]) -> dict[str, Any]:
+    """A call of given sizes with the optional arrays and options of a combination."""
+    return choose(op, op.sample(rng, **sizes), sizes, combo)
+
+
+def choose(op: Op, arrays: dict[str, Any], sizes: dict[str, Any], combo: dict[str, Any]) -> dict[str, Any]:
+    """Of a sample's arrays those that a combination wants, and its options."""
+    required, optional, defaults = parameters(op)
+    call = {name: arrays[name] for name in required}
+    for name in [*optional, "state"]:
+        if combo.get(name) is True and arrays.get(name) is not None:
+            call[name] = arrays[name]
+    if combo.get("return_state"):
+        call["return_state"] = True
+    for name, default in defaults.items():
+        value = combo.get(name, default)
+        if callable(value):
+            value = value(**{**default_sizes(op), **sizes})
+        if not _same(value, default):
+            call[name] = value
+    return call
+
+
+def _same(a, b) -> bool:
+    return a is b or (type(a) is type(b) and not isinstance(a, np.ndarray) and a == b)
+
+
+# -- the cases -------------------------------------------------------------------------------------------------------
+
+_LENGTHS = {
+    "quick": (0, 1, 2, 5, 17, 33, 64, 65, 129),
+    "standard": (0, 1, 2, 3, 4, 5, 7, 8, 11, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 97, 127, 128, 129, 160, 192, 255, 256, 257, 384),
+    "exhaustive": (*range(35), 47, 48, 49, 63, 64, 65, 66, 95, 96, 97, 100, 127, 128, 129, 130, 159, 160, 192, 193, 255, 256, 257, 320, 384, 511, 512, 513, 640, 769),
+}
+_UNEQUAL = {
+    "quick": ((1, 17), (5, 33), (33, 5), (65, 130)),
+    "standard": ((0, 5), (5, 0), (1, 7), (7, 1), (1, 65), (5, 17), (17, 5), (33, 64), (64, 33), (65, 130), (130, 65), (1, 257), (100, 300), (300, 100), (128, 129), (129, 128)),
+    "exhaustive": tuple(itertools.product((0, 1, 3, 16, 17, 64, 65, 129, 257), repeat=2)),
+}
+
+
+def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) -> Iterator[Case]:
+    """All cases of a level, small ones first within each class; the same for the same arguments."""
+    rng = np.random.default_rng([seed, *op.name.encode()])
+    chosen = factors(op, support, domain)
+    combos = pairwise(chosen, rng) if chosen else [{}]
+    plain = combos[0] | ({"return_state": True} if "return_state" in chosen else {})
+    rich = sorted(combos, key=lambda c: -sum(bool(v) for v in c.values() if not callable(v)))
+    turn = itertools.cycle(rich)
+    seen = set()
+
+    def case(klass: str, sizes: dict, combo: dict, *, hard: str = "", view: str = "contiguous", label: str = "", scale=None):
+        sizes = domain.fit({**default_sizes(op), **sizes})
+        if sizes is None or not _affordable(op, sizes, level):
+            return
+        key = (klass, hard, view, label, scale, repr(sorted(sizes.items())), repr(sorted((k, repr(v) if not callable(v) else id(v)) for k, v in combo.items())))
+        if key in seen:
+            return
+        seen.add(key)
+        stream = np.random.default_rng([seed, *repr(key[:5]).encode(), *repr(sorted(sizes.items())).encode()])
+        try:
+            call = _hard(op, hard, stream, sizes, combo, support, domain) if hard else draw(op, stream, sizes, combo)
+        except Refused:
+            return
+        if call is None:
+            return
+        if scale is not None:
+            call = {n: _scaled(v, scale[1]) if n in scale[0] else v for n, v in call.items()}
+        name = ", ".join(filter(None, [hard or label, _described(op, sizes, call)]))
+        yield Case(op.name, klass, name, call, sizes, view, {"sizes": sizes, "combo": combo, "hard": hard})
+
+    small = dict(op.sizes[0]) if op.sizes else {}
+    for sizes in _lengths(op, level):
+        yield from case("sizes", sizes, plain)
+        yield from case("sizes", sizes, next(turn))
+        if level == "exhaustive":
+            yield from case("sizes", sizes, next(turn))
+    middle = {letter: n for letter, n in zip(op.lengths, (19, 37, 23), strict=False)}
+    for combo in combos:
+        yield from case("options", middle, combo)
+        if level != "quick":
+            yield from case("options", {letter: 70 for letter in op.lengths} | small, combo)
+    for sizes in op.sizes:
+        yield from case("shapes", sizes, plain)
+        yield from case("shapes", {**middle, **sizes}, next(turn))
+    for batch in ((), (2,), (2, 3)) if level != "quick" else ((), (3,)):
+        yield from case("shapes", {**middle, "batch": batch}, next(turn))
+        yield from case("shapes", {"batch": batch}, plain)
+    for hard in op.hard:
+        yield from case("hard", {}, plain, hard=hard)
+        yield from case("hard", middle, next(turn), hard=hard)
+        if level != "quick":
+            yield from case("hard", {letter: 67 for letter in op.lengths}, next(turn), hard=hard)
+            yield from case("hard", {letter: 130 for letter in op.lengths}, plain, hard=hard)
+    for view in VIEWS if level != "quick" else VIEWS[:2]:
+        yield from case("strides", {**middle, "batch": (2,)}, rich[0], view=view, label=view)
+        yield from case("strides", {"batch": (2,)}, plain, view=view, label=view)
+    for law in op.laws:
+        if law.name == "linear" and level != "quick":
+            for power in (-12, 9):
+                yield from case("scaled", middle, plain, label=f"{', '.join(law.arguments)} times 2^{power}", scale=(law.arguments, power))
+    if level != "quick" and op.lengths:
+        yield from case("long", {op.lengths[0]: 1030, **{x: 1030 for x in op.lengths[1:]}}, plain)
+        yield from case("long", {**{x: 300 for x in op.lengths}, "batch": (36,)}, plain, label="more than ten thousand rows")
+        yield from case("long", {**{x: 300 for x in op.lengths}, "batch": (2,)}, rich[0])
+    elif not op.lengths and level != "quick":
+        yield from case("long", {"batch": (10007,)}, plain, label="more than ten thousand rows")
+
+
+class Refused(Exception):
+    """A combination cannot be drawn."""
+
+
+def _lengths(op: Op, level: str) -> Iterator[dict[str, int]]:
+    if not op.lengths:
+        yield {}
+        return
+    for T in _LENGTHS[level]:
+        yield dict.fromkeys(op.lengths, T)
+    if len(op.lengths) > 1:
+        for a, b in _UNEQUAL[level]:
+            yield {op.lengths[0]: a, op.lengths[1]: b}
+
+
+def _affordable(op: Op, sizes: dict, level: str) -> bool:
+    """Within a second or so of NumPy work for the truth."""
+    letters = {k: v for k, v in sizes.items() if k != "batch"}
+    batch = math.prod(sizes.get("batch", ()))
+    try:
+        work = next(iter(op.forms.values())).cost(**letters, batch=batch).work
+    except (TypeError, ZeroDivisionError, ValueError):
+        return True
+    return work <= {"quick": 2e7, "standard": 2e8, "exhaustive": 2e9}[level]
+
+
+def _hard(op: Op, name: str, rng, sizes: dict, combo: dict, support: Support, domain: Domain) -> dict | None:
+    """A chapter's hard input, with the combination's options where the input leaves them open."""
+    try:
+        given = op.hard[name](rng, **sizes)
+    except (IndexError, ZeroDivisionError, ValueError):
+        return None
+    required, optional, defaults = parameters(op)
+    fixed = {k: v for k, v in given.items() if k in defaults and not _same(v, defaults[k])}
+    for option, value in fixed.items():
+        allowed = domain.options.get(option)
+        if (allowed is not None and not any(_same(value, a) for a in allowed)) or (allowed is None and not support.takes(option)):
+            return None
+    call = choose(op, given, sizes, {k: v for k, v in combo.items() if k not in fixed})
+    return call | fixed
+
+
+def _scaled(value, power: int):
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_scaled(v, power) for v in value))
+    return value * 2.0**power if value is not None else None
+
+
+def _described(op: Op, sizes: dict, call: dict) -> str:
+    basic = default_sizes(op)
+    shown = [f"{k}={v}" for k, v in sizes.items() if k in op.lengths or (v != basic.get(k) and (k != "batch" or v))]
+    required = parameters(op)[0]
+    for name, value in call.items():
+        if name in required:
+            continue
+        if value is True:
+            shown.append(name)
+        elif isinstance(value, np.ndarray) or (isinstance(value, tuple) and hasattr(value, "_fields")):
+            shown.append(name)
+        else:
+            shown.append(f"{name}={value!r}")
+    return ", ".join(shown)

@@ -1,0 +1,92 @@
+"""The precisions in which candidates are judged."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from refimpl.core.contract import HALF, Contract
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A floating-point format: its dtype, unit roundoff, and the format it computes in."""
+
+    name: str
+    dtype: np.dtype
+    unit: float
+    compute: np.dtype
+    compute_unit: float
+
+    @property
+    def half(self) -> bool:
+        return self.dtype.name in HALF
+
+    @property
+    def truth(self) -> np.dtype:
+        """The precision in which the truth about it is computed."""
+        return np.dtype(np.longdouble) if self.dtype == np.float64 else np.dtype(np.float64)
+
+    @property
+    def largest(self) -> float:
+        import ml_dtypes
+
+        return float(ml_dtypes.finfo(self.dtype).max)
+
+
+def precision(name: str) -> Precision:
+    """A precision by name.
+
+    Raises
+    ------
+    ValueError
+        If there is none of that name.
+    """
+    import ml_dtypes
+
+    bits = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8, "float8_e4m3fn": 4, "float8_e5m2": 3}
+    if name not in bits:
+        raise ValueError(f"check: dtypes must be among {', '.join(bits)}, got {name!r}")
+    dtype = np.dtype(getattr(ml_dtypes, name)) if hasattr(ml_dtypes, name) else np.dtype(name)
+    compute = dtype if bits[name] > 11 else np.dtype(np.float32)
+    return Precision(name, dtype, 2.0 ** -bits[name], compute, 2.0 ** -bits[compute.name])
+
+
+def rounded(contract: Contract, call: dict, to: Precision) -> dict | None:
+    """A call's arrays in a precision (states in that of computation); None where a value overflows."""
+    kinds = {a.name.partition(".")[0]: a.kind for a in contract.arrays}
+
+    def cast(name: str, x):
+        if isinstance(x, tuple):
+            return type(x)(*(cast(name, part) for part in x))
+        if not isinstance(x, np.ndarray) or x.dtype.kind not in "fc":
+            return x
+        target = to.compute if name == "state" or kinds[name] == "free" else to.dtype
+        if x.dtype.kind == "c":
+            return x.astype(np.result_type(to.compute, np.complex64))
+        with np.errstate(over="ignore"):
+            return x.astype(target)
+
+    result = {name: cast(name, v) if name in kinds else v for name, v in call.items()}
+    for name, value in result.items():
+        for before, after in zip(_parts(call[name]), _parts(value), strict=True):
+            if isinstance(after, np.ndarray) and after.dtype.kind not in "iub":
+                if np.any(np.isfinite(before) & ~np.isfinite(after.astype(before.dtype))):
+                    return None
+    return result
+
+
+def widened(call: dict, dtype: np.dtype) -> dict:
+    """Exact copies of a call's floating arrays in a wider precision."""
+
+    def widen(x):
+        if isinstance(x, tuple) and hasattr(x, "_fields"):
+            return type(x)(*map(widen, x))
+        if not isinstance(x, np.ndarray) or (x.dtype.kind in "iub"):
+            return x
+        return x.astype(np.result_type(dtype, np.complex64) if x.dtype.kind == "c" else dtype)
+
+    return {name: widen(v) for name, v in call.items()}
+
+
+def _parts(value) -> tuple:
+    return value if isinstance(value, tuple) and hasattr(value, "_fields") else (value,)
