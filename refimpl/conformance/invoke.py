@@ -1,0 +1,169 @@
+"""One call of a candidate, with clean hands: fresh inputs, poisoned memory, outputs copied at once, inputs compared after.
+
+This is all that runs beside a candidate; it knows no expected value.
+"""
+
+import contextlib
+import signal
+import threading
+import traceback
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from refimpl.conformance.frameworks import Numpy
+
+
+@dataclass
+class Request:
+    """A call as it is made: arrays of NumPy, in order and by keyword."""
+
+    positional: list
+    keywords: dict
+    names: list
+    view: str = "contiguous"
+    poison: tuple[int, ...] = ()
+    cotangents: Any = None
+    vjp: bool = False
+    repeat: int = 1
+
+
+@dataclass
+class Answer:
+    """What came back: a tree of NumPy arrays, or why there is none."""
+
+    result: Any = None
+    again: list = field(default_factory=list)
+    status: str = "OK"
+    message: str = ""
+    mutated: tuple[str, ...] = ()
+    stale: bool = False
+
+
+class Invoker:
+    """Calls one function again and again; remembers the last result, to see whether a later call changes it."""
+
+    def __init__(self, function, arrays: Numpy, vjp=None, timeout: float | None = None):
+        self.function, self.arrays, self.vjp, self.timeout = function, arrays, vjp, timeout
+        self._last: tuple[list, list[np.ndarray]] | None = None
+
+    def __call__(self, request: Request) -> Answer:
+        try:
+            with _alarm(self.timeout):
+                return self._call(request)
+        except _TookTooLong:
+            return Answer(status="TIMEOUT", message=f"no answer within {self.timeout:g} s")
+        except NotImplementedError as error:
+            return Answer(status="NOT_APPLICABLE", message=f"the candidate refuses: {error}")
+        except SystemExit as error:
+            return Answer(status="CRASH", message=f"the candidate left by SystemExit({error.code!r})")
+        except MemoryError as error:
+            return Answer(status="CRASH", message=f"out of memory: {error}")
+        except Exception as error:
+            return Answer(status="ERROR", message=_where(error))
+
+    def _call(self, request: Request) -> Answer:
+        positional = [self._in(x, request.view) for x in request.positional]
+        keywords = {n: self._in(x, request.view) for n, x in request.keywords.items()}
+        originals = dict(zip(request.names, request.positional, strict=True)) | request.keywords
+        inputs = dict(zip(request.names, positional, strict=True)) | keywords
+        self._poison(request.poison)
+        runs, raw = [], None
+        for _ in range(request.repeat):
+            raw = self._differentiate(request, positional, keywords) if request.cotangents is not None else self.function(*positional, **keywords)
+            self.arrays.synchronize()
+            runs.append(self._out(raw))
+        stale = self._changed_last()
+        self._last = ([v for v in _leaves(raw)], [v for v in _leaves(runs[-1])]) if request.cotangents is None else None
+        mutated = tuple(n for n, x in inputs.items() if not _same_bits(self._back(x), originals[n]))
+        return Answer(runs[0], runs[1:], mutated=mutated, stale=stale)
+
+    def _differentiate(self, request: Request, positional, keywords):
+        cotangents = self._in(request.cotangents, request.view)
+        if self.vjp is None:
+            return self.arrays.gradient(self.function, positional, keywords, request.names, cotangents)
+        outputs, dstate = cotangents
+        options = {n: v for n, v in keywords.items() if n != "return_state"}
+        return self.vjp(outputs, *positional, **options, **({} if dstate is None else {"dstate": dstate}))
+
+    def _in(self, x, view: str):
+        if isinstance(x, np.ndarray):
+            return self.arrays.array(x, view)
+        if isinstance(x, tuple) and hasattr(x, "_fields"):
+            return type(x)(*(self._in(v, view) for v in x))
+        if isinstance(x, tuple) and any(isinstance(v, np.ndarray) or v is None for v in x):
+            return tuple(self._in(v, view) for v in x)
+        return x
+
+    def _out(self, y):
+        if isinstance(y, dict):
+            return {str(k): self._out(v) for k, v in y.items()}
+        if isinstance(y, tuple | list):
+            parts = [self._out(v) for v in y]
+            return parts if isinstance(y, list) else tuple(parts)
+        return None if y is None else self.arrays.numpy(y)
+
+    def _back(self, x):
+        if isinstance(x, tuple):
+            return tuple(self._back(v) for v in x)
+        return self.arrays.numpy(x) if hasattr(x, "dtype") else x
+
+    def _poison(self, sizes: tuple[int, ...]) -> None:
+        """Fill the memory that the allocator will hand out next with NaN, so that what is never written shows."""
+        blocks = [self.arrays.array(np.full(max(1, size // 4), np.nan, dtype=np.float32), "contiguous") for size in sizes for _ in range(2)]
+        del blocks
+
+    def _changed_last(self) -> bool:
+        if self._last is None:
+            return False
+        raw, copies = self._last
+        try:
+            return any(not _same_bits(self._back(r), c) for r, c in zip(raw, copies, strict=True))
+        except Exception:  # a freed or deleted buffer: the candidate's own affair
+            return False
+
+
+class _TookTooLong(BaseException):
+    """Not an Exception, so that a candidate's own handlers do not swallow it."""
+
+
+@contextlib.contextmanager
+def _alarm(seconds: float | None):
+    """Interrupt Python code after a time; only the main thread can be interrupted."""
+    if not seconds or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def ring(signum, frame):
+        raise _TookTooLong
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def _where(error: Exception) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "refimpl/conformance" not in f.filename]
+    place = f" ({frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def _leaves(tree) -> list:
+    if isinstance(tree, dict):
+        return [leaf for branch in tree.values() for leaf in _leaves(branch)]
+    if isinstance(tree, tuple | list):
+        return [leaf for branch in tree for leaf in _leaves(branch)]
+    return [] if tree is None else [tree]
+
+
+def _same_bits(a, b) -> bool:
+    if isinstance(b, tuple):
+        return isinstance(a, tuple) and len(a) == len(b) and all(map(_same_bits, a, b))
+    if not isinstance(b, np.ndarray):
+        return True
+    return a.shape == b.shape and a.dtype == b.dtype and np.ascontiguousarray(a).tobytes() == np.ascontiguousarray(b).tobytes()
