@@ -388,7 +388,7 @@ class Contract:
             if value is None:
                 value = np.zeros(_expected(shape, seen.sizes, seen.batch), dtype=seen.compute or object)
             else:
-                value = np.asarray(value)
+                value = value if isinstance(value, np.ndarray) else np.asarray(value)
                 if seen.one_head and shape.heads is not None:
                     value = np.expand_dims(value, value.ndim + 1 + shape.heads)
             out.append(_cast(value, array, seen.compute))
