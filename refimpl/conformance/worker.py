@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 from refimpl.conformance import wire
@@ -98,7 +97,7 @@ class Child:
             self._process = self._start()
         process = self._process
         try:
-            wire.send(process.to, asdict(request) | {"positional": request.positional, "keywords": request.keywords, "cotangents": request.cotangents})
+            wire.send(process.to, vars(request))
             if not process.answers_within(self.timeout):
                 self.close(kill=True)
                 return Answer(status="TIMEOUT", message=f"no answer within {self.timeout:g} s; its process was ended")
@@ -227,9 +226,9 @@ def serve(requests, answers, invoke: Invoker) -> None:
             return
         answer = invoke(Request(**request))
         try:
-            wire.send(answers, asdict(answer))
+            wire.send(answers, vars(answer))
         except TypeError as error:
-            wire.send(answers, asdict(Answer(status="ERROR", message=f"the result cannot be read: {error}")))
+            wire.send(answers, vars(Answer(status="ERROR", message=f"the result cannot be read: {error}")))
 
 
 def main(arguments: list[str]) -> int:

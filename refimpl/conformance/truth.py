@@ -1,0 +1,133 @@
+"""The right results of a call, and how far from them a right implementation may be.
+
+The truth about float32 and the half types is the definition in float64, about float64 the definition in longdouble. The
+distance allowed is the chapter's error bound, for the arithmetic in which the candidate computes.
+"""
+
+import inspect
+import warnings
+
+import numpy as np
+
+from refimpl.conformance.precision import Precision, widened
+from refimpl.op import Op
+
+SLACK = 2.0  # on the chapter's bound in float32 and float64, where right and wrong lie a thousandfold apart
+_HALF_SLACK = 1.0
+
+
+def truth(op: Op, call: dict, to: Precision) -> dict[str, np.ndarray]:
+    """Right results by name; `call` holds arrays already rounded to the precision.
+
+    Raises
+    ------
+    ValueError
+        If the operator refuses the call.
+    """
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = op.definition(**widened(call, to.truth))
+    return op.contract.named(result, call.get("return_state", False))
+
+
+def tolerance(op: Op, call: dict, to: Precision, right: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The distance allowed, elementwise, by name (gate G1)."""
+    store = to.unit if to.half else 0.0
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bound = op.error_bound(**widened(call, np.dtype(np.float64)), unit=to.compute_unit, store=store)
+    named = op.contract.named(bound, call.get("return_state", False))
+    slack = _HALF_SLACK if to.half else SLACK
+    limits = {}
+    for name, exact in right.items():
+        unit = to.compute_unit if name.startswith("state") else to.unit
+        limit = slack * np.nan_to_num(np.asarray(named[name], dtype=np.float64), nan=0.0, posinf=np.inf)
+        with np.errstate(all="ignore"):
+            limits[name] = np.broadcast_to(limit + unit * abs(exact).astype(np.float64) + smallest(to), np.shape(exact))
+    return limits
+
+
+def smallest(to: Precision) -> float:
+    """What may be flushed to zero: below the smallest normal number of the arithmetic, or half a step of the result."""
+    import ml_dtypes
+
+    info = ml_dtypes.finfo(to.dtype)
+    return max(float(np.finfo(to.compute).tiny), float(info.smallest_subnormal) if to.dtype != to.compute else 0.0)
+
+
+def gradient_names(op: Op, call: dict) -> list[str]:
+    """Arguments of a call that the contract's vjp takes."""
+    accepted = inspect.signature(op.gradient).parameters
+    return [n for n in call if n in accepted]
+
+
+def gradient_truth(op: Op, call: dict, dy, dstate, to: Precision) -> dict:
+    """The right gradients by argument name."""
+    wide = widened(call, to.truth)
+    wide = {n: wide[n] for n in gradient_names(op, wide)}
+    extra = {} if dstate is None else {"dstate": _widen(dstate, to.truth)}
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return op.gradient(_widen(dy, to.truth), **wide, **extra)
+
+
+def gradient_tolerance(op: Op, call: dict, dy, dstate, to: Precision, right: dict, draws: int = 4) -> dict:
+    """The distance allowed for gradients: what perturbations of the inputs by their own roundoff do to them.
+
+    A backward-stable algorithm is the exact gradient of inputs changed by a few roundoffs; so the spread of the exact
+    gradients of such inputs, times a small factor, is what right algorithms show; and with it the roundoff of sums as
+    large as the largest entry.
+    """
+    rng = np.random.default_rng(7)
+    unit = to.unit
+    base = widened(call, np.dtype(np.float64))
+    right = {n: _tree(lambda v: np.asarray(v, dtype=np.result_type(v.dtype, np.float64) if v.dtype.kind != "g" else v.dtype), g) for n, g in right.items()}
+    spread = {n: _tree(lambda v: np.zeros(np.shape(v)), g) for n, g in right.items()}
+    for _ in range(draws):
+        shaken = {n: _tree(lambda v: _shake(v, 2 * unit, rng), v) for n, v in base.items()}
+        moved = gradient_truth(op, shaken, _tree(lambda v: _shake(v, 2 * unit, rng), _widen(dy, np.dtype(np.float64))), dstate, to)
+        for name in spread:
+            spread[name] = _tree3(lambda s, m, r: np.maximum(s, np.nan_to_num(abs(m - r).astype(np.float64))), spread[name], moved[name], right[name])
+    longest = max((max(v.shape, default=1) for v in base.values() if isinstance(v, np.ndarray)), default=1)
+
+    def limit(s, r):
+        largest = float(np.max(abs(r)[np.isfinite(r)], initial=0.0)) if r.size else 0.0
+        smooth = np.broadcast_to(s.max(axis=-1, keepdims=True), s.shape) if s.ndim and s.size else s
+        return 8 * smooth + 4 * unit * (np.sqrt(longest) if not to.half else 1.0) * largest + unit * abs(r).astype(np.float64) + smallest(to)
+
+    with np.errstate(all="ignore"):
+        return {n: _tree2(limit, spread[n], right[n]) for n in right}
+
+
+def _shake(x, unit: float, rng):
+    if not isinstance(x, np.ndarray) or x.dtype.kind not in "fc":
+        return x
+    return x * (1 + unit * rng.uniform(-1, 1, x.shape))
+
+
+def _widen(x, dtype):
+    def widen(v):
+        if not isinstance(v, np.ndarray) or v.dtype.kind in "iub":
+            return v
+        return v.astype(np.result_type(dtype, np.complex64) if v.dtype.kind == "c" else dtype)
+
+    return _tree(widen, x)
+
+
+def _tree(f, x):
+    if isinstance(x, tuple):
+        parts = [_tree(f, v) for v in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    return None if x is None else f(x)
+
+
+def _tree2(f, x, y):
+    if isinstance(x, tuple):
+        return tuple(_tree2(f, a, b) for a, b in zip(x, y, strict=True))
+    return f(x, y)
+
+
+def _tree3(f, x, y, z):
+    if isinstance(x, tuple):
+        return tuple(_tree3(f, a, b, c) for a, b, c in zip(x, y, z, strict=True))
+    return f(x, y, z)
