@@ -220,6 +220,9 @@ class Contract:
         except TypeError as error:
             raise TypeError(f"{self.name}: {error}; the arguments are {', '.join(signature.parameters)}") from None
         bound.apply_defaults()
+        for name, value in bound.arguments.items():
+            if value is None and signature.parameters[name].default is inspect.Parameter.empty and name != "dy":
+                raise TypeError(f"{self.name}: {name} must be an array, got None")
         return dict(bound.arguments)
 
     def _see(self, bound: dict[str, Any]) -> _Call:
