@@ -1,0 +1,149 @@
+"""From a call by the contract's names to a call as the candidate wants it, and its answer back into the contract's form."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from refimpl.conformance.cases import Support, parameters
+from refimpl.conformance.frameworks import framework as make_framework
+from refimpl.conformance.invoke import Answer, Invoker, Request
+from refimpl.conformance.worker import Child, load
+from refimpl.op import Op
+
+
+class Candidate:
+    """An implementation under test.
+
+    Parameters
+    ----------
+    op : Op
+    function : callable or str
+        The implementation, or where to find it (``file.py:name``).
+    framework, device, vjp, layout, timeout
+        As in `check`.
+    fixed : dict
+        Options that the domain fixes to one value.
+    isolate : bool
+        Run it in a process of its own.
+    """
+
+    def __init__(self, op: Op, function: Callable | str, *, framework="numpy", device=None, vjp=None, layout=None, timeout=60.0, fixed=None, isolate=False):
+        self.op, self.layout = op, Layout(op, layout) if layout else None
+        self.fixed = fixed or {}
+        self.support = Support() if isinstance(function, str) and isolate else _support(function)
+        self.can_differentiate = vjp is not None or framework != "numpy"
+        if isolate:
+            self._invoke: Any = Child(function, framework, device, vjp, timeout)
+            if isinstance(function, str):
+                self.support = _support(load(function))
+        else:
+            function = load(function) if isinstance(function, str) else function
+            vjp = load(vjp) if isinstance(vjp, str) else vjp
+            self._invoke = Invoker(function, make_framework(framework, device), vjp, timeout)
+
+    def close(self) -> None:
+        if isinstance(self._invoke, Child):
+            self._invoke.close()
+
+    def call(self, call: dict, *, view="contiguous", repeat=1, poison=()) -> Answer:
+        """Results in the contract's form: one array, or a tuple, the state last."""
+        answer = self._invoke(self._request(call, view=view, repeat=repeat, poison=tuple(poison)))
+        answer.result = self._back(answer.result)
+        answer.again = [self._back(r) for r in answer.again]
+        return answer
+
+    def gradient(self, call: dict, dy, dstate, *, view="contiguous") -> Answer:
+        """Gradients by argument name."""
+        dy = self.layout.results_in(dy) if self.layout else dy
+        request = self._request(call, view=view)
+        request.cotangents = (dy, dstate)
+        answer = self._invoke(request)
+        if isinstance(answer.result, dict) and self.layout:
+            answer.result = {n: self.layout.argument_back(n, g) for n, g in answer.result.items()}
+        return answer
+
+    def _request(self, call: dict, **more) -> Request:
+        required, _, _ = parameters(self.op)
+        if self.layout:
+            call = {n: self.layout.argument_in(n, v, call) for n, v in call.items()}
+        keywords = {n: v for n, v in call.items() if n not in required and (n not in self.fixed or n in (self.support.keywords or ()))}
+        return Request([call[n] for n in required], keywords, required, **more)
+
+    def _back(self, result):
+        if isinstance(result, list):
+            result = tuple(result)
+        return self.layout.results_back(result) if self.layout and result is not None else result
+
+
+def _support(function: Callable) -> Support:
+    """The keywords that a function takes: all of them where it has ** or no readable signature."""
+    try:
+        found = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return Support()
+    if any(p.kind is p.VAR_KEYWORD for p in found):
+        return Support()
+    return Support(frozenset(p.name for p in found if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)))
+
+
+class Layout:
+    """Another order of axes, as a string of roles: b batch, h heads, t time, d (or c) features: "bthd", "bdt".
+
+    Arrays that lack a role (a per-step scalar has no features) keep the order of the rest; arrays without time stay as
+    they are.
+
+    Raises
+    ------
+    ValueError
+        If the string is not such an order.
+    """
+
+    def __init__(self, op: Op, order: str):
+        self.order = order.replace("c", "d")
+        if sorted(self.order) not in (sorted("bhtd"), sorted("btd"), sorted("bht"), sorted("bt")):
+            raise ValueError(f"check: layout must be an order of the letters b, h, t and d such as 'bthd' or 'bdt', got {order!r}")
+        self.op = op
+        self.arrays = {a.name: a for a in op.contract.arrays if not a.name.startswith("state")}
+
+    def _roles(self, shape) -> str | None:
+        roles = ""
+        for axis in shape.axes:
+            letter = axis.rstrip("?")
+            roles += "h" if letter.startswith("H") or letter == "G" else "t" if letter in self.op.lengths else "d"
+        return roles if "t" in roles and roles.count("d") <= 1 and roles.count("t") == 1 else None
+
+    def _permutation(self, array, ndim: int) -> list[int] | None:
+        for shape in array.shapes:
+            roles = self._roles(shape)
+            if roles is not None and shape.batched and ndim == len(roles) + 1:
+                here = "b" + roles
+                return [here.index(r) for r in self.order if r in here]
+        return None
+
+    def argument_in(self, name: str, value, call: dict):
+        return self._move(self.arrays.get(name), value, back=False)
+
+    def argument_back(self, name: str, value):
+        return self._move(self.arrays.get(name), value, back=True)
+
+    def results_in(self, dy):
+        parts = dy if isinstance(dy, tuple) else (dy,)
+        moved = tuple(self._move(a, v, back=False) for a, v in zip(self.op.contract.results, parts, strict=False))
+        return moved if isinstance(dy, tuple) else moved[0]
+
+    def results_back(self, result):
+        several = isinstance(result, tuple)
+        parts = list(result) if several else [result]
+        count = len(self.op.contract.results)
+        moved = [self._move(a, v, back=True) for a, v in zip(self.op.contract.results, parts, strict=False)] + parts[count:]
+        return tuple(moved) if several else moved[0]
+
+    def _move(self, array, value, back: bool):
+        if array is None or not isinstance(value, np.ndarray):
+            return value
+        order = self._permutation(array, value.ndim)
+        if order is None:
+            return value
+        return np.transpose(value, np.argsort(order) if back else order)

@@ -1,0 +1,223 @@
+"""What the kit found: a row per case, the worst failure in front, machine-readable forms beside the one for people."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+STATUSES = (
+    "PASS", "SHAPE", "DTYPE", "NONFINITE", "NUMERIC", "BIAS", "PROPERTY", "GRADIENT", "MUTATED_INPUT", "NONDETERMINISTIC", "ERROR", "CRASH", "TIMEOUT",
+    "NOT_APPLICABLE",
+)  # fmt: skip
+SCHEMA = 1
+
+
+@dataclass
+class Result:
+    """One case's outcome.
+
+    Attributes
+    ----------
+    id, klass, dtype, status : str
+    message : str
+        Why, in a sentence; empty for PASS.
+    output, index, got, expected, bound, ratio, pattern, snippet
+        Of a numerical failure: the worst element, its error over the bound, where the wrong elements are, and Python
+        that reproduces it.
+    seconds : float
+        The candidate's time.
+    """
+
+    id: str
+    klass: str
+    dtype: str
+    status: str
+    message: str = ""
+    output: str = ""
+    index: tuple[int, ...] = ()
+    got: Any = None
+    expected: Any = None
+    bound: float | None = None
+    ratio: float = 0.0
+    pattern: str = ""
+    snippet: str = ""
+    seconds: float = 0.0
+    note: str = ""
+
+    def to_dict(self) -> dict:
+        plain = {k: v for k, v in vars(self).items() if v not in ("", (), None)}
+        for key in ("got", "expected"):
+            if key in plain:
+                plain[key] = str(plain[key])
+        plain["ratio"] = float(self.ratio) if np.isfinite(self.ratio) else str(self.ratio)
+        return plain
+
+
+@dataclass
+class Report:
+    """The verdict on a candidate.
+
+    Attributes
+    ----------
+    operator, candidate : str
+    verdict : str
+        "conforms"; "deviates", a named legitimate variant; "wrong"; "inconclusive", nothing could be judged.
+    cases : list of Result
+    diagnosis : list of str
+        What the mistake is, best match first.
+    not_checked : list of str
+        Arguments and options that the candidate does not take.
+    """
+
+    operator: str
+    candidate: str
+    cases: list[Result] = field(default_factory=list)
+    diagnosis: list[str] = field(default_factory=list)
+    not_checked: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    variant: str = ""
+    reason: str = ""
+    smallest: Result | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    interrupted: bool = False
+
+    @property
+    def failures(self) -> list[Result]:
+        return [c for c in self.cases if c.status not in ("PASS", "NOT_APPLICABLE")]
+
+    @property
+    def verdict(self) -> str:
+        if self.failures:
+            if all(c.status in ("ERROR", "CRASH", "TIMEOUT") for c in self.failures) and not any(c.status == "PASS" for c in self.cases):
+                return "inconclusive"
+            return "deviates" if self.variant else "wrong"
+        return "conforms" if any(c.status == "PASS" for c in self.cases) and not self.reason else "inconclusive"
+
+    @property
+    def ok(self) -> bool:
+        """True only if the candidate conforms."""
+        return self.verdict == "conforms"
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def raise_for_failure(self) -> None:
+        """Raise AssertionError, with the report as its text, unless the candidate conforms."""
+        if not self.ok:
+            raise AssertionError(str(self))
+
+    @property
+    def worst(self) -> Result | None:
+        """The failure to look at first: the smallest that is numerical, else the first."""
+        if self.smallest is not None:
+            return self.smallest
+        order = {"NUMERIC": 0, "BIAS": 1, "NONFINITE": 0, "GRADIENT": 2, "SHAPE": 0, "DTYPE": 3}
+        return min(self.failures, key=lambda c: order.get(c.status, 4), default=None)
+
+    # -- for people --------------------------------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        judged = [c for c in self.cases if c.status != "NOT_APPLICABLE"]
+        head = f"{self.operator}: {self.candidate} {self._verdict_words()}"
+        lines = [head, self._counts(judged)]
+        if self.not_checked:
+            lines.append("not checked: " + ", ".join(self.not_checked))
+        lines += [f"note: {note}" for note in self.notes]
+        worst = self.worst
+        if worst is not None and self.failures:
+            lines += ["", f"{worst.status}  {worst.id}  {worst.dtype}", f"  {worst.message}"]
+            if worst.index or worst.got is not None:
+                place = f"{worst.output}[{', '.join(map(str, worst.index))}]" if worst.index else worst.output
+                bound = f", bound {worst.bound:.3g}" if worst.bound else ""
+                lines.append(f"  at {place}: got {_shown(worst.got)}, expected {_shown(worst.expected)}{bound}")
+            if worst.pattern:
+                lines.append(f"  where: {worst.pattern}")
+            if self.diagnosis:
+                lines += ["", "diagnosis"] + [f"  {d}" for d in self.diagnosis[:4]]
+            lines += ["", "failures by class"] + [f"  {row}" for row in self._by_class()]
+            if worst.snippet:
+                lines += ["", "reproduce"] + [f"  {line}" for line in worst.snippet.splitlines()]
+        return "\n".join(lines)
+
+    def _verdict_words(self) -> str:
+        words = {"conforms": "conforms", "wrong": "is WRONG", "inconclusive": f"could not be judged{': ' + self.reason if self.reason else ''}"}
+        return words.get(self.verdict, f"DEVIATES: {self.variant}")
+
+    def _counts(self, judged: list[Result]) -> str:
+        skipped = len(self.cases) - len(judged)
+        passed = sum(c.status == "PASS" for c in judged)
+        dtypes = ", ".join(dict.fromkeys(c.dtype for c in self.cases))
+        text = f"{passed} of {len(judged)} cases pass ({dtypes}; seed {self.settings.get('seed', 0)}; {self.seconds:.1f} s"
+        return text + (f"; {skipped} not applicable)" if skipped else ")") + (" - interrupted" if self.interrupted else "")
+
+    def _by_class(self) -> list[str]:
+        rows = []
+        for dtype in dict.fromkeys(c.dtype for c in self.cases):
+            for klass in dict.fromkeys(c.klass for c in self.cases):
+                here = [c for c in self.cases if (c.klass, c.dtype) == (klass, dtype) and c.status != "NOT_APPLICABLE"]
+                bad = [c.status for c in here if c.status != "PASS"]
+                if bad:
+                    kinds = ", ".join(f"{s} {bad.count(s)}" for s in dict.fromkeys(bad))
+                    rows.append(f"{klass:<12} {dtype:<9} {len(bad):>3} of {len(here)}   {kinds}")
+        return rows
+
+    # -- for programs ------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict:
+        """Plain data; ``schema`` is raised when the meaning of a key changes."""
+        return {
+            "schema": SCHEMA,
+            "operator": self.operator,
+            "candidate": self.candidate,
+            "verdict": self.verdict,
+            "ok": self.ok,
+            "variant": self.variant,
+            "reason": self.reason,
+            "diagnosis": list(self.diagnosis),
+            "not_checked": list(self.not_checked),
+            "notes": list(self.notes),
+            "settings": {k: v if isinstance(v, str | int | float | bool | list | type(None)) else repr(v) for k, v in self.settings.items()},
+            "seconds": round(self.seconds, 3),
+            "interrupted": self.interrupted,
+            "smallest": self.smallest.to_dict() if self.smallest else None,
+            "cases": [c.to_dict() for c in self.cases],
+        }
+
+    def to_json(self, indent: int | None = 1) -> str:
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def to_junit(self) -> str:
+        """JUnit XML: a test case per case, skipped where not applicable."""
+        suite = ElementTree.Element(
+            "testsuite",
+            name=f"refimpl.{self.operator}",
+            tests=str(len(self.cases)),
+            failures=str(len(self.failures)),
+            skipped=str(sum(c.status == "NOT_APPLICABLE" for c in self.cases)),
+            time=f"{self.seconds:.3f}",
+        )
+        for c in self.cases:
+            row = ElementTree.SubElement(suite, "testcase", classname=f"refimpl.{self.operator}.{c.dtype}", name=c.id, time=f"{c.seconds:.4f}")
+            if c.status == "NOT_APPLICABLE":
+                ElementTree.SubElement(row, "skipped", message=_xml(c.message))
+            elif c.status != "PASS":
+                failure = ElementTree.SubElement(row, "failure", type=c.status, message=_xml(c.message))
+                failure.text = _xml("\n".join(filter(None, [c.message, c.pattern, c.snippet])))
+        return ElementTree.tostring(suite, encoding="unicode")
+
+    def to_html(self) -> str:
+        """One self-contained page."""
+        from refimpl.conformance.page import page
+
+        return page(self)
+
+
+def _shown(value) -> str:
+    return repr(value.item() if isinstance(value, np.generic) and value.dtype.kind in "fciub" else float(value)) if isinstance(value, np.generic) else repr(value)
+
+
+def _xml(text: str) -> str:
+    return "".join(ch for ch in text if ch in "\n\t" or ord(ch) >= 32)
