@@ -58,3 +58,31 @@ def exp_of_difference(a, b):
     empty = np.isneginf(a) if a.dtype.kind == "f" else np.equal(a, -np.inf)
     safe = np.where(empty, np.zeros_like(a), a - np.where(empty, np.zeros_like(b), b))
     return np.where(empty, np.zeros_like(safe), np.exp(safe))
+
+
+def tanh_derivative(x):
+    """1 - tanh² x = 4 e^-2|x| / (1 + e^-2|x|)², full relative accuracy where tanh is nearly 1."""
+    small = np.exp(-2 * abs(x))
+    return 4 * small / (1 + small) ** 2
+
+
+def finite_or_zero(x):
+    """x, with 0 for -∞: what can be subtracted from -∞ without NaN."""
+    return np.where(np.isneginf(x), np.zeros_like(x), x)
+
+
+def masked_matmul(w, x, score):
+    """w x, where w_ij is a weight that is 0 for every pair of score -∞.
+
+    Such a pair contributes 0, also if x_j is NaN or infinite (where a plain product would make NaN of 0·NaN); any
+    other pair contributes w_ij x_j, whatever that is.
+    """
+    finite = np.isfinite(x)
+    if np.all(finite):
+        return w @ x
+    y = w @ np.where(finite, x, np.zeros_like(x))
+    rest = np.where(finite, np.zeros_like(x), x)
+    for j in np.flatnonzero(~np.all(finite, axis=(*range(x.ndim - 2), -1))):
+        one, row = w[..., j : j + 1], rest[..., j : j + 1, :]
+        y = y + np.where(np.isneginf(score[..., j : j + 1]), np.zeros_like(y), one * row)
+    return y
