@@ -435,13 +435,14 @@ def _tie(a, b):
 
 
 def _first_best(a: np.ndarray, better: Callable) -> int:
+    """The first of those that are certainly not beaten: with the best midpoint, and checked against all others."""
     best = 0
     for i in range(1, len(a)):
-        if better(a[i], a[best]):
-            best = i
-        elif better(a[best], a[i]) or a[i] == a[best]:
-            continue
-        else:
+        best = i if better(a[i].mid(), a[best].mid()) else best
+    for i in range(len(a)):
+        if a[i] == a[best]:
+            best = min(i, best)
+        elif not better(a[best], a[i]):
             _tie(a[i], a[best])
     return best
 

@@ -464,7 +464,7 @@ def _like(gradient, normal: np.ndarray, original: np.ndarray) -> np.ndarray:
     gradient = unbroadcast(np.broadcast_to(gradient, np.broadcast_shapes(np.shape(gradient), normal.shape)), normal.shape)
     gradient = gradient.reshape(original.shape)
     if original.dtype.kind == "O" or gradient.dtype.kind == "O":
-        return gradient
+        return gradient.real if np.iscomplexobj(gradient) and not np.iscomplexobj(original) else gradient
     if original.dtype.kind != "c" and gradient.dtype.kind == "c":
         gradient = gradient.real
     floating = original.dtype.kind in "fc" or original.dtype.name in HALF
