@@ -442,7 +442,7 @@ def _first_best(a: np.ndarray, better: Callable) -> int:
     for i in range(len(a)):
         if a[i] == a[best]:
             best = min(i, best)
-        elif not better(a[best], a[i]):
+        elif i != best and not better(a[best], a[i]):
             _tie(a[i], a[best])
     return best
 
