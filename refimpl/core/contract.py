@@ -249,7 +249,7 @@ class Contract:
             if "." not in name:
                 arguments[name] = value
         if self.states and "." in self.states[0].name and arguments.get("state") is not None:
-            arguments["state"] = type(bound["state"])(*(normal[s.name] for s in self.states))
+            arguments["state"] = _tuple_like(bound["state"], [normal[s.name] for s in self.states])
         if self.check is not None:
             self.check(arguments, plain)
         return _Call(arguments, {n: a for n, (_, a, _) in given.items()}, plain, batch, layout, one_head, compute, out)
@@ -406,7 +406,7 @@ class Contract:
                 continue
             if name == "state" and isinstance(g, tuple):
                 normal, original = seen.arguments["state"], [seen.original[s.name] for s in self.states]
-                given[name] = type(normal)(*(_like(v, n, o) for v, n, o in zip(g, normal, original, strict=True)))
+                given[name] = _tuple_like(normal, [_like(v, n, o) for v, n, o in zip(g, normal, original, strict=True)])
             elif name in seen.original:
                 given[name] = _like(g, seen.arguments[name], seen.original[name])
             else:
@@ -498,6 +498,11 @@ def _expected(shape: Shape, sizes: Mapping[str, int], batch: tuple[int, ...], dr
         letter, _, less = axis.rstrip("?").partition("-")
         axes.append(int(letter) if letter.isdigit() else sizes[letter] - int(less or 0))
     return (*(batch if shape.batched else ()), *axes)
+
+
+def _tuple_like(state: tuple, parts: list) -> tuple:
+    """A state of the caller's type: a NamedTuple, or a plain tuple in the same order."""
+    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
 
 
 def _describe(value) -> str:
