@@ -47,9 +47,17 @@ class Candidate:
         if isinstance(self._invoke, Child):
             self._invoke.close()
 
-    def call(self, call: dict, *, view="contiguous", repeat=1, poison=()) -> Answer:
-        """Results in the contract's form: one array, or a tuple, the state last."""
-        answer = self._invoke(self._request(call, view=view, repeat=repeat, poison=tuple(poison)))
+    def call(self, call: dict, *, view="contiguous", repeat=1, poison=(), second: dict | None = None) -> Answer:
+        """Results in the contract's form: one array, or a tuple, the state last.
+
+        With `second`, other values for the same arguments, `again` ends with the results for those and for the first
+        ones once more, computed in the same buffers.
+        """
+        request = self._request(call, view=view, repeat=repeat, poison=tuple(poison))
+        if second is not None:
+            other = self._request(second)
+            request.second = dict(zip(other.names, other.positional, strict=True)) | other.keywords
+        answer = self._invoke(request)
         answer.result = self._back(answer.result)
         answer.again = [self._back(r) for r in answer.again]
         return answer

@@ -300,3 +300,24 @@ def _described(op: Op, sizes: dict, call: dict) -> str:
         else:
             shown.append(f"{name}={value!r}")
     return ", ".join(shown)
+
+
+def recall(operator: str, id: str, *, dtype: str, level: str = "standard", seed: int = 0, keywords: list[str] | None = None) -> dict[str, Any]:
+    """The call of a case by its id, in a precision: what a report's snippet draws again.
+
+    Raises
+    ------
+    ValueError
+        If there is no such case.
+    """
+    from refimpl.catalogue import operator as find
+    from refimpl.conformance.precision import precision, rounded
+
+    op = find(operator)
+    support = Support(None if keywords is None else frozenset(keywords))
+    for case in cases(op, level=level, seed=seed, support=support, domain=Domain()):
+        if case.id == id:
+            call = rounded(op.contract, case.call, precision(dtype))
+            if call is not None:
+                return call
+    raise ValueError(f"recall: {operator} has no case {id!r} at level {level!r}, seed {seed}")

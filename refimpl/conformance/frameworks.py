@@ -12,6 +12,7 @@ class Numpy:
     """NumPy itself; the others have the same methods."""
 
     name = "numpy"
+    mutable = True
 
     def __init__(self, device: str | None = None):
         if device not in (None, "cpu"):
@@ -38,6 +39,10 @@ class Numpy:
         if not isinstance(y, np.ndarray) and hasattr(y, "detach"):
             return Torch.to_numpy(y)
         return np.array(y, copy=True, subok=False)
+
+    def overwrite(self, x: Any, value: np.ndarray) -> None:
+        """Put other values into an array's memory."""
+        x[...] = value
 
     def gradient(self, function, positional: list, keywords: dict, names: list, cotangents) -> dict:
         raise TypeError("NumPy functions have no gradient of their own: pass candidate_vjp")
@@ -96,6 +101,10 @@ class Torch(Numpy):
             return flat.view(getattr(ml_dtypes, name)).reshape(tuple(y.shape))
         return np.array(y.numpy(), copy=True)
 
+    def overwrite(self, x: Any, value: np.ndarray) -> None:
+        with self.torch.no_grad():
+            x.copy_(self._from_numpy(value))
+
     def numpy(self, y: Any) -> np.ndarray:
         return self.to_numpy(y) if isinstance(y, self.torch.Tensor) else super().numpy(y)
 
@@ -133,6 +142,7 @@ class Torch(Numpy):
 
 class Jax(Numpy):
     name = "jax"
+    mutable = False
 
     def __init__(self, device: str | None = None):
         import jax
@@ -145,6 +155,9 @@ class Jax(Numpy):
 
     def numpy(self, y: Any) -> np.ndarray:
         return np.array(y, copy=True)
+
+    def overwrite(self, x: Any, value: np.ndarray) -> None:
+        """JAX's arrays cannot be changed: the first values stay."""
 
     def gradient(self, function, positional: list, keywords: dict, names: list, cotangents) -> dict:
         jax = self.jax
@@ -186,6 +199,9 @@ class Cupy(Numpy):
         if view == "reversed" and t.ndim:
             return cupy.ascontiguousarray(t[..., ::-1])[..., ::-1]
         return cupy.broadcast_to(t[:1], t.shape) if view == "repeated" and repeats(x) else t.copy()
+
+    def overwrite(self, x: Any, value: np.ndarray) -> None:
+        x[...] = self.cupy.asarray(value)
 
     def numpy(self, y: Any) -> np.ndarray:
         return self.cupy.asnumpy(y) if isinstance(y, self.cupy.ndarray) else super().numpy(y)

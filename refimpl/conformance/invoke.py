@@ -27,6 +27,7 @@ class Request:
     cotangents: Any = None
     vjp: bool = False
     repeat: int = 1
+    second: dict | None = None
 
 
 @dataclass
@@ -74,10 +75,30 @@ class Invoker:
             raw = self._differentiate(request, positional, keywords) if request.cotangents is not None else self.function(*positional, **keywords)
             self.arrays.synchronize()
             runs.append(self._out(raw))
+        if request.second is not None:
+            runs += self._other_values(request, inputs, positional, keywords)
         stale = self._changed_last()
         self._last = ([v for v in _leaves(raw)], [v for v in _leaves(runs[-1])]) if request.cotangents is None else None
         mutated = tuple(n for n, x in inputs.items() if not _same_bits(self._back(x), originals[n]))
         return Answer(runs[0], runs[1:], mutated=mutated, stale=stale)
+
+    def _other_values(self, request: Request, inputs: dict, positional: list, keywords: dict) -> list:
+        """Results for other values in the very same buffers, and then for the first ones again: a cached answer shows."""
+        found = []
+        first = dict(zip(request.names, request.positional, strict=True)) | request.keywords
+        for values in (request.second, first):
+            for name, x in inputs.items():
+                self._overwrite(x, values[name])
+            found.append(self._out(self.function(*positional, **keywords)))
+            self.arrays.synchronize()
+        return found
+
+    def _overwrite(self, x, value) -> None:
+        if isinstance(value, tuple) and isinstance(x, tuple):
+            for part, v in zip(x, value, strict=True):
+                self._overwrite(part, v)
+        elif isinstance(value, np.ndarray):
+            self.arrays.overwrite(x, value)
 
     def _differentiate(self, request: Request, positional, keywords):
         cotangents = self._in(request.cotangents, request.view)

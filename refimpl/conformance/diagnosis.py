@@ -1,0 +1,176 @@
+"""What the mistake is: the known mistake whose results the candidate's equal better than the truth.
+
+Every mutant of the operator is run on the failing cases. One that explains all of them is named; a legitimate variant
+that does makes the verdict "deviates". Mistakes that need no catalogue, a common factor, a shift in time, the accuracy
+of a lesser precision, are recognised from the numbers.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from refimpl.conformance.gates import error_ratio
+from refimpl.conformance.mutants import Mutant, mutants
+from refimpl.conformance.precision import Precision, widened
+from refimpl.conformance.truth import gradient_names
+from refimpl.op import Op
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A failing case with what the candidate returned: results (or gradients) by name, the truth and its limits."""
+
+    call: dict
+    to: Precision
+    got: dict[str, np.ndarray]
+    right: dict[str, np.ndarray]
+    limits: dict[str, np.ndarray]
+    cotangents: tuple | None = None
+    failed: bool = True
+
+
+def explain(op: Op, evidence: list[Evidence]) -> tuple[list[str], str]:
+    """Sentences, best explanation first, and the name of a legitimate variant that explains every failure, if any."""
+    failing = [e for e in evidence if e.failed]
+    if not failing:
+        return [], ""
+    scored = []
+    for mutant in mutants(op.name):
+        relevant = [e for e in failing if (e.cotangents is not None) == mutant.of_gradient]
+        if not relevant:
+            continue
+        hits = sum(_matches(op, mutant, e) for e in relevant)
+        if hits and hits >= 0.5 * len(relevant):
+            others = [e for e in evidence if not e.failed and (e.cotangents is not None) == mutant.of_gradient]
+            clashes = sum(not _matches(op, mutant, e) for e in others)
+            scored.append((hits / len(failing), -clashes, mutant))
+    scored.sort(key=lambda s: (-s[0], -s[1], s[2].variant))
+    sentences = [_sentence(share, clashes, m) for share, clashes, m in scored[:4]]
+    variant = next((m.name for share, clashes, m in scored if m.variant and share == 1.0), "")
+    full_wrong = any(share == 1.0 and not m.variant and clashes > c for share, clashes, m in scored for s, c, v in scored if v.name == variant)
+    return sentences + _from_the_numbers(op, failing), "" if full_wrong else variant
+
+
+def _sentence(share: float, clashes: int, mutant: Mutant) -> str:
+    how = "matches" if share == 1.0 else f"matches in {share:.0%} of the failures"
+    return f"{how} `{mutant.name}`: {mutant.says}"
+
+
+def _matches(op: Op, mutant: Mutant, e: Evidence) -> bool:
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            theirs = _run(op, mutant.function, e)
+        except Exception:  # a mutant may not survive every input
+            return False
+    differs = False
+    for name, got in e.got.items():
+        if name not in theirs or not isinstance(got, np.ndarray) or np.shape(theirs[name]) != got.shape:
+            return False
+        wrong = np.asarray(theirs[name])
+        wide = wrong.astype(np.result_type(wrong.dtype, np.float64)) if wrong.dtype.kind != "g" else wrong
+        ours = got.astype(wide.dtype)
+        if not np.array_equal(np.isnan(ours), np.isnan(wide)) or not np.array_equal(np.isinf(ours), np.isinf(wide)):
+            return False
+        limit = e.limits.get(name)
+        limit = np.zeros(got.shape) if limit is None or np.shape(limit) != got.shape else limit
+        unit = e.to.unit if not name.startswith("state") else e.to.compute_unit
+        scale = np.max(abs(wide)[np.isfinite(wide)], initial=0.0)
+        allowed = 2 * limit + unit * abs(np.nan_to_num(wide)) + 64 * e.to.compute_unit * scale
+        if np.any(error_ratio(ours, wide, allowed) > 1):
+            return False
+        right = e.right.get(name)
+        if right is not None and np.shape(right) == got.shape:
+            far = error_ratio(wide, np.asarray(right), np.maximum(limit, 1e-300)) > 1
+            differs |= bool(np.any(far)) or not np.array_equal(np.isnan(wide), np.isnan(right)) or not np.array_equal(np.isinf(wide), np.isinf(right))
+        else:
+            differs = True
+    return differs or not e.failed
+
+
+def _run(op: Op, function: Callable, e: Evidence) -> dict:
+    wide = widened(e.call, np.dtype(np.float64))
+    if e.cotangents is None:
+        return op.contract.named(function(**wide), e.call.get("return_state", False))
+    dy, dstate = (_wide(c) for c in e.cotangents)
+    arguments = {n: wide[n] for n in gradient_names(op, wide)}
+    return function(dy, **arguments, **({} if dstate is None else {"dstate": dstate}))
+
+
+def _wide(x):
+    if isinstance(x, tuple):
+        parts = [_wide(v) for v in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    return x.astype(np.result_type(np.float64, np.complex64) if x.dtype.kind == "c" else np.float64) if isinstance(x, np.ndarray) else x
+
+
+# -- what needs no catalogue -----------------------------------------------------------------------------------------
+
+
+def _from_the_numbers(op: Op, failing: list[Evidence]) -> list[str]:
+    """Relations to the truth that hold in every failing case of results."""
+    found = []
+    for name in dict.fromkeys(n for e in failing for n in e.got):
+        pairs = [(e.got[name], np.asarray(e.right[name]), e.limits[name], e.to) for e in failing if name in e.right and isinstance(e.got.get(name), np.ndarray)]
+        pairs = [p for p in pairs if p[0].shape == p[1].shape and p[1].size and p[0].dtype.kind not in "iub" and np.shape(p[2]) == p[1].shape]
+        pairs = [p for p in pairs if np.any(error_ratio(*p[:3]) > 1)]
+        if not pairs:
+            continue
+        for relation in (_zero, _factor, _shifted, _lesser_precision):
+            words = [relation(op, name, *p) for p in pairs]
+            if words[0] and all(words):
+                found.append(words[0])
+                break
+    return found
+
+
+def _zero(op, name, got, right, limit, to) -> str:
+    return f"{name} is zero everywhere" if not np.any(got) and np.any(right) else ""
+
+
+def _factor(op, name, got, right, limit, to) -> str:
+    g, r = got.astype(np.complex128).ravel(), right.astype(np.complex128).ravel()
+    fine = np.isfinite(g) & np.isfinite(r)
+    g, r = g[fine], r[fine]
+    square = np.sum(abs(r) ** 2)
+    if g.size < 4 or square == 0:
+        return ""
+    factor = np.sum(g * np.conj(r)) / square
+    residue = abs(g - factor * r)
+    if np.any(residue > 2 * limit.ravel()[fine] * max(1.0, abs(factor)) + 1e-3 * abs(factor - 1) * abs(r)):
+        return ""
+    shown = f"{factor.real:.6g}" if abs(factor.imag) < 1e-6 * abs(factor) else f"{factor:.6g}"
+    return f"{name} is {shown} times the truth, everywhere"
+
+
+def _shifted(op, name, got, right, limit, to) -> str:
+    axis = op.contract.result_axis(op.lengths[0]).get(name) if op.lengths else None
+    if axis is None or got.shape[axis] < 4:
+        return ""
+    g, r, b = (np.moveaxis(x, axis, 0) for x in (got, right, limit))
+    for shift in (1, -1, 2, -2):
+        a, e, c = (g[shift:], r[:-shift], b[:-shift]) if shift > 0 else (g[:shift], r[-shift:], b[-shift:])
+        if a.size and not np.any(error_ratio(a, e, 2 * c) > 1):
+            return f"{name} is {'late' if shift > 0 else 'early'} by {abs(shift)} step{'s' if abs(shift) > 1 else ''}"
+    return ""
+
+
+def _lesser_precision(op, name, got, right, limit, to) -> str:
+    if to.half:
+        return ""
+    scale = float(np.sqrt(np.mean(np.abs(right[np.isfinite(right)]).astype(np.float64) ** 2))) if np.any(np.isfinite(right)) else 0.0
+    with np.errstate(all="ignore"):
+        error = np.abs(got.astype(right.dtype) - right).astype(np.float64)
+    error = float(np.sqrt(np.mean(error[np.isfinite(error)] ** 2)))
+    if not scale:
+        return ""
+    relative = error / scale
+    if to.name == "float32" and 2e-5 < relative < 1e-3:
+        return f"{name}: a relative error of {relative:.1e} is what TF32 or float16 products leave; float32 was promised"
+    if to.name == "float32" and 1e-3 <= relative < 8e-3:
+        return f"{name}: a relative error of {relative:.1e} is what bfloat16 leaves; float32 was promised"
+    if to.name == "float64" and 1e-9 < relative < 3e-6:
+        return f"{name}: a relative error of {relative:.1e} is what float32 leaves; float64 was promised"
+    return ""

@@ -1,0 +1,130 @@
+"""Mistakes in convolutions: which sample meets which tap, and what falls off the ends."""
+
+from refimpl.conformance.mutants import Mutant, edited
+from refimpl.ops.recurrence import long_conv as lc
+from refimpl.ops.recurrence import monarch as mo
+
+_LONG_CONV = (
+    Mutant(
+        "long_conv",
+        "circular",
+        "the transform is as long as the input, so the tail wraps onto the beginning and the past hears the future: pad to at least T + K - 1",
+        edited(lc.long_conv_fft, ("    length = u.shape[-2] + kernel.shape[-2] - 1\n", "    length = u.shape[-2]\n")),
+    ),
+    Mutant(
+        "long_conv",
+        "kernel_reversed",
+        "the kernel is applied back to front (a correlation, as torch's conv1d computes it): kernel_0 meets the newest sample",
+        edited(lc.long_conv, ("kernel[..., s, None, :] * u", "kernel[..., K - 1 - s, None, :] * u")),
+    ),
+    Mutant(
+        "long_conv",
+        "looks_ahead",
+        "y_t = Σ kernel_s u_{t+s}: the filter runs backwards in time; it must read u_{t-s}",
+        edited(lc.long_conv, ("y[..., s:, :] += kernel[..., s, None, :] * u[..., : T - s, :]", "y[..., : T - s, :] += kernel[..., s, None, :] * u[..., s:, :]")),
+    ),
+    Mutant(
+        "long_conv",
+        "one_step_late",
+        "the output is late by one: kernel_0 must meet u_t, not u_{t-1}",
+        edited(lc.long_conv, ("y[..., s:, :] += kernel[..., s, None, :] * u[..., : T - s, :]", "y[..., s + 1 :, :] += kernel[..., s, None, :] * u[..., : T - s - 1, :]")),
+    ),
+    Mutant(
+        "long_conv",
+        "last_tap_dropped",
+        "the last row of the kernel is not used: s runs to K - 1 inclusive",
+        edited(lc.long_conv, ("for s in range(min(T, K)):", "for s in range(min(T, K - 1)):")),
+    ),
+    Mutant(
+        "long_conv",
+        "skip_forgotten",
+        "skip is ignored: y_t has a term skip·u_t",
+        edited(lc.long_conv, ("return y if skip is None else y + skip * u", "return y")),
+    ),
+    Mutant(
+        "long_conv",
+        "skip_is_residual",
+        "u is added without its coefficient: the direct path is skip·u_t, per channel",
+        edited(lc.long_conv, ("return y if skip is None else y + skip * u", "return y if skip is None else y + u")),
+    ),
+    Mutant(
+        "long_conv",
+        "skip_multiplies_output",
+        "skip multiplies the filtered signal: it multiplies the input u_t, beside the filter",
+        edited(lc.long_conv, ("return y if skip is None else y + skip * u", "return y if skip is None else y + skip * y")),
+    ),
+    Mutant(
+        "long_conv",
+        "block_tail_lost",
+        "what a block adds beyond its own end is thrown away: its last K - 1 rows belong to the blocks after it",
+        edited(lc.long_conv_overlap_add, ("for i in range(ahead):", "for i in range(min(ahead, 1)):")),
+    ),
+    Mutant(
+        "long_conv",
+        "long_kernel_cut_at_the_wrong_end",
+        "a kernel longer than the input keeps its last T rows: the rows that meet an input are the first T",
+        edited(lc.long_conv_fft, ("kernel = kernel[..., :T, :]\n    y = _by_transform", "kernel = kernel[..., -T:, :] if T else kernel[..., :0, :]\n    y = _by_transform")),
+    ),
+    Mutant(
+        "long_conv",
+        "one_kernel_for_all_channels",
+        "every channel is filtered by the first channel's kernel: each has its own",
+        edited(lc.long_conv, ("kernel[..., s, None, :] * u", "kernel[..., s, None, :1] * u")),
+    ),
+    Mutant(
+        "long_conv",
+        "transform_not_normalised",
+        "the output is off by √n: one forward transform is orthonormal and the other is not; F⁻¹ carries 1/n once",
+        edited(lc.long_conv_fft, ("scipy.fft.rfft(u, n, axis=-2)", "scipy.fft.rfft(u, n, axis=-2, norm='ortho')")),
+    ),
+    Mutant(
+        "long_conv",
+        "gradient_of_input_not_reversed",
+        "du is a convolution of dy with the kernel: it is a correlation, du_t = Σ conj(kernel_s) dy_{t+s}",
+        edited(lc.long_conv_vjp, ("du = long_conv(backwards,", "du = long_conv(dy,"), ("None if skip is None else np.conj(skip))[..., ::-1, :]", "None if skip is None else np.conj(skip))")),
+        of_gradient=True,
+    ),
+    Mutant(
+        "long_conv",
+        "gradient_of_kernel_one_late",
+        "dkernel_s is what belongs to s + 1: dkernel_s = Σ conj(u_{t-s}) dy_t, and s = 0 is the sum without a delay",
+        edited(lc.long_conv_vjp, ("[..., ::-1, :][..., :K, :]", "[..., ::-1, :][..., [*range(1, T), *[0] * min(T, 1)], :][..., :K, :]")),
+        of_gradient=True,
+    ),
+)
+
+_MONARCH_MATMUL = (
+    Mutant(
+        "monarch_matmul",
+        "permutation_missing",
+        "the two factors are multiplied without the transposition between them: y = P L Pᵀ R x",
+        edited(mo.monarch_matmul, ("    z = z[..., _transposed(r, l)]  # Pᵀ: (..., lr)\n", "")),
+    ),
+    Mutant(
+        "monarch_matmul",
+        "permutation_of_the_output_missing",
+        "the output stands block by block: the last P writes it as a table (s, l), the blocks' rows first",
+        edited(mo.monarch_matmul, ("return y[..., _transposed(l, s)]", "return y")),
+    ),
+    Mutant(
+        "monarch_matmul",
+        "permutation_transposed",
+        "the table between the factors has its rows and columns confused: z_kq is read as z_rl, l running fastest",
+        edited(mo.monarch_matmul, ("z = z[..., _transposed(r, l)]", "z = z[..., _transposed(l, r)]")),
+    ),
+    Mutant(
+        "monarch_matmul",
+        "one_block_for_all",
+        "every block is the first one: the factors have a block of their own on each place of the diagonal",
+        edited(mo.monarch_matmul, ("full[i, :, i, :] = blocks[i]", "full[i, :, i, :] = blocks[0]")),
+    ),
+    Mutant(
+        "monarch_matmul",
+        "gradient_not_conjugated",
+        "the gradient of x goes back through L without conjugating it: Re<dy, J dx> = Re<g, dx> needs conj(L)",
+        edited(mo.monarch_matmul_vjp, ("_apply(np.conj(np.swapaxes(L, -1, -2)), dy)", "_apply(np.swapaxes(L, -1, -2), dy)")),
+        of_gradient=True,
+    ),
+)
+
+MUTANTS = _LONG_CONV + _MONARCH_MATMUL
