@@ -31,7 +31,7 @@ import scipy.fft
 from refimpl.core.contract import Contract, positive_int
 from refimpl.core.costs import fft_depth, fft_work
 from refimpl.laws import causal, hand_off, linear, time_invariant
-from refimpl.op import Cost, Form, Op
+from refimpl.op import Cost, Form, Law, Op
 
 CONTRACT = Contract(
     "linear_recurrence",
@@ -83,7 +83,7 @@ def linear_recurrence(a, b, *, state=None, reverse=False, return_state=False):
     for t in reversed(range(T)) if reverse else range(T):
         h = a[..., t, :] * h + b[..., t, :]  # (..., c)
         hs[t] = h
-    y = np.stack(hs, axis=-2) if hs else b  # (..., T, c)
+    y = np.stack(hs, axis=-2) if hs else a * b  # (..., T, c)
     return (y, h) if return_state else y
 
 
@@ -92,7 +92,8 @@ def linear_recurrence_hillis_steele(a, b, *, state=None, reverse=False, return_s
     """The same by doubling: after round r every position holds the composition (2) of the 2^r steps up to it.
 
     log2 T rounds, each over the whole array: 3 T c log2 T operations, 2 log2 T deep [2]. The fastest when processors
-    are free, wasteful when they are not.
+    are free, wasteful when they are not. A round forms the composition (2) of more steps than the result needs, so
+    decays above 1 may overflow in it, and a NaN decay spreads.
     """
     a, b, h = _prepare(a, b, state, reverse)
     b = _absorb(a, b, h)
@@ -129,7 +130,8 @@ def _prefixes(a, b):
     to_odd = _prefixes(*_compose(a_odd, b_odd, a_even[..., :half, :], b_even[..., :half, :]))  # prefixes ending at 1, 3, 5 ...
     before = tuple(x[..., : (T - 1) // 2, :] for x in to_odd)
     to_even = _compose(a_even[..., 1:, :], b_even[..., 1:, :], *before)  # ending at 2, 4, 6 ...; the one at 0 is step 0
-    return tuple(_interleave(np.concatenate([first[..., :1, :], rest], axis=-2), odd) for first, rest, odd in zip((a_even, b_even), to_even, to_odd, strict=True))
+    a_to_even, b_to_even = (np.concatenate([step[..., :1, :], rest], axis=-2) for step, rest in zip((a_even, b_even), to_even, strict=True))
+    return _interleave(a_to_even, to_odd[0]), _interleave(b_to_even, to_odd[1])
 
 
 @CONTRACT.form
@@ -141,11 +143,12 @@ def linear_recurrence_chunked(a, b, *, state=None, reverse=False, return_state=F
     """
     positive_int("linear_recurrence", "chunk", chunk)
     a, b, h = _prepare(a, b, state, reverse)
-    T = b.shape[-2]
+    T, c = b.shape[-2:]
+    if T == 0:
+        return _finish(a * b, h, reverse, return_state)
     pad = -T % chunk
     a, b = _pad_time(a, pad, 1), _pad_time(b, pad, 0)  # the identity step
-    shape = (*b.shape[:-2], -1, chunk, b.shape[-1])
-    a, b = np.broadcast_to(a, b.shape).reshape(shape), b.reshape(shape)  # (..., T/chunk, chunk, c)
+    a, b = (x.reshape(*x.shape[:-2], (T + pad) // chunk, chunk, c) for x in (a, b))  # (..., T/chunk, chunk, c)
     local, decay = [b[..., 0, :]], [a[..., 0, :]]
     for i in range(1, chunk):
         local.append(a[..., i, :] * local[-1] + b[..., i, :])  # (..., T/chunk, c)
@@ -153,11 +156,9 @@ def linear_recurrence_chunked(a, b, *, state=None, reverse=False, return_state=F
     carries = [h]
     for j in range(b.shape[-3]):
         carries.append(decay[-1][..., j, :] * carries[-1] + local[-1][..., j, :])
-    if not b.size:
-        return _finish(b.reshape(*b.shape[:-3], 0, b.shape[-1]), h, reverse, return_state)
     entering = np.stack(carries[:-1], axis=-2)[..., None, :]  # (..., T/chunk, 1, c)
     y = np.stack(local, axis=-2) + np.stack(decay, axis=-2) * entering  # (..., T/chunk, chunk, c)
-    return _finish(y.reshape(*y.shape[:-3], -1, y.shape[-1])[..., :T, :], h, reverse, return_state)
+    return _finish(y.reshape(*y.shape[:-3], T + pad, c)[..., :T, :], h, reverse, return_state)
 
 
 @CONTRACT.form
@@ -167,12 +168,12 @@ def linear_recurrence_convolution(a, b, *, state=None, reverse=False, return_sta
     15 T c log2 T operations or so, log T deep. The transform is padded to 2T, or the end would wrap onto the
     beginning. Its rounding error is relative to the largest output of a channel, not to each.
     """
-    if a.ndim > 1 and a.shape[-2] not in (1, b.shape[-2]) or (a.ndim > 1 and not np.all(a == a[..., :1, :])):
+    if a.ndim > 1 and not np.all(a == a[..., :1, :]):
         raise ValueError("linear_recurrence: the form 'convolution' needs an a that is constant in time")
     a, b, h = _prepare(a, b, state, reverse)
     T = b.shape[-2]
     if T == 0:
-        return _finish(b, h, reverse, return_state)
+        return _finish(a * b, h, reverse, return_state)
     kernel = a[..., :1, :] ** np.arange(T)[:, None].astype(a.real.dtype)  # (..., T, c)
     n = scipy.fft.next_fast_len(2 * T)
     if b.dtype.kind == "c" or a.dtype.kind == "c":
@@ -209,7 +210,7 @@ def linear_recurrence_vjp(dy, a, b, *, state=None, reverse=False, dstate=None):
         dy, h = dy[..., ::-1, :], h[..., ::-1, :]
     last = np.zeros_like(first) if dstate is None else dstate
     before = np.concatenate([first[..., None, :], h], axis=-2)[..., :-1, :]  # h_{t-1}: (..., T, c)
-    later = np.concatenate([a[..., 1:, :], np.ones_like(a[..., :1, :])], axis=-2)  # a_{t+1}: (..., T, c)
+    later = np.concatenate([a[..., 1:, :], np.ones_like(a[..., :1, :])], axis=-2)  # a_{t+1}, and 1 for g_T to enter: (..., T, c)
     g = linear_recurrence(np.conj(later), dy, state=last, reverse=True)
     at_start = np.conj(a[..., 0, :]) * g[..., 0, :] if b.shape[-2] else last
     if reverse:
@@ -222,40 +223,33 @@ def error_bound(a, b, *, unit, store=0.0, state=None, reverse=False, return_stat
 
     Each of the at most 2 (t - s) + 2 roundings on the way from b_s to h_t is relative to a term of the recurrence of
     absolute values H, so E_t = |a_t| E_{t-1} + 4 u H_t bounds them all (running error analysis, [3, section 3.3]; 4
-    instead of 2 for complex products). Products of decays formed in log space add u (|F_t| + |F_s|), F the running sum
-    of log |a|. Transforms add 8 u log2 T times the channel's largest H, for constant `a`.
+    instead of 2 for complex products). Products of decays formed as e^(F_t - F_s) add 2 u F_t H_t, F the running sum of
+    |log |a|| (a decay of 0 ends every product, and has no logarithm). Transforms add 8 u log2 2T times the channel's
+    largest H, for constant `a`. `store` allows for one rounding of the carry of every 64 steps: a state that is rounded
+    to half precision at every step breaks the contract.
     """
-    constant = a.ndim == 1 or bool(np.all(a == a[..., :1, :]))
     a, b, h = _prepare(abs(a), abs(b), None if state is None else abs(state), reverse)
-    a, b = np.broadcast_to(a, np.broadcast_shapes(a.shape, b.shape)), np.broadcast_to(b, np.broadcast_shapes(a.shape, b.shape))
     T = b.shape[-2]
-    per_step = 4 * unit + 2 * store
     H = linear_recurrence(a, b, state=h)
-    F = np.cumsum(abs(np.log(np.maximum(a, np.finfo(a.dtype).tiny))), axis=-2)
-    G = linear_recurrence(a, F * b)
-    E = linear_recurrence(a, per_step * H) + unit * (F * H + G)
-    if constant and T:
+    F = np.cumsum(abs(np.log(np.where(a > 0, a, np.ones_like(a)))), axis=-2)
+    E = linear_recurrence(a, (4 * unit + store / 64) * H) + 2 * unit * F * H
+    if T and np.all(a == a[..., :1, :]):
         E = E + 8 * unit * np.log2(2 * T) * H.max(axis=-2, keepdims=True)
-    E = E[..., ::-1, :] if reverse else E
-    last = (E[..., 0, :] if reverse else E[..., -1, :]) if T else np.zeros_like(h)
-    return (E, last) if return_state else E
+    return _finish(E, np.zeros_like(h), reverse, return_state)
 
 
 # -- what the forms share --------------------------------------------------------------------------------------------
 
 
 def _prepare(a, b, state, reverse=False):
-    """Decay of every step and an initial state; time reversed where asked."""
-    if a.ndim == 1:
-        a = a[None, :]  # (1, c)
-    if a.shape[-2] != b.shape[-2]:
-        a = np.broadcast_to(a, (*a.shape[:-2], b.shape[-2], a.shape[-1]))
-    if state is None:
-        batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        state = np.zeros_like(a[..., :1, :].sum(axis=-2) * b[..., :1, :].sum(axis=-2), shape=(*batch, b.shape[-1]))  # (..., c)
+    """Decay and input of every step and an initial state, with all batch axes; time reversed where asked."""
+    a = a[None, :] if a.ndim == 1 else a
+    batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2], () if state is None else state.shape[:-1])
+    zero = np.zeros_like(a[..., :1, :].sum(axis=-2) * b[..., :1, :].sum(axis=-2), shape=(*batch, b.shape[-1]))  # (..., c)
+    a, b = (np.broadcast_to(x, (*batch, *b.shape[-2:])) for x in (a, b))
     if reverse:
         a, b = a[..., ::-1, :], b[..., ::-1, :]
-    return a, b, state
+    return a, b, zero if state is None else zero + state
 
 
 def _compose(a2, b2, a1, b1):
@@ -265,17 +259,13 @@ def _compose(a2, b2, a1, b1):
 
 def _absorb(a, b, h):
     """The initial state as part of the first input."""
-    if b.shape[-2] == 0:
-        return b
     first = b[..., :1, :] + a[..., :1, :] * h[..., None, :]
-    rest = np.broadcast_to(b[..., 1:, :], (*first.shape[:-2], b.shape[-2] - 1, b.shape[-1]))
-    return np.concatenate([first, rest], axis=-2)
+    return np.concatenate([first, b[..., 1:, :]], axis=-2)
 
 
 def _interleave(even, odd):
     """even_0, odd_0, even_1, odd_1 ... along time."""
-    shape = np.broadcast_shapes(even.shape[:-2], odd.shape[:-2])
-    y = np.empty_like(even, shape=(*shape, even.shape[-2] + odd.shape[-2], even.shape[-1]))
+    y = np.empty_like(odd, shape=(*odd.shape[:-2], even.shape[-2] + odd.shape[-2], odd.shape[-1]))
     y[..., ::2, :], y[..., 1::2, :] = even, odd
     return y
 
@@ -308,6 +298,11 @@ def _with(**changes):
     return draw
 
 
+def _forwards(law):
+    """A law of time that runs forwards: backwards, the past depends on the future, as it should."""
+    return Law(law.name, lambda f, call, bound, rng: () if call.get("reverse") else law.holds(f, call, bound, rng), law.arguments)
+
+
 OPS = (
     Op(
         name="linear_recurrence",
@@ -317,7 +312,9 @@ OPS = (
             "sequential": Form(linear_recurrence, lambda T, c, batch=1: Cost(2 * T * c * batch, 2 * T, 2 * T * c * batch)),
             "hillis_steele": Form(
                 linear_recurrence_hillis_steele,
-                lambda T, c, batch=1: Cost(3 * T * c * batch * max(1, np.ceil(np.log2(max(T, 1)))), 2 * np.ceil(np.log2(max(T, 2))), 7 * T * c * batch),
+                lambda T, c, batch=1: Cost(
+                    3 * T * c * batch * max(1, np.ceil(np.log2(max(T, 1)))), 2 * np.ceil(np.log2(max(T, 2))), 7 * T * c * batch
+                ),
                 stops="|a| > 1: products of decays may overflow where h does not; NaN in a decay reaches every later row",
             ),
             "blelloch": Form(
@@ -347,11 +344,20 @@ OPS = (
             "alternating decay -1": _with(a=lambda rng, a: -np.ones_like(a)),
             "constant decay": _with(a=lambda rng, a: a[..., :1, :]),
             "one needle": _with(b=lambda rng, b: b * (np.arange(b.shape[-2]) == b.shape[-2] // 3)[:, None], state=lambda rng, s: s * 0),
-            "complex decay": _with(a=lambda rng, a: a * np.exp(1j * rng.uniform(-3, 3, a.shape)), b=lambda rng, b: b + 1j * rng.standard_normal(b.shape), state=lambda rng, s: s + 0j),
+            "complex decay": _with(
+                a=lambda rng, a: a * np.exp(1j * rng.uniform(-3, 3, a.shape)),
+                b=lambda rng, b: b + 1j * rng.standard_normal(b.shape),
+                state=lambda rng, s: s + 0j,
+            ),
         },
         error_bound=error_bound,
         references=("blelloch1990, section 1.4", "hillis1986", "higham2002, section 3.3"),
         sizes=({"c": 1}, {"c": 64}, {"batch": (2,)}, {"batch": (2, 3)}),
-        laws=(causal(CONTRACT, "a", "b"), linear(CONTRACT, "b", "state"), hand_off(CONTRACT)),
+        laws=(
+            _forwards(causal(CONTRACT, "a", "b")),
+            linear(CONTRACT, "b", "state"),
+            _forwards(hand_off(CONTRACT)),
+            time_invariant(CONTRACT, "b"),
+        ),
     ),
 )

@@ -55,7 +55,9 @@ def _check(arguments, sizes):
             raise TypeError(f"selective_scan: {name} must be real, got dtype {arguments[name].dtype}")
     for name in ("B", "C", "state"):
         if arguments.get(name) is not None and np.iscomplexobj(arguments[name]) and not np.iscomplexobj(arguments["A"]):
-            raise TypeError(f"selective_scan: {name} may be complex only where A is, got {name} of dtype {arguments[name].dtype} and a real A")
+            raise TypeError(
+                f"selective_scan: {name} may be complex only where A is, got {name} of dtype {arguments[name].dtype} and a real A"
+            )
     one_of("selective_scan", "delta_softplus", arguments.get("delta_softplus", False), (False, True))
     for name in ("chunk", "channels"):
         positive_int("selective_scan", name, arguments.get(name, 1))
@@ -446,7 +448,7 @@ def _alternating(rng, x):
     return np.broadcast_to(x[..., :1], x.shape) * signs
 
 
-_tree = lambda T: max(1, log2_ceil(T))  # noqa: E731
+_tree = lambda T: max(1, log2_ceil(T))
 
 OPS = (
     Op(
@@ -455,17 +457,22 @@ OPS = (
         contract=CONTRACT,
         forms={
             "recurrent": Form(
-                selective_scan, lambda T, c, n, batch=1, G=0: Cost((7 * n + 9) * T * c * batch, 3 * T + log2_ceil(n), (2 * T + 5 * n) * c * batch)
+                selective_scan,
+                lambda T, c, n, batch=1, G=0: Cost((7 * n + 9) * T * c * batch, 3 * T + log2_ceil(n), (2 * T + 5 * n) * c * batch),
             ),
             "associative": Form(
                 selective_scan_associative,
-                lambda T, c, n, batch=1, G=0: Cost((11 * n + 9) * T * c * batch, 4 * _tree(T) + log2_ceil(n) + 3, (10 * n + 2) * T * c * batch),
+                lambda T, c, n, batch=1, G=0: Cost(
+                    (11 * n + 9) * T * c * batch, 4 * _tree(T) + log2_ceil(n) + 3, (10 * n + 2) * T * c * batch
+                ),
                 stops="dt A > 0: products of decays may overflow where h does not",
             ),
             "chunked": Form(
                 selective_scan_chunked,
                 lambda T, c, n, batch=1, G=0, chunk=32, channels=512: Cost(
-                    (7 * n + 9) * T * c * batch, 3 * T + log2_ceil(n), 2 * T * c * batch + 3 * n * min(chunk, T) * min(channels, c) + n * c * batch
+                    (7 * n + 9) * T * c * batch,
+                    3 * T + log2_ceil(n),
+                    2 * T * c * batch + 3 * n * min(chunk, T) * min(channels, c) + n * c * batch,
                 ),
             ),
             "attention": Form(
@@ -487,11 +494,16 @@ OPS = (
             "steps of zero": _with(delta=_sometimes(0.0, 0.4), delta_bias=lambda rng, b: 0 * b),
             "steps of a thousand": _with(delta=_sometimes(1e3, 0.2)),
             "softplus in both tails": _with(
-                options={"delta_softplus": True}, delta=lambda rng, d: np.where(rng.random(d.shape) < 0.3, rng.choice([-1e3, 50.0], d.shape), d)
+                options={"delta_softplus": True},
+                delta=lambda rng, d: np.where(rng.random(d.shape) < 0.3, rng.choice([-1e3, 50.0], d.shape), d),
             ),
-            "gate in both tails": _with(z=lambda rng, z: np.where(rng.random(z.shape) < 0.5, rng.choice([-1e3, -30.0, 50.0, 1e3], z.shape), z)),
+            "gate in both tails": _with(
+                z=lambda rng, z: np.where(rng.random(z.shape) < 0.5, rng.choice([-1e3, -30.0, 50.0, 1e3], z.shape), z)
+            ),
             "one needle": _with(u=_needle, state=lambda rng, s: 0 * s),
-            "cancelling states": _with(A=lambda rng, A: np.broadcast_to(A[:, :1], A.shape), B=lambda rng, B: np.broadcast_to(B[..., :1], B.shape), C=_alternating),
+            "cancelling states": _with(
+                A=lambda rng, A: np.broadcast_to(A[:, :1], A.shape), B=lambda rng, B: np.broadcast_to(B[..., :1], B.shape), C=_alternating
+            ),
             "nothing read out": _with(C=lambda rng, C: C * (rng.random(C.shape[:-1]) < 0.5)[..., None]),
             "large state": _with(state=lambda rng, s: 1e4 * s),
             "complex rates": _with(A=lambda rng, A: A + 1j * rng.uniform(-3, 3, A.shape)),
@@ -499,7 +511,17 @@ OPS = (
         },
         error_bound=error_bound,
         references=("gu2023, algorithm 2 and section 3.3", "ali2024, section 3.1", "dao2024, section 6", "higham2002, section 3.3"),
-        sizes=({"c": 1}, {"n": 1}, {"n": 16}, {"c": 6, "G": 2}, {"c": 6, "G": 6}, {"G": 1}, {"c": 40}, {"batch": (2,)}, {"batch": (2, 3), "G": 2}),
+        sizes=(
+            {"c": 1},
+            {"n": 1},
+            {"n": 16},
+            {"c": 6, "G": 2},
+            {"c": 6, "G": 6},
+            {"G": 1},
+            {"c": 40},
+            {"batch": (2,)},
+            {"batch": (2, 3), "G": 2},
+        ),
         laws=(causal(CONTRACT, "u", "delta", "B", "C", "z"), linear(CONTRACT, "u", "state"), hand_off(CONTRACT)),
     ),
 )
