@@ -1,0 +1,526 @@
+"""mLSTM, the matrix memory of xLSTM: a linear attention whose gates are exponential, and therefore need a stabiliser.
+
+    C_t = f_t C_{t-1} + i_t k_t v_tᵀ,      n_t = f_t n_{t-1} + i_t k_t                                  (1)
+    h_t = C_tᵀ q_t / max(|n_tᵀ q_t|, 1)                                                                (2)
+
+with keys divided by √d, i_t = exp(ĩ_t), and f_t = σ(f̃_t) or exp(f̃_t). C is an associative memory: it stores values under
+keys, and a query reads a mixture of the values, weighted by how well their keys match; n is what the same memory makes of
+the constant value 1, so that (2) is a weighted mean as long as enough was written, and fades to 0 where it was not.
+
+exp(ĩ) overflows. So only C e^-m and n e^-m are kept, with m the running maximum of the exponents [1, eq. 15]:
+
+    m_t = max(log f_t + m_{t-1}, ĩ_t),     f'_t = exp(log f_t + m_{t-1} - m_t),    i'_t = exp(ĩ_t - m_t)   (3)
+
+(1) then holds with f', i' in place of f, i; and the 1 of (2), in the same units, is e^{-m}:
+
+    h_t = C_tᵀ q_t / (max(|n_tᵀ q_t|, e^{-m_t}) + eps)                                                  (4)
+
+With eps = 0, h does not depend on m at all: (C, n, m) and (e^a C, e^a n, m - a) are the same memory.
+
+Glossary
+    q, k, v         query, key, value: q_t, k_t (times √d), v_t in [1, eq. 22-24]
+    i, f            ĩ_t, f̃_t: gate pre-activations [1, eq. 25-26], one per head
+    C, n, m         matrix memory, normaliser state, stabiliser state; together the state
+    F               log f_t
+    A_tj            exponent of step j's weight at time t: log f_{j+1} + ... + log f_t + ĩ_j
+
+Where implementations differ
+    The bound of (2) is 1 in true units, in the paper and here; some codes take max(|n·q|, 1) of the stabilised n, which makes
+    h depend on the stabiliser. Published kernels add eps = 1e-6 (stabilised units); the paper has none. Some kernels start at
+    m = 0 rather than -∞: that shows in the returned m, and in h only if eps > 0. Some scale q by 1/√d rather than k: that
+    shows in the returned C and n only. xLSTM's own gates are capped (15 tanh(x / 15)) before they come here.
+
+References
+    [1] M. Beck, K. Pöppel, M. Spanring, A. Auer, O. Prudnikova, M. Kopp, G. Klambauer, J. Brandstetter, S. Hochreiter,
+        "xLSTM: Extended Long Short-Term Memory", NeurIPS 2024, section 2.3 and appendix A.3.
+    [2] M. Beck, K. Pöppel, P. Lippe, S. Hochreiter, "Tiled Flash Linear Attention", 2025, section 3.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from refimpl.core.contract import Contract, one_of, positive_int
+from refimpl.core.numerics import constant, log_sigmoid, sigmoid, sqrt_of
+from refimpl.core.parallel import over_threads
+from refimpl.laws import causal, hand_off
+from refimpl.op import Cost, Form, Law, Op
+
+
+class State(NamedTuple):
+    """The memory between two steps; stands for (C, n)·e^m. Before the first step C = n = 0, m = -∞.
+
+    Attributes
+    ----------
+    C : ndarray, shape (..., H, d, e)
+    n : ndarray, shape (..., H, d)
+    m : ndarray, shape (..., H)
+    """
+
+    C: np.ndarray
+    n: np.ndarray
+    m: np.ndarray
+
+
+def _check(arguments, sizes):
+    for name in ("q", "k", "v", "i", "f"):
+        if arguments[name].dtype.kind == "c":
+            raise TypeError(f"mlstm: {name} must be real, got dtype {arguments[name].dtype}")
+    one_of("mlstm", "forget", arguments.get("forget", "exp"), ("sigmoid", "exp"))
+    eps = arguments.get("eps", 0)
+    if isinstance(eps, bool) or not isinstance(eps, int | float | np.floating) or not 0 <= eps < np.inf:
+        raise ValueError(f"mlstm: eps must be a finite number of at least 0, got {eps!r}")
+
+
+CONTRACT = Contract(
+    "mlstm",
+    takes="q (..., H?, T, d); k (..., H?, T, d); v (..., H?, T, e); i (..., H?, T); f (..., H?, T);"
+    "state.C (..., H?, d, e); state.n (..., H?, d); state.m (..., H?)",
+    gives="h (..., H?, T, e)",
+    check=_check,
+)
+
+
+@CONTRACT.form
+def mlstm(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=False):
+    """mLSTM, equations (1), (3) and (4), one step at a time.
+
+    Parameters
+    ----------
+    q, k : ndarray, shape (..., H, T, d)
+        Queries and keys; keys are divided by √d in here. Without the axis H there is one head.
+    v : ndarray, shape (..., H, T, e)
+        Values.
+    i, f : ndarray, shape (..., H, T)
+        Pre-activations of the input gate (i = exp) and of the forget gate.
+    forget : {"sigmoid", "exp"}
+        Activation of the forget gate.
+    eps : float
+        Added to the denominator, in stabilised units.
+    state : State, optional
+        (C, n, m) before the first step; (0, 0, -∞) by default.
+    return_state : bool
+        Also return the final state.
+
+    Returns
+    -------
+    h : ndarray, shape (..., H, T, e)
+    state : State, only with `return_state`
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a shape does not fit, an array is not numeric, `forget` is unknown or `eps` is negative.
+
+    Notes
+    -----
+    About 6 T d e operations per head, T long; the state is all that is kept. Every exponent is at most 0, so that nothing
+    overflows for any gates. The error is at most ``error_bound``; it is large where n·q cancels and e^-m is small.
+
+    Examples
+    --------
+    Two orthogonal keys; the second query reads what the first step stored:
+
+    >>> import numpy as np
+    >>> q, k = np.array([[1.0, 0], [1, 0]]), np.sqrt(2) * np.array([[1.0, 0], [0, 1]])
+    >>> mlstm(q, k, np.array([[3.0], [5.0]]), np.zeros(2), np.zeros(2), forget="exp")[:, 0]
+    array([3., 3.])
+    """
+    q, k, v, i, F, C, n, m = _prepare(q, k, v, i, f, forget, state)
+    hs = []
+    for t in range(q.shape[-2]):
+        C, n, m = _step(k[..., t, :], v[..., t, :], i[..., t], F[..., t], C, n, m)
+        numerator = (q[..., t, None, :] @ C)[..., 0, :]  # (..., H, e)
+        overlap = (n * q[..., t, :]).sum(axis=-1)  # (..., H)
+        hs.append(numerator / _denominator(overlap, m, eps)[..., None])
+    h = np.stack(hs, axis=-2) if hs else v  # (..., H, T, e)
+    return (h, State(C, n, m)) if return_state else h
+
+
+def _step(k, v, i, F, C, n, m):
+    """(1) in the units of (3)."""
+    decayed = F + m
+    m = np.maximum(decayed, i)  # (..., H)
+    f_prime, i_prime = np.exp(decayed - _finite(m)), np.exp(i - _finite(m))
+    C = f_prime[..., None, None] * C + i_prime[..., None, None] * k[..., :, None] * v[..., None, :]  # (..., H, d, e)
+    n = f_prime[..., None] * n + i_prime[..., None] * k  # (..., H, d)
+    return C, n, m
+
+
+@CONTRACT.form
+def mlstm_parallel(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=False):
+    """The same as an attention: (1) unrolled is a sum over the past, h_t ~ Σ_j exp(A_tj) (q_t·k_j) v_j.
+
+    m_t is the largest exponent of row t, as in a softmax; the initial state is one more term of the sum, with the exponent
+    log f_0 + ... + log f_t + m_{-1}. 2 T² (d + e) operations and T² memory, but only log T deep.
+    """
+    q, k, v, i, F, C, n, m = _prepare(q, k, v, i, f, forget, state)
+    if q.shape[-2] == 0:
+        return (v, State(C, n, m)) if return_state else v
+    A = _segment_sums(F) + i[..., None, :]  # (..., H, T, T)
+    a = np.cumsum(F, axis=-1) + m[..., None]  # the initial state's exponent: (..., H, T)
+    m = np.maximum(a, A.max(axis=-1))
+    weight, initial = np.exp(A - _finite(m)[..., None]), np.exp(a - _finite(m))
+    match = weight * (q @ _transposed(k))  # (..., H, T, T)
+    numerator = match @ v + initial[..., None] * (q @ C)  # (..., H, T, e)
+    overlap = match.sum(axis=-1) + initial * (q @ n[..., None])[..., 0]  # (..., H, T)
+    h = numerator / _denominator(overlap, m, eps)[..., None]
+    if not return_state:
+        return h
+    kept, last = weight[..., -1, :, None] * k, initial[..., -1, None]  # (..., H, T, d), (..., H, 1)
+    return h, State(last[..., None] * C + _transposed(kept) @ v, last * n + kept.sum(axis=-2), m[..., -1])
+
+
+@CONTRACT.form
+def mlstm_chunkwise(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=False, chunk=64):
+    """The same in chunks: the parallel form inside a chunk, the state between chunks.
+
+    What a chunk adds to the state is one matrix product, computed for all chunks at once; only the T/chunk states are
+    sequential. 2 T (chunk (d + e) + 2 d e) operations, chunk + T/chunk deep: linear in T, and all of it matrix products.
+    This is the form of GPU kernels [2]. n is carried as one more column of C, the memory of the value 1.
+    """
+    positive_int("mlstm", "chunk", chunk)
+    q, k, v, i, F, C, n, m = _prepare(q, k, v, i, f, forget, state)
+    T, batch, last = q.shape[-2], m.shape, State(C, n, m)
+    if T == 0 or m.size == 0:
+        return (v, last) if return_state else v
+    length = min(chunk, T)
+    memory = np.concatenate([C, n[..., None]], axis=-1)  # (..., H, d, e + 1)
+    heads = [x.reshape(m.size, *x.shape[len(batch) :]) for x in (q, k, v, i, F, memory, m[..., None])]
+    done = over_threads(lambda head: _one_head(*(x[head] for x in heads), eps, length), range(m.size), q, k, v)
+    h, memory, m = (np.stack(x).reshape(*batch, *x[0].shape) for x in zip(*done, strict=True))
+    return (h, State(memory[..., :-1], memory[..., -1], m)) if return_state else h
+
+
+def _one_head(q, k, v, i, F, memory, m, eps, L):
+    """One head, in chunks of L steps: q, k (T, d), v (T, e), i, F (T), memory (d, e + 1), m (1)."""
+    T = q.shape[0]
+    q, k, v1, F = _chunks(q, L, 0), _chunks(k, L, 0), _chunks(np.concatenate([v, np.ones_like(v, shape=(T, 1))], axis=1), L, 0), _chunks(F, L, 0)
+    i = _chunks(i, L, -np.inf)  # steps after the end write nothing and forget nothing: (T/L, L)
+    A = _segment_sums(F) + i[:, None, :]  # exponents within chunks: (T/L, L, L)
+    m_local = A.max(axis=-1)  # (T/L, L)
+    F_sum = np.cumsum(F, axis=-1)
+    write = np.exp(A[:, -1, :] - _finite(m_local[:, -1:]))  # weights at the chunk's end: (T/L, L)
+    added = _transposed(k * write[:, :, None]) @ v1  # (T/L, d, e + 1)
+
+    memories, ms = [], []
+    for c in range(len(F)):
+        memories.append(memory)
+        ms.append(m)
+        decayed = F_sum[c, -1:] + m
+        m = np.maximum(decayed, m_local[c, -1:])
+        memory = np.exp(decayed - _finite(m)) * memory + np.exp(m_local[c, -1:] - _finite(m)) * added[c]
+
+    a = F_sum + np.stack(ms)  # exponent of the state from before the chunk: (T/L, L)
+    m_t = np.maximum(a, m_local)
+    match = np.exp(A - _finite(m_t)[:, :, None]) * (q @ _transposed(k))  # (T/L, L, L)
+    read = match @ v1 + np.exp(a - _finite(m_t))[:, :, None] * (q @ np.stack(memories))  # (T/L, L, e + 1)
+    h = read[..., :-1] / _denominator(read[..., -1], m_t, eps)[..., None]
+    return h.reshape(len(h) * L, h.shape[-1])[:T], memory, m[0]
+
+
+@CONTRACT.gradient
+def mlstm_vjp(dy, q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, dstate=None):
+    """Gradient of `mlstm`: (4), (1) and (3) transposed, last step first.
+
+    With D the denominator of (4), s = n·q, and dC, dn, dm the cotangents of the state after step t:
+
+        (4)  dq = C dh / D,  dC += q dhᵀ / D,  dD = -dh·h / D
+             if |s| >= e^-m:  dq += sign(s) dD n,  dn += sign(s) dD q;       else:  dm -= e^-m dD
+        (1)  dk = i' (dC v + dn),  dv = i' dCᵀk;    df' = <dC, C_{t-1}> + dn·n_{t-1},  di' = (dC v + dn)·k
+             dC_{t-1} = f' dC,  dn_{t-1} = f' dn
+        (3)  d(log f + m_{t-1}) = f' df',  dĩ = i' di',  dm -= f' df' + i' di';  then dm goes to the larger argument of the max
+
+    So the gradient passes through the stabiliser, as it must: with eps = 0 and no cotangent of the final state all that
+    arrives at m cancels, and the gradient with respect to state.m is what a change of scale of (C, n) is worth.
+
+    Ties: |n·q| = e^-m counts as |n·q|; log f + m_{t-1} = ĩ sends dm to the left; d|s|/ds = 0 at s = 0.
+
+    Parameters
+    ----------
+    dy : ndarray, shape (..., H, T, e)
+        Cotangent of h.
+    dstate : State, optional
+        Cotangent (dC, dn, dm) of the final state.
+
+    Returns
+    -------
+    dict
+        "q", "k", "v", "i", "f", and "state" (a State) where one was given.
+
+    Notes
+    -----
+    Keeps all T states: T d e elements a head. 16 T d e operations or so.
+    """
+    scale = sqrt_of(q.shape[-1], q)
+    pre_activation = f
+    q, k, v, i, F, C, n, m = _prepare(q, k, v, i, f, forget, state)
+    states = [State(C, n, m)]
+    for t in range(q.shape[-2]):
+        states.append(State(*_step(k[..., t, :], v[..., t, :], i[..., t], F[..., t], *states[-1])))
+    dC, dn, dm = (np.zeros_like(x) for x in (C, n, m)) if dstate is None else dstate
+    gradients = {name: [] for name in ("q", "k", "v", "i", "f")}
+    for t in reversed(range(q.shape[-2])):
+        (C, n, m), before = states[t + 1], states[t]
+        q_t, k_t, v_t = q[..., t, :], k[..., t, :], v[..., t, :]
+        overlap = (n * q_t).sum(axis=-1)
+        D = _denominator(overlap, m, eps)  # (..., H)
+        h = (q_t[..., None, :] @ C)[..., 0, :] / D[..., None]  # (..., H, e)
+        dh = dy[..., t, :]
+        dD = -(h * dh).sum(axis=-1) / D
+        enough = abs(overlap) >= _lower_bound(m)
+        ds = np.where(enough, np.sign(overlap) * dD, 0)  # (..., H)
+        dq = (C @ dh[..., None])[..., 0] / D[..., None] + ds[..., None] * n  # (..., H, d)
+        q_D = q_t / D[..., None]  # first: q = 0 makes D the least number that there is
+        dC, dn = dC + q_D[..., :, None] * dh[..., None, :], dn + ds[..., None] * q_t
+        dm = dm + np.where(enough, 0, (h * dh).sum(axis=-1) / (1 + constant(eps, q) / _lower_bound(m)))
+
+        decayed = F[..., t] + before.m
+        f_prime, i_prime = np.exp(decayed - _finite(m)), np.exp(i[..., t] - _finite(m))
+        dk = (dC @ v_t[..., None])[..., 0] + dn
+        dv = (k_t[..., None, :] @ dC)[..., 0, :]
+        d_decayed = f_prime * ((dC * before.C).sum(axis=(-2, -1)) + (dn * before.n).sum(axis=-1))
+        d_input = i_prime * (dk * k_t).sum(axis=-1)
+        dm = dm - d_decayed - d_input
+        to_left = decayed >= i[..., t]
+        d_decayed, d_input = d_decayed + np.where(to_left, dm, 0), d_input + np.where(to_left, 0, dm)
+        dC, dn, dm = f_prime[..., None, None] * dC, f_prime[..., None] * dn, d_decayed
+        d_forget = d_decayed * sigmoid(-pre_activation[..., t]) if forget == "sigmoid" else d_decayed
+        step = (dq, i_prime[..., None] * dk / scale, i_prime[..., None] * dv, d_input, d_forget)
+        for name, value in zip(gradients, step, strict=True):
+            gradients[name].append(value)
+    empty = {"q": q, "k": k, "v": v, "i": i, "f": F}
+    axis = {"i": -1, "f": -1}
+    stacked = {name: np.stack(x[::-1], axis=axis.get(name, -2)) if x else empty[name] for name, x in gradients.items()}
+    return stacked | {"state": State(dC, dn, dm)}
+
+
+@CONTRACT.form
+def error_bound(q, k, v, i, f, *, unit, store=0.0, forget="sigmoid", eps=0.0, state=None, return_state=False):
+    """|computed - exact|, elementwise, of any form in arithmetic of unit roundoff `unit`.
+
+    Let h = N / D, and w_tj = exp(A_tj - m_t). An exponent is wrong by what its sum is: step by step or as a difference of
+    running sums b_t = log f_0 + ... + log f_t, at most the roundings u (|b_0| + ... + |b_t|) of those, the roundings of
+    m_s + log f_s, and a few of |A_tj| and |A_tj - m_t|. m itself costs nothing in h: any m, used throughout, gives the same
+    h. That, and the roundings of products of t - j factors, of dot products (6 √K u for K terms) and of what is kept in
+    halves, is the relative error δ_tj of a term:
+
+        |ΔN_t| <= Σ_j w_tj δ_tj (|q_t|·|k_j|) |v_j|,      |Δ(n·q)| the same without v,      Δe^-m = u e^-m
+
+        |Δh| <= (|ΔN| + |h| |ΔD|) / (D - |ΔD|)
+
+    with ΔD that of whichever argument of the max may be the larger. In C and n, m's error counts as well.
+    """
+    q, k, v, i, F, C, n, m0 = _prepare(q, k, v, i, f, forget, state)
+    T, d = q.shape[-2:]
+    if T == 0:
+        return (np.zeros_like(v), State(*(np.zeros_like(x) for x in (C, n, m0)))) if return_state else np.zeros_like(v)
+    # The initial state is step -1, with exponent m_{-1}; -∞ is replaced by a number far below, so that it has no NaN to give.
+    sums = np.concatenate([np.zeros_like(m0)[..., None], np.cumsum(F, axis=-1)], axis=-1)  # b_{-1} ... b_{T-1}
+    gates = np.concatenate([m0[..., None], i], axis=-1)  # (..., H, T + 1)
+    inner = np.full_like(F, 0, shape=(*m0.shape, T + 1))
+    inner[..., 1:] = F
+    A = _segment_sums(inner)[..., 1:, :] + gates[..., None, :]  # (..., H, T, T + 1)
+    m = A.max(axis=-1)
+    weight = np.exp(A - _finite(m)[..., None])
+    live = weight > 0
+    size = lambda x: np.where(np.isfinite(x), abs(x), 0)  # noqa: E731
+    running = np.cumsum(size(sums), axis=-1)  # what a running sum's roundings come to
+    m_before = np.concatenate([m0[..., None], m[..., :-1]], axis=-1)
+    per_step = size(m_before) + 2 * size(F) + size(m_before + F - _finite(m)) + 4
+    steps = np.concatenate([np.zeros_like(m0)[..., None], np.cumsum(per_step, axis=-1)], axis=-1)
+    chain = steps[..., 1:, None] - steps[..., None, :]
+    exponent = running[..., 1:, None] + running[..., None, :] + 4 * (size(A) + size(A - _finite(m)[..., None]) + size(gates)[..., None, :])
+    exponent = np.where(live, exponent + np.maximum(chain, 0), 0)
+    terms = 6 * np.sqrt(constant(d, q)) + 6 * np.sqrt(np.arange(1, T + 1, dtype=q.dtype))[:, None] + 12
+    relative = np.where(live, np.expm1(np.minimum(unit * exponent, 1)) + unit * terms + 6 * store, 0)  # δ_tj
+
+    past_k = abs(k)
+    match = abs(q) @ _transposed(past_k)  # (..., H, T, T)
+    from_n, from_C = abs(q) @ abs(n)[..., None], abs(q) @ abs(C)  # (..., H, T, 1), (..., H, T, e)
+    error = weight * relative
+    error_N = (error[..., 1:] * match) @ abs(v) + error[..., :1] * from_C  # (..., H, T, e)
+    error_s = (error[..., 1:] * match).sum(axis=-1) + (error[..., :1] * from_n)[..., 0]  # (..., H, T)
+    h, last = mlstm_parallel(q, k * sqrt_of(d, q), v, i, F, forget="exp", eps=eps, state=State(C, n, m0), return_state=True)
+    s = ((weight[..., 1:] * (q @ _transposed(k))).sum(axis=-1)) + (weight[..., :1] * (q @ n[..., None]))[..., 0]
+    floor = np.minimum(_lower_bound(m), np.finfo(q.dtype).max / 4)
+    error_floor = 4 * unit * floor
+    error_D = np.maximum(
+        np.where(abs(s) + error_s >= floor - error_floor, error_s, 0), np.where(abs(s) - error_s <= floor + error_floor, error_floor, 0)
+    )
+    D = np.maximum(np.maximum(abs(s) - error_s, floor - error_floor), np.finfo(q.dtype).tiny) + constant(eps, q)
+    with np.errstate(over="ignore"):  # where n·q may be 0 and nothing bounds it from below, no digit is certain
+        E = error_N / D[..., None] + abs(h) * np.minimum(error_D / D + 4 * unit, np.finfo(q.dtype).max)[..., None]
+    if not return_state:
+        return E
+    near = A[..., -1, :] > _finite(m[..., -1:]) - 1
+    error_m = unit * np.where(near, exponent[..., -1, :] + 1, 0).max(axis=-1)
+    grown = error[..., -1, :] + weight[..., -1, :] * np.expm1(np.minimum(error_m, 1))[..., None]
+    kept = grown[..., 1:, None] * past_k
+    error_C = _transposed(kept) @ abs(v) + grown[..., :1, None] * abs(C)
+    return E, State(error_C, kept.sum(axis=-2) + grown[..., :1] * abs(n), error_m)
+
+
+# -- what the forms share --------------------------------------------------------------------------------------------
+
+
+def _prepare(q, k, v, i, f, forget, state):
+    """Keys scaled, the forget gate as a logarithm, a state; batch axes of one shape."""
+    F = log_sigmoid(f) if forget == "sigmoid" else f
+    k = k / sqrt_of(k.shape[-1], k)
+    batch = np.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2], i.shape[:-1], F.shape[:-1], () if state is None else state[2].shape)
+    if state is None:
+        C = np.zeros_like(k, shape=(*batch, k.shape[-1], v.shape[-1]))
+        n, m = np.zeros_like(k, shape=(*batch, k.shape[-1])), np.full_like(k, -np.inf, shape=batch)
+    else:
+        C, n, m = state
+        batch = np.broadcast_shapes(batch, C.shape[:-2], n.shape[:-1])
+    matrices = [np.broadcast_to(x, (*batch, *x.shape[-2:])) for x in (q, k, v)]
+    vectors = [np.broadcast_to(x, (*batch, x.shape[-1])) for x in (i, F)]
+    return *matrices, *vectors, np.broadcast_to(C, (*batch, *C.shape[-2:])), np.broadcast_to(n, (*batch, n.shape[-1])), np.broadcast_to(m, batch)
+
+
+def _finite(m):
+    """m, and 0 where nothing was written yet: every weight is 0 then, and must not be exp(-∞ - -∞)."""
+    return np.where(m == -np.inf, 0, m)
+
+
+def _lower_bound(m):
+    """e^-m, the 1 of (2) in stabilised units; in floating point never 0, or a query of zeros would give 0/0."""
+    if m.dtype.kind == "O":
+        return np.exp(-m)
+    with np.errstate(over="ignore"):
+        return np.exp(-np.minimum(m, -np.log(np.finfo(m.dtype).tiny)))
+
+
+def _denominator(overlap, m, eps):
+    """That of (4)."""
+    return np.maximum(abs(overlap), _lower_bound(m)) + constant(eps, m)
+
+
+def _segment_sums(F):
+    """F_{j+1} + ... + F_t at [t, j], and -∞ for j > t. Sums, not differences of running sums, which cancel."""
+    S = np.full_like(F, -np.inf, shape=(*F.shape, F.shape[-1]))  # (..., T, T)
+    for t in range(F.shape[-1]):
+        S[..., t, :t] = S[..., t - 1, :t] + F[..., t, None]
+        S[..., t, t] = 0
+    return S
+
+
+def _chunks(x, length, fill):
+    """(T, ...) as (T/length, length, ...), the end filled up."""
+    pad = np.full_like(x, fill, shape=(-len(x) % length, *x.shape[1:]))
+    return np.concatenate([x, pad]).reshape(-(-len(x) // length), length, *x.shape[1:])
+
+
+def _transposed(x):
+    return np.swapaxes(x, -1, -2)
+
+
+def _sample(rng, *, H=2, T=7, d=4, e=3, batch=()):
+    heads = (*batch, H)
+    return {
+        "q": rng.standard_normal((*heads, T, d)),
+        "k": rng.standard_normal((*heads, T, d)),
+        "v": rng.standard_normal((*heads, T, e)),
+        "i": rng.standard_normal((*heads, T)),
+        "f": 0.5 + 0.7 * rng.standard_normal((*heads, T)),
+        "state": State(rng.standard_normal((*heads, d, e)) / 2, rng.standard_normal((*heads, d)) / 2, rng.uniform(-1, 1, heads)),
+    }
+
+
+def _with(**changes):
+    """A hard call: the sample, with some arrays replaced and some options set."""
+
+    def draw(rng, **sizes):
+        call = _sample(rng, **sizes)
+        return call | {name: change(rng, call[name]) if name in call else change for name, change in changes.items()}
+
+    return draw
+
+
+def _sometimes(value):
+    return lambda rng, x: np.where(rng.random(x.shape) < 0.3, value + x, x)
+
+
+def _same_memory(f, call, bound, rng):
+    """Law: (C e^a, n e^a, m - a) is the same memory, while eps = 0."""
+    if call.get("state") is None or call.get("eps"):
+        return
+    C, n, m = call["state"]
+    other = State(C * 4, n * 4, m - np.log(np.asarray(4, dtype=m.dtype)))
+    limit = bound(**call, return_state=False) if "return_state" not in call else bound(**{**call, "return_state": False})
+    h, same = (f(**{**call, "state": s, "return_state": False}) for s in (call["state"], other))
+    yield "h, the state written with another m", same, h, 4 * limit
+
+
+def _recalls(f, call, bound, rng):
+    """Law: d orthogonal keys, written with gates of 1, give back each value exactly."""
+    d, e, like = call["q"].shape[-1], call["v"].shape[-1], call["q"]
+    v = rng.standard_normal((1, d, e)).astype(like.dtype)
+    k = np.eye(d, dtype=like.dtype)[None]
+    gates = np.zeros((1, 2 * d), dtype=like.dtype)
+    pause = np.where(np.arange(2 * d) < d, 0, -200).astype(like.dtype)[None]  # the second half only reads
+    twice = {
+        "q": np.concatenate([0 * k, k], axis=-2),
+        "k": np.concatenate([k, 0 * k], axis=-2) * np.sqrt(np.asarray(d, dtype=like.dtype)),
+        "v": np.concatenate([v, 0 * v], axis=-2),
+        "i": pause,
+        "f": gates,
+        "forget": "exp",
+    }
+    yield "what orthogonal keys recall", f(**twice)[..., d:, :], v, bound(**twice)[..., d:, :]
+
+
+def _cost(work, depth, peak):
+    return lambda T, d, e, H=1, batch=1, chunk=64, **_: Cost(
+        work(T, d, e, chunk) * H * batch, depth(T, d, e, chunk), peak(T, d, e, chunk) * H * batch
+    )
+
+
+OPS = (
+    Op(
+        name="mlstm",
+        summary="matrix memory with exponential gates, (C, n) <- f (C, n) + i k (v, 1)ᵀ, h = Cᵀq / max(|n·q|, 1)",
+        contract=CONTRACT,
+        forms={
+            "recurrent": Form(mlstm, _cost(lambda T, d, e, c: T * (6 * d * e + 7 * d + e + 20), lambda T, d, e, c: 8 * T, lambda T, d, e, c: 3 * d * e + T * e)),
+            "parallel": Form(
+                mlstm_parallel,
+                _cost(
+                    lambda T, d, e, c: T * T * (2 * d + 2 * e + 6) + 2 * T * d * e,
+                    lambda T, d, e, c: 3 * np.log2(T + 1) + T,
+                    lambda T, d, e, c: 4 * T * T + 2 * T * e,
+                ),
+            ),
+            "chunkwise": Form(
+                mlstm_chunkwise,
+                _cost(
+                    lambda T, d, e, c: T * (c * (2 * d + 2 * e + 6) + 4 * d * e) + 3 * (T / c) * d * e,
+                    lambda T, d, e, c: c + 6 * T / c,
+                    lambda T, d, e, c: 4 * T * c + 2 * (T / c) * d * e + T * (2 * d + 3 * e),
+                ),
+            ),
+        },
+        gradient=mlstm_vjp,
+        sample=_sample,
+        options={"forget": ("sigmoid", "exp"), "eps": (0.0, 0.25)},
+        hard={
+            "gates of -1e3": _with(i=_sometimes(-1e3), f=_sometimes(-1e3)),
+            "gates of +50": _with(i=_sometimes(50.0), f=_sometimes(50.0)),
+            "exponential forget gates of +50": _with(f=_sometimes(50.0), forget="exp"),
+            "all gates far below": _with(i=lambda rng, x: x - 1e3, f=lambda rng, x: x - 1e3, state=lambda rng, s: State(s.C, s.n, s.m - 1e3)),
+            "huge common offset": _with(i=lambda rng, x: x + 300, state=lambda rng, s: State(s.C, s.n, s.m + 300)),
+            "queries of zeros": _with(q=lambda rng, x: x * (rng.random((*x.shape[:-1], 1)) < 0.5), i=lambda rng, x: x + 60),
+            "nothing is forgotten": _with(f=lambda rng, x: 0 * x, forget="exp"),
+            "no initial state": _with(state=lambda rng, s: None),
+            "empty initial state": _with(state=lambda rng, s: State(0 * s.C, 0 * s.n, np.full_like(s.m, -np.inf))),
+            "one needle": _with(i=lambda rng, x: 0 * x + np.where(np.arange(x.shape[-1]) == x.shape[-1] // 3, 20.0, -20.0), f=lambda rng, x: x + 8),
+            "ties in the maximum": _with(i=lambda rng, x: 0 * x, f=lambda rng, x: 0 * x, forget="exp", state=lambda rng, s: State(s.C, s.n, 0 * s.m)),
+        },
+        error_bound=error_bound,
+        references=("beck2024, equations 19-27, appendix A.3", "beck2025, section 3"),
+        sizes=({"d": 1, "e": 1}, {"d": 16, "e": 8}, {"H": 1}, {"H": 3, "batch": (2,)}, {"batch": (2, 2)}),
+        laws=(causal(CONTRACT, "q", "k", "v", "i", "f"), hand_off(CONTRACT), Law("same_memory", _same_memory, ("state",)), Law("recalls", _recalls, ("q", "k", "v"))),
+    ),
+)
