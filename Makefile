@@ -1,0 +1,70 @@
+# Each target is enough by itself on a machine with Python >= 3.11 and nothing else; the first run installs, later ones are quick.
+#
+#   make demo        check every public implementation found, then a wrong one
+#   make test        the whole suite (no torch needed)
+#   make test-peers  what compares with torch, JAX and public CPU implementations, in .venv-peers
+#   make lint        ruff and mypy
+#   make bench       the benchmarks, once over
+#
+# PYTHON=/path/to/python chooses an interpreter. Without a GPU, point pip at a CPU build of torch for `make test-peers`
+# (PIP_EXTRA_INDEX_URL=..., see pytorch.org), or it fetches several gigabytes of CUDA.
+
+PYTHON ?=
+VENV := .venv
+PEERS := .venv-peers
+PIP := -m pip --disable-pip-version-check --quiet
+ONE_THREAD := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: demo test test-peers lint bench clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/refimpl survey
+
+test: $(VENV)/.test
+	$(ONE_THREAD) $(VENV)/bin/pytest -n auto --run slow
+
+test-peers: $(PEERS)/.peers
+	$(ONE_THREAD) $(PEERS)/bin/pytest -n auto -m peers tests
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.bench
+	cd asv_benchmarks && ../$(VENV)/bin/asv run --python=same --quick --show-stderr
+
+clean:
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/bin/python $(PEERS)/bin/python: | tools/venv.sh
+	@sh tools/venv.sh $(@D:/bin=) $(PYTHON)
+
+# A stamp says that the extras are in place; a changed pyproject.toml asks for them again.
+$(VENV)/.demo: pyproject.toml $(VENV)/bin/python
+	@echo "installing refimpl and ONNX's reference operators into $(VENV)"
+	@$(VENV)/bin/python $(PIP) install --editable '.[onnx,flint]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/bin/python
+	@echo "installing refimpl and its test tools into $(VENV)"
+	@$(VENV)/bin/python $(PIP) install --editable '.[test]'
+	@touch $@
+
+$(VENV)/.lint: pyproject.toml $(VENV)/bin/python
+	@echo "installing the linters into $(VENV)"
+	@$(VENV)/bin/python $(PIP) install --editable '.[lint]'
+	@touch $@
+
+$(VENV)/.bench: pyproject.toml $(VENV)/bin/python
+	@echo "installing asv into $(VENV)"
+	@$(VENV)/bin/python $(PIP) install --editable '.[bench]'
+	@touch $@
+
+$(PEERS)/.peers: pyproject.toml tests/peers/requirements.txt tests/peers/requirements-no-deps.txt $(PEERS)/bin/python
+	@echo "installing torch, JAX and public implementations into $(PEERS): this takes minutes"
+	@$(PEERS)/bin/python $(PIP) install --requirement tests/peers/requirements.txt
+	@$(PEERS)/bin/python $(PIP) install --no-deps --requirement tests/peers/requirements-no-deps.txt
+	@$(PEERS)/bin/python $(PIP) install --editable '.[test]'
+	@touch $@

@@ -1,0 +1,512 @@
+"""Every known public implementation that is installed, held against the reference.
+
+`IMPLEMENTATIONS` is a list of records: whose function, for which operator, by which adapter, in which precisions, and
+what is expected of it. A deviation that its authors document is expected, with the reason; anything else is news.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from refimpl.conformance import adapters
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """A public function, and how to hold it against an operator.
+
+    Attributes
+    ----------
+    operator, package, function : str
+        What it computes; the distribution that holds it; its name there, for people.
+    build : callable
+        ``build() -> candidate``: imports the package, and adapts the function.
+    needs : tuple of str
+        Modules that must be installed.
+    framework : str
+    dtypes : tuple of str
+    gradients : bool
+        Also check gradients, by the framework's differentiation.
+    domain : mapping
+        What it supports, as keyword arguments of `refimpl.Domain`.
+    expected : str
+        The verdict to expect.
+    reason : str
+        Why, where that is not "conforms".
+    """
+
+    operator: str
+    package: str
+    function: str
+    build: Callable[[], Callable]
+    needs: tuple[str, ...] = ()
+    framework: str = "torch"
+    dtypes: tuple[str, ...] = ("float32",)
+    gradients: bool = False
+    domain: Mapping[str, Any] = field(default_factory=dict)
+    expected: str = "conforms"
+    reason: str = ""
+
+    @property
+    def missing(self) -> str:
+        """The first module that is not installed, or ""."""
+        for name in (*self.needs, *((self.framework,) if self.framework != "numpy" else ())):
+            try:
+                if importlib.util.find_spec(name) is None:
+                    return name
+            except ImportError:
+                return name
+        return ""
+
+    @property
+    def version(self) -> str:
+        try:
+            return importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            return ""
+
+
+@dataclass
+class Row:
+    """What the survey found about one implementation.
+
+    Attributes
+    ----------
+    verdict : str
+        That of the report, or "not installed", or "not run" with a message.
+    cases, not_applicable : int
+    worst : str
+        The first failure, in one line.
+    as_expected : bool
+        True where there is nothing to report: the expected verdict, or nothing installed.
+    """
+
+    operator: str
+    package: str
+    version: str
+    function: str
+    framework: str
+    dtypes: tuple[str, ...]
+    gradients: bool
+    verdict: str
+    expected: str
+    reason: str
+    cases: int = 0
+    not_applicable: int = 0
+    seconds: float = 0.0
+    worst: str = ""
+    diagnosis: tuple[str, ...] = ()
+    not_checked: tuple[str, ...] = ()
+
+    @property
+    def as_expected(self) -> bool:
+        return self.verdict in (self.expected, "not installed")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"as_expected": self.as_expected}
+
+
+def survey(
+    operators: Iterable[str] | None = None,
+    packages: Iterable[str] | None = None,
+    *,
+    level: str = "quick",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Check every known implementation that is installed.
+
+    Parameters
+    ----------
+    operators, packages : iterable of str, optional
+        Only these.
+    level, seed
+        As in `refimpl.check`.
+    progress : callable, optional
+        ``progress(done, total, label)``, called before each.
+
+    Returns
+    -------
+    list of Row
+        In the order of `IMPLEMENTATIONS`; implementations of operators that the catalogue does not have are left out.
+    """
+    return list(rows(operators, packages, level=level, seed=seed, progress=progress))
+
+
+def rows(operators=None, packages=None, *, level="quick", seed=0, progress: Progress | None = None) -> Iterator[Row]:
+    """The same, one by one as they are found."""
+    chosen = selected(operators, packages)
+    for done, implementation in enumerate(chosen):
+        if progress is not None:
+            progress(done, len(chosen), f"{implementation.package} {implementation.function}")
+        yield examine(implementation, level=level, seed=seed)
+    if progress is not None:
+        progress(len(chosen), len(chosen), "")
+
+
+def selected(operators: Iterable[str] | None = None, packages: Iterable[str] | None = None) -> list[Implementation]:
+    """The implementations of operators that the catalogue has."""
+    from refimpl.catalogue import catalogue
+
+    wanted = set(catalogue()) if operators is None else set(operators) & set(catalogue())
+    sources = None if packages is None else set(packages)
+    return [i for i in IMPLEMENTATIONS if i.operator in wanted and (sources is None or i.package in sources)]
+
+
+def examine(implementation: Implementation, *, level: str = "quick", seed: int = 0) -> Row:
+    """Check one implementation."""
+    import refimpl
+
+    i = implementation
+    row = Row(i.operator, i.package, i.version, i.function, i.framework, i.dtypes, i.gradients, "not installed", i.expected, i.reason)
+    if i.missing:
+        return row
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            candidate = i.build()
+            domain = refimpl.Domain(**i.domain) if i.domain else None
+            report = refimpl.check(
+                i.operator, candidate, framework=i.framework, dtypes=i.dtypes, gradients=i.gradients, domain=domain, level=level, seed=seed
+            )
+        except Exception as error:  # a package that does not import, or has changed: a row, not the survey's end
+            row.verdict, row.worst = "not run", f"{type(error).__name__}: {error}".splitlines()[0]
+            row.seconds = time.perf_counter() - start
+            return row
+    row.verdict = report.verdict
+    row.not_applicable = sum(c.status == "NOT_APPLICABLE" for c in report.cases)
+    row.cases = len(report.cases) - row.not_applicable
+    row.seconds = time.perf_counter() - start
+    row.diagnosis, row.not_checked = tuple(report.diagnosis), tuple(report.not_checked)
+    worst = report.worst if report.failures else None
+    if worst is not None:
+        row.worst = f"{worst.status} {worst.id} {worst.dtype}: {worst.message}"
+    elif report.verdict == "inconclusive":
+        row.worst = report.reason
+    return row
+
+
+def _from(module: str, name: str) -> Any:
+    value = importlib.import_module(module)
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _mambapy(method: str) -> Callable:
+    """A method of MambaBlock that needs no more of its block than two sizes."""
+    import types
+
+    function = _from("mambapy.mamba", f"MambaBlock.{method}")
+
+    def scan(x, delta, A, B, C, D):
+        config = types.SimpleNamespace(d_inner=A.shape[0], d_state=A.shape[1])
+        return function(types.SimpleNamespace(config=config), x, delta, A, B, C, D)
+
+    return adapters.mambapy_scan(scan)
+
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    # -- attention
+    Implementation(
+        operator="attention",
+        package="onnx",
+        function="Attention (reference)",
+        build=lambda: adapters.onnx_attention(adapters.onnx_operator("Attention")),
+        needs=("onnx",),
+        framework="numpy",
+        dtypes=("float64", "float32"),
+    ),
+    Implementation(
+        operator="attention",
+        package="torch",
+        function="nn.functional.scaled_dot_product_attention",
+        build=lambda: adapters.torch_sdpa(_from("torch.nn.functional", "scaled_dot_product_attention")),
+        dtypes=("float64", "float32", "bfloat16"),
+        gradients=True,
+    ),
+    Implementation(
+        operator="attention",
+        package="jax",
+        function="nn.dot_product_attention",
+        build=lambda: adapters.jax_attention(_from("jax.nn", "dot_product_attention")),
+        framework="jax",
+        dtypes=("float32",),
+    ),
+    Implementation(
+        operator="attention",
+        package="transformers",
+        function="llama eager_attention_forward",
+        build=lambda: adapters.eager_attention(_from("transformers.models.llama.modeling_llama", "eager_attention_forward")),
+        needs=("transformers",),
+    ),
+    Implementation(
+        operator="attention",
+        package="transformers",
+        function="gemma2 eager_attention_forward",
+        build=lambda: adapters.eager_attention(_from("transformers.models.gemma2.modeling_gemma2", "eager_attention_forward"), softcap=True),
+        needs=("transformers",),
+    ),
+    Implementation(
+        operator="attention",
+        package="transformers",
+        function="gpt_oss eager_attention_forward",
+        build=lambda: adapters.eager_attention(_from("transformers.models.gpt_oss.modeling_gpt_oss", "eager_attention_forward"), sinks=True),
+        needs=("transformers",),
+    ),
+    Implementation(
+        operator="attention",
+        package="flash-attn",
+        function="flash_attn_func",
+        build=lambda: adapters.flash_attn(_from("flash_attn", "flash_attn_func")),
+        needs=("flash_attn",),
+        dtypes=("bfloat16",),
+    ),
+    # -- recurrences and convolutions
+    Implementation(
+        operator="linear_recurrence",
+        package="scipy",
+        function="signal.lfilter",
+        build=lambda: adapters.lfilter(_from("scipy.signal", "lfilter")),
+        framework="numpy",
+        dtypes=("float64", "float32"),
+    ),
+    Implementation(
+        operator="linear_recurrence",
+        package="jax",
+        function="lax.associative_scan",
+        build=lambda: adapters.associative_scan(_from("jax.lax", "associative_scan")),
+        framework="jax",
+        dtypes=("float64", "float32"),
+    ),
+    Implementation(
+        operator="linear_recurrence",
+        package="mambapy",
+        function="pscan",
+        build=lambda: adapters.pscan(_from("mambapy.pscan", "pscan")),
+        needs=("mambapy",),
+        gradients=True,
+    ),
+    Implementation(
+        operator="linear_recurrence",
+        package="accelerated-scan",
+        function="ref.scan",
+        build=lambda: adapters.gates_and_tokens(_from("accelerated_scan.ref", "scan")),
+        needs=("accelerated_scan",),
+        gradients=True,
+    ),
+    Implementation(
+        operator="long_conv",
+        package="scipy",
+        function="signal.fftconvolve",
+        build=lambda: adapters.fftconvolve(_from("scipy.signal", "fftconvolve")),
+        framework="numpy",
+        dtypes=("float64", "float32"),
+    ),
+    Implementation(
+        operator="long_conv",
+        package="scipy",
+        function="signal.oaconvolve",
+        build=lambda: adapters.fftconvolve(_from("scipy.signal", "oaconvolve")),
+        framework="numpy",
+        dtypes=("float64", "float32"),
+    ),
+    Implementation(
+        operator="long_conv",
+        package="jax",
+        function="scipy.signal.fftconvolve",
+        build=lambda: adapters.fftconvolve(_from("jax.scipy.signal", "fftconvolve")),
+        framework="jax",
+        dtypes=("float64", "float32"),
+    ),
+    # -- state space models
+    Implementation(
+        operator="discretize",
+        package="scipy",
+        function="signal.cont2discrete",
+        build=lambda: adapters.cont2discrete(_from("scipy.signal", "cont2discrete")),
+        framework="numpy",
+        dtypes=("float64",),
+        domain={"options": {"method": ["zoh", "bilinear", "euler", "backward_euler"]}},
+    ),
+    Implementation(
+        operator="selective_scan",
+        package="mamba-ssm",
+        function="selective_scan_ref",
+        build=lambda: adapters.mamba_ssm(_from("mamba_ssm.ops.selective_scan_interface", "selective_scan_ref")),
+        needs=("mamba_ssm",),
+    ),
+    Implementation(
+        operator="selective_scan",
+        package="transformers",
+        function="mamba_selective_scan",
+        build=lambda: adapters.mamba_ssm(_from("transformers.models.mamba.modeling_mamba", "mamba_selective_scan"), groups=False),
+        needs=("transformers",),
+        gradients=True,
+    ),
+    Implementation(
+        operator="selective_scan",
+        package="mambapy",
+        function="MambaBlock.selective_scan",
+        build=lambda: _mambapy("selective_scan"),
+        needs=("mambapy",),
+        gradients=True,
+    ),
+    Implementation(
+        operator="selective_scan",
+        package="mambapy",
+        function="MambaBlock.selective_scan_seq",
+        build=lambda: _mambapy("selective_scan_seq"),
+        needs=("mambapy",),
+        gradients=True,
+    ),
+    # -- gated recurrent networks
+    *(
+        Implementation(
+            operator="mlstm",
+            package="mlstm_kernels",
+            function=f"torch {path}.{name}",
+            build=lambda path=path, name=name, options=options: adapters.mlstm_kernels(_from(f"mlstm_kernels.torch.{path}", name), **options),
+            needs=("mlstm_kernels",),
+            dtypes=dtypes,
+            gradients=gradients,
+            domain={"options": {"forget": ["sigmoid"]}},
+        )
+        for path, name, options, dtypes, gradients in (
+            ("parallel", "mlstm_parallel__native_autograd", {"states": False}, ("float64", "float32"), True),
+            ("parallel", "mlstm_parallel__native_stablef_autograd", {"states": False}, ("float64", "float32"), True),
+            ("recurrent", "mlstm_recurrent_sequence__native_fw", {}, ("float64", "float32"), False),
+            ("chunkwise", "mlstm_chunkwise__native_autograd", {"chunk": 16}, ("float64", "float32"), False),
+        )
+    ),
+    Implementation(
+        operator="mlstm",
+        package="mlstm_kernels",
+        function="jax parallel.mlstm_parallel__native_autograd",
+        build=lambda: adapters.mlstm_kernels(_from("mlstm_kernels.jax.parallel", "mlstm_parallel__native_autograd"), states=False),
+        needs=("mlstm_kernels",),
+        framework="jax",
+        domain={"options": {"forget": ["sigmoid"]}},
+    ),
+    Implementation(
+        operator="mlstm",
+        package="xlstm",
+        function="parallel_stabilized_simple",
+        build=lambda: adapters.xlstm_cell(_from("xlstm.blocks.mlstm.backends", "parallel_stabilized_simple"), columns=True),
+        needs=("xlstm",),
+        dtypes=("float64", "float32"),
+        domain={"options": {"forget": ["sigmoid"]}},
+    ),
+    Implementation(
+        operator="mlstm",
+        package="xlstm",
+        function="chunkwise_simple",
+        build=lambda: adapters.xlstm_cell(_from("xlstm.blocks.mlstm.backends", "chunkwise_simple"), chunk=16),
+        needs=("xlstm",),
+        dtypes=("float64", "float32"),
+        domain={"options": {"forget": ["sigmoid"]}},
+    ),
+    Implementation(
+        operator="slstm",
+        package="xlstm",
+        function="slstm_forward (vanilla)",
+        build=lambda: adapters.xlstm_slstm(
+            _from("xlstm.blocks.slstm.src.vanilla", "slstm_forward"), _from("xlstm.blocks.slstm.src.vanilla.slstm", "slstm_forward_pointwise")
+        ),
+        needs=("xlstm",),
+        domain={"options": {"forget": ["sigmoid"]}},
+    ),
+    Implementation(
+        operator="lstm",
+        package="onnx",
+        function="LSTM (reference)",
+        build=lambda: adapters.onnx_lstm(adapters.onnx_operator("LSTM")),
+        needs=("onnx",),
+        framework="numpy",
+        dtypes=("float64", "float32"),
+    ),
+    Implementation(
+        operator="lstm",
+        package="torch",
+        function="nn.LSTM",
+        build=lambda: adapters.torch_lstm(_from("torch.nn", "LSTM")),
+        dtypes=("float64", "float32"),
+        gradients=True,
+    ),
+    Implementation(
+        operator="gru",
+        package="onnx",
+        function="GRU (reference)",
+        build=lambda: adapters.onnx_gru(adapters.onnx_operator("GRU")),
+        needs=("onnx",),
+        framework="numpy",
+        dtypes=("float64", "float32"),
+    ),
+    Implementation(
+        operator="gru",
+        package="torch",
+        function="nn.GRU",
+        build=lambda: adapters.torch_gru(_from("torch.nn", "GRU")),
+        dtypes=("float64", "float32"),
+        gradients=True,
+    ),
+    # -- linear attention
+    Implementation(
+        operator="linear_attention",
+        package="onnx",
+        function="LinearAttention (reference)",
+        build=lambda: adapters.onnx_linear_attention(adapters.onnx_operator("LinearAttention")),
+        needs=("onnx", "onnx.reference.ops.op_linear_attention"),
+        framework="numpy",
+        domain={"options": {"feature_map": [None], "normalize": [False]}},
+    ),
+    Implementation(
+        operator="linear_attention",
+        package="opengdn",
+        function="gated_delta",
+        build=lambda: adapters.gated_delta_rule(_from("opengdn.reference", "gated_delta"), alpha=True),
+        needs=("opengdn",),
+        gradients=True,
+        domain={"options": {"feature_map": [None], "normalize": [False]}},
+    ),
+    Implementation(
+        operator="linear_attention",
+        package="opengdn",
+        function="gated_delta_chunkwise",
+        build=lambda: adapters.gated_delta_rule(_from("opengdn.chunkwise", "gated_delta_chunkwise"), alpha=True),
+        needs=("opengdn",),
+        domain={"options": {"feature_map": [None], "normalize": [False]}},
+    ),
+    Implementation(
+        operator="linear_attention",
+        package="transformers",
+        function="qwen3_next torch_recurrent_gated_delta_rule",
+        build=lambda: adapters.gated_delta_rule(_from("transformers.models.qwen3_next.modeling_qwen3_next", "torch_recurrent_gated_delta_rule")),
+        needs=("transformers",),
+        domain={"options": {"feature_map": [None], "normalize": [False]}},
+    ),
+    Implementation(
+        operator="linear_attention",
+        package="transformers",
+        function="qwen3_next torch_chunk_gated_delta_rule",
+        build=lambda: adapters.gated_delta_rule(_from("transformers.models.qwen3_next.modeling_qwen3_next", "torch_chunk_gated_delta_rule")),
+        needs=("transformers",),
+        domain={"options": {"feature_map": [None], "normalize": [False]}},
+    ),
+    Implementation(
+        operator="linear_attention",
+        package="fla-core",
+        function="fused_recurrent_gated_delta_rule",
+        build=lambda: adapters.gated_delta_rule(_from("fla.ops.gated_delta_rule", "fused_recurrent_gated_delta_rule")),
+        needs=("fla.ops",),
+        domain={"options": {"feature_map": [None], "normalize": [False]}},
+    ),
+)
