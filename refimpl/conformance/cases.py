@@ -7,6 +7,7 @@
     long       many steps; more than ten thousand rows
     strides    the same values behind other strides: transposed, every other element, reversed, repeated with stride 0
     scaled     inputs in which the operator is linear, times powers of two
+    random     sizes, options and hard inputs drawn together
 """
 
 import inspect
@@ -230,12 +231,28 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
         if law.name == "linear" and level != "quick":
             for power in (-12, 9):
                 yield from case("scaled", middle, plain, label=f"{', '.join(law.arguments)} times 2^{power}", scale=(law.arguments, power))
+    for number in range({"quick": 12, "standard": 90, "exhaustive": 900}[level]):
+        sizes, combo, hard = _at_random(op, rng, chosen)
+        yield from case("random", sizes, combo, hard=hard, label=f"#{number}")
     if level != "quick" and op.lengths:
         yield from case("long", {op.lengths[0]: 1030, **{x: 1030 for x in op.lengths[1:]}}, plain)
+        yield from case("long", {op.lengths[0]: 2100, **{x: 70 for x in op.lengths[1:]}}, plain)
         yield from case("long", {**{x: 300 for x in op.lengths}, "batch": (36,)}, plain, label="more than ten thousand rows")
         yield from case("long", {**{x: 300 for x in op.lengths}, "batch": (2,)}, rich[0])
     elif not op.lengths and level != "quick":
         yield from case("long", {"batch": (10007,)}, plain, label="more than ten thousand rows")
+
+
+def _at_random(op: Op, rng: np.random.Generator, chosen: dict[str, tuple]) -> tuple[dict, dict, str]:
+    """Sizes, a combination of choices, and in one of three a hard input."""
+    sizes: dict[str, Any] = dict(op.sizes[int(rng.integers(len(op.sizes)))]) if op.sizes and rng.random() < 0.5 else {}
+    together = int(rng.integers(1, 150))
+    for letter in op.lengths:
+        sizes[letter] = together if rng.random() < 0.5 else int(rng.integers(1, 150))
+    sizes.setdefault("batch", ((), (), (2,), (3, 2))[int(rng.integers(4))])
+    combo = {name: values[int(rng.integers(len(values)))] for name, values in chosen.items()}
+    hard = list(op.hard)[int(rng.integers(len(op.hard)))] if op.hard and rng.random() < 0.33 else ""
+    return sizes, combo, hard
 
 
 class Refused(Exception):
