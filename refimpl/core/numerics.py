@@ -40,7 +40,7 @@ def softplus(x):
     """
     if x.dtype.kind == "O":
         return np.log1p(np.exp(x))
-    return np.logaddexp(x, np.zeros_like(x))
+    return np.maximum(x, 0) + np.log1p(np.exp(-abs(x)))
 
 
 def silu(x):
