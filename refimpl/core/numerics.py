@@ -86,3 +86,19 @@ def masked_matmul(w, x, score):
         one, row = w[..., j : j + 1], rest[..., j : j + 1, :]
         y = y + np.where(np.isneginf(score[..., j : j + 1]), np.zeros_like(y), one * row)
     return y
+
+
+def gate_exponents(log_decay, log_input):
+    """log_decay_{j+1} + ... + log_decay_t + log_input_j at [t, j]: the log of what is left at time t of step j; -∞ for j > t.
+
+    Sums, not differences of running sums, which cancel (and are NaN after a decay of 0). What comes after t, be it NaN,
+    is not looked at in row t.
+    """
+    T = log_decay.shape[-1]
+    sums = np.full_like(log_decay, -np.inf, shape=(*np.broadcast_shapes(log_decay.shape, log_input.shape), T))
+    exponents = sums.copy()  # (..., T, T)
+    for t in range(T):
+        sums[..., t, :t] = sums[..., t - 1, :t] + log_decay[..., t, None]
+        sums[..., t, t] = 0
+        exponents[..., t, : t + 1] = sums[..., t, : t + 1] + log_input[..., : t + 1]
+    return exponents
