@@ -321,6 +321,9 @@ class _Session:
             return
 
         def f(**call):
+            outside = self._outside(call)
+            if outside:  # a law may choose options of its own
+                raise _NoAnswer("NOT_APPLICABLE", f"the law speaks of {outside}, which the candidate does not take")
             answer = self.subject.call(call)
             trouble = _trouble(answer)
             if trouble is not None:
@@ -356,6 +359,17 @@ class _Session:
         except (ValueError, TypeError, IndexError, AttributeError) as error:
             result = Result(case.id, case.klass, to.name, "PROPERTY", f"the law '{law.name}' cannot be tried: {type(error).__name__}: {error}")
         self.report.cases.append(result)
+
+    def _outside(self, call: dict) -> str:
+        """The first option of a call, as text, that the candidate does not support; empty if it supports all."""
+        for name, default in parameters(self.op)[2].items():
+            value = call.get(name, default)
+            allowed = self.domain.options.get(name)
+            if allowed is not None and not any(callable(a) or a is value or (type(a) is type(value) and a == value) for a in allowed):
+                return f"{name}={value!r}"
+            if allowed is None and name in call and value is not default and value != default and not self.subject.support.takes(name):
+                return f"{name}={value!r}"
+        return ""
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
