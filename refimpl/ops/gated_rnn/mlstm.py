@@ -41,10 +41,12 @@ from typing import NamedTuple
 import numpy as np
 
 from refimpl.core.contract import Contract, one_of, positive_int
-from refimpl.core.numerics import constant, log_sigmoid, sigmoid, sqrt_of
+from refimpl.core.numerics import constant, finite_or_zero, gate_exponents, log_sigmoid, masked_matmul, sigmoid, sqrt_of
 from refimpl.core.parallel import over_threads
 from refimpl.laws import causal, hand_off
-from refimpl.op import Cost, Form, Law, Op
+from refimpl.op import Cost, Form, Op
+from refimpl.ops.gated_rnn.mlstm_bound import bound
+from refimpl.ops.gated_rnn.mlstm_laws import RECALLS, SAME_MEMORY
 
 
 class State(NamedTuple):
@@ -141,7 +143,7 @@ def _step(k, v, i, F, C, n, m):
     """(1) in the units of (3)."""
     decayed = F + m
     m = np.maximum(decayed, i)  # (..., H)
-    f_prime, i_prime = np.exp(decayed - _finite(m)), np.exp(i - _finite(m))
+    f_prime, i_prime = np.exp(decayed - finite_or_zero(m)), np.exp(i - finite_or_zero(m))
     C = f_prime[..., None, None] * C + i_prime[..., None, None] * k[..., :, None] * v[..., None, :]  # (..., H, d, e)
     n = f_prime[..., None] * n + i_prime[..., None] * k  # (..., H, d)
     return C, n, m
@@ -157,12 +159,12 @@ def mlstm_parallel(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, retu
     q, k, v, i, F, C, n, m = _prepare(q, k, v, i, f, forget, state)
     if q.shape[-2] == 0:
         return (v, State(C, n, m)) if return_state else v
-    A = _segment_sums(F) + i[..., None, :]  # (..., H, T, T)
+    A = gate_exponents(F, i)  # (..., H, T, T)
     a = np.cumsum(F, axis=-1) + m[..., None]  # the initial state's exponent: (..., H, T)
     m = np.maximum(a, A.max(axis=-1))
-    weight, initial = np.exp(A - _finite(m)[..., None]), np.exp(a - _finite(m))
-    match = weight * (q @ _transposed(k))  # (..., H, T, T)
-    numerator = match @ v + initial[..., None] * (q @ C)  # (..., H, T, e)
+    weight, initial = np.exp(A - finite_or_zero(m)[..., None]), np.exp(a - finite_or_zero(m))
+    match = weight * np.tril(q @ _transposed(k))  # (..., H, T, T)
+    numerator = masked_matmul(match, v, A) + initial[..., None] * (q @ C)  # (..., H, T, e)
     overlap = match.sum(axis=-1) + initial * (q @ n[..., None])[..., 0]  # (..., H, T)
     h = numerator / _denominator(overlap, m, eps)[..., None]
     if not return_state:
@@ -195,12 +197,13 @@ def mlstm_chunkwise(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, ret
 def _one_head(q, k, v, i, F, memory, m, eps, L):
     """One head, in chunks of L steps: q, k (T, d), v (T, e), i, F (T), memory (d, e + 1), m (1)."""
     T = q.shape[0]
-    q, k, v1, F = _chunks(q, L, 0), _chunks(k, L, 0), _chunks(np.concatenate([v, np.ones_like(v, shape=(T, 1))], axis=1), L, 0), _chunks(F, L, 0)
-    i = _chunks(i, L, -np.inf)  # steps after the end write nothing and forget nothing: (T/L, L)
-    A = _segment_sums(F) + i[:, None, :]  # exponents within chunks: (T/L, L, L)
+    v1 = np.concatenate([v, np.ones_like(v, shape=(T, 1))], axis=1)
+    q, k, v1, F = (_chunks(x, L, 0) for x in (q, k, v1, F))  # (T/L, L, d), (T/L, L, e + 1), (T/L, L)
+    i = _chunks(i, L, -np.inf)  # steps after the end write nothing and forget nothing
+    A = gate_exponents(F, i)  # within chunks: (T/L, L, L)
     m_local = A.max(axis=-1)  # (T/L, L)
     F_sum = np.cumsum(F, axis=-1)
-    write = np.exp(A[:, -1, :] - _finite(m_local[:, -1:]))  # weights at the chunk's end: (T/L, L)
+    write = np.exp(A[:, -1, :] - finite_or_zero(m_local[:, -1:]))  # weights at the chunk's end: (T/L, L)
     added = _transposed(k * write[:, :, None]) @ v1  # (T/L, d, e + 1)
 
     memories, ms = [], []
@@ -209,12 +212,12 @@ def _one_head(q, k, v, i, F, memory, m, eps, L):
         ms.append(m)
         decayed = F_sum[c, -1:] + m
         m = np.maximum(decayed, m_local[c, -1:])
-        memory = np.exp(decayed - _finite(m)) * memory + np.exp(m_local[c, -1:] - _finite(m)) * added[c]
+        memory = np.exp(decayed - finite_or_zero(m)) * memory + np.exp(m_local[c, -1:] - finite_or_zero(m)) * added[c]
 
     a = F_sum + np.stack(ms)  # exponent of the state from before the chunk: (T/L, L)
     m_t = np.maximum(a, m_local)
-    match = np.exp(A - _finite(m_t)[:, :, None]) * (q @ _transposed(k))  # (T/L, L, L)
-    read = match @ v1 + np.exp(a - _finite(m_t))[:, :, None] * (q @ np.stack(memories))  # (T/L, L, e + 1)
+    match = np.exp(A - finite_or_zero(m_t)[:, :, None]) * np.tril(q @ _transposed(k))  # (T/L, L, L)
+    read = masked_matmul(match, v1, A) + np.exp(a - finite_or_zero(m_t))[:, :, None] * (q @ np.stack(memories))  # (T/L, L, e + 1)
     h = read[..., :-1] / _denominator(read[..., -1], m_t, eps)[..., None]
     return h.reshape(len(h) * L, h.shape[-1])[:T], memory, m[0]
 
@@ -276,7 +279,7 @@ def mlstm_vjp(dy, q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, dstat
         dm = dm + np.where(enough, 0, (h * dh).sum(axis=-1) / (1 + constant(eps, q) / _lower_bound(m)))
 
         decayed = F[..., t] + before.m
-        f_prime, i_prime = np.exp(decayed - _finite(m)), np.exp(i[..., t] - _finite(m))
+        f_prime, i_prime = np.exp(decayed - finite_or_zero(m)), np.exp(i[..., t] - finite_or_zero(m))
         dk = (dC @ v_t[..., None])[..., 0] + dn
         dv = (k_t[..., None, :] @ dC)[..., 0, :]
         d_decayed = f_prime * ((dC * before.C).sum(axis=(-2, -1)) + (dn * before.n).sum(axis=-1))
@@ -297,68 +300,18 @@ def mlstm_vjp(dy, q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, dstat
 
 @CONTRACT.form
 def error_bound(q, k, v, i, f, *, unit, store=0.0, forget="sigmoid", eps=0.0, state=None, return_state=False):
-    """|computed - exact|, elementwise, of any form in arithmetic of unit roundoff `unit`.
+    """|computed - exact|, elementwise, of any form in arithmetic of unit roundoff `unit`: derived in `mlstm_bound`.
 
-    Let h = N / D, and w_tj = exp(A_tj - m_t). An exponent is wrong by what its sum is: step by step or as a difference of
-    running sums b_t = log f_0 + ... + log f_t, at most the roundings u (|b_0| + ... + |b_t|) of those, the roundings of
-    m_s + log f_s, and a few of |A_tj| and |A_tj - m_t|. m itself costs nothing in h: any m, used throughout, gives the same
-    h. That, and the roundings of products of t - j factors, of dot products (6 √K u for K terms) and of what is kept in
-    halves, is the relative error δ_tj of a term:
-
-        |ΔN_t| <= Σ_j w_tj δ_tj (|q_t|·|k_j|) |v_j|,      |Δ(n·q)| the same without v,      Δe^-m = u e^-m
-
-        |Δh| <= (|ΔN| + |h| |ΔD|) / (D - |ΔD|)
-
-    with ΔD that of whichever argument of the max may be the larger. In C and n, m's error counts as well.
+    A weight's relative error is that of its exponent, hence grows with |log f| and |ĩ|; h loses digits where n·q cancels
+    while e^-m is small.
     """
-    q, k, v, i, F, C, n, m0 = _prepare(q, k, v, i, f, forget, state)
-    T, d = q.shape[-2:]
-    if T == 0:
-        return (np.zeros_like(v), State(*(np.zeros_like(x) for x in (C, n, m0)))) if return_state else np.zeros_like(v)
-    # The initial state is step -1, with exponent m_{-1}; -∞ is replaced by a number far below, so that it has no NaN to give.
-    sums = np.concatenate([np.zeros_like(m0)[..., None], np.cumsum(F, axis=-1)], axis=-1)  # b_{-1} ... b_{T-1}
-    gates = np.concatenate([m0[..., None], i], axis=-1)  # (..., H, T + 1)
-    inner = np.full_like(F, 0, shape=(*m0.shape, T + 1))
-    inner[..., 1:] = F
-    A = _segment_sums(inner)[..., 1:, :] + gates[..., None, :]  # (..., H, T, T + 1)
-    m = A.max(axis=-1)
-    weight = np.exp(A - _finite(m)[..., None])
-    live = weight > 0
-    size = lambda x: np.where(np.isfinite(x), abs(x), 0)  # noqa: E731
-    running = np.cumsum(size(sums), axis=-1)  # what a running sum's roundings come to
-    m_before = np.concatenate([m0[..., None], m[..., :-1]], axis=-1)
-    per_step = size(m_before) + 2 * size(F) + size(m_before + F - _finite(m)) + 4
-    steps = np.concatenate([np.zeros_like(m0)[..., None], np.cumsum(per_step, axis=-1)], axis=-1)
-    chain = steps[..., 1:, None] - steps[..., None, :]
-    exponent = running[..., 1:, None] + running[..., None, :] + 4 * (size(A) + size(A - _finite(m)[..., None]) + size(gates)[..., None, :])
-    exponent = np.where(live, exponent + np.maximum(chain, 0), 0)
-    terms = 6 * np.sqrt(constant(d, q)) + 6 * np.sqrt(np.arange(1, T + 1, dtype=q.dtype))[:, None] + 12
-    relative = np.where(live, np.expm1(np.minimum(unit * exponent, 1)) + unit * terms + 6 * store, 0)  # δ_tj
-
-    past_k = abs(k)
-    match = abs(q) @ _transposed(past_k)  # (..., H, T, T)
-    from_n, from_C = abs(q) @ abs(n)[..., None], abs(q) @ abs(C)  # (..., H, T, 1), (..., H, T, e)
-    error = weight * relative
-    error_N = (error[..., 1:] * match) @ abs(v) + error[..., :1] * from_C  # (..., H, T, e)
-    error_s = (error[..., 1:] * match).sum(axis=-1) + (error[..., :1] * from_n)[..., 0]  # (..., H, T)
-    h, last = mlstm_parallel(q, k * sqrt_of(d, q), v, i, F, forget="exp", eps=eps, state=State(C, n, m0), return_state=True)
-    s = ((weight[..., 1:] * (q @ _transposed(k))).sum(axis=-1)) + (weight[..., :1] * (q @ n[..., None]))[..., 0]
-    floor = np.minimum(_lower_bound(m), np.finfo(q.dtype).max / 4)
-    error_floor = 4 * unit * floor
-    error_D = np.maximum(
-        np.where(abs(s) + error_s >= floor - error_floor, error_s, 0), np.where(abs(s) - error_s <= floor + error_floor, error_floor, 0)
-    )
-    D = np.maximum(np.maximum(abs(s) - error_s, floor - error_floor), np.finfo(q.dtype).tiny) + constant(eps, q)
-    with np.errstate(over="ignore"):  # where n·q may be 0 and nothing bounds it from below, no digit is certain
-        E = error_N / D[..., None] + abs(h) * np.minimum(error_D / D + 4 * unit, np.finfo(q.dtype).max)[..., None]
-    if not return_state:
-        return E
-    near = A[..., -1, :] > _finite(m[..., -1:]) - 1
-    error_m = unit * np.where(near, exponent[..., -1, :] + 1, 0).max(axis=-1)
-    grown = error[..., -1, :] + weight[..., -1, :] * np.expm1(np.minimum(error_m, 1))[..., None]
-    kept = grown[..., 1:, None] * past_k
-    error_C = _transposed(kept) @ abs(v) + grown[..., :1, None] * abs(C)
-    return E, State(error_C, kept.sum(axis=-2) + grown[..., :1] * abs(n), error_m)
+    prepared = _prepare(q, k, v, i, f, forget, state)
+    if q.shape[-2] == 0:
+        E, errors = np.zeros_like(prepared[2]), map(np.zeros_like, prepared[-3:])
+    else:
+        h = mlstm_parallel(q, k, v, i, f, forget=forget, eps=eps, state=state)
+        E, errors = bound(*prepared, h, _lower_bound, eps=eps, unit=unit, store=store)
+    return (E, State(*errors)) if return_state else E
 
 
 # -- what the forms share --------------------------------------------------------------------------------------------
@@ -368,21 +321,16 @@ def _prepare(q, k, v, i, f, forget, state):
     """Keys scaled, the forget gate as a logarithm, a state; batch axes of one shape."""
     F = log_sigmoid(f) if forget == "sigmoid" else f
     k = k / sqrt_of(k.shape[-1], k)
-    batch = np.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2], i.shape[:-1], F.shape[:-1], () if state is None else state[2].shape)
+    arrays = {2: [q, k, v], 1: [i, F]}  # by the number of axes after the heads
+    if state is not None:
+        arrays = {2: [q, k, v, state[0]], 1: [i, F, state[1]], 0: [state[2]]}
+    batch = np.broadcast_shapes(*(x.shape[: x.ndim - own] for own, xs in arrays.items() for x in xs))
     if state is None:
-        C = np.zeros_like(k, shape=(*batch, k.shape[-1], v.shape[-1]))
-        n, m = np.zeros_like(k, shape=(*batch, k.shape[-1])), np.full_like(k, -np.inf, shape=batch)
-    else:
-        C, n, m = state
-        batch = np.broadcast_shapes(batch, C.shape[:-2], n.shape[:-1])
-    matrices = [np.broadcast_to(x, (*batch, *x.shape[-2:])) for x in (q, k, v)]
-    vectors = [np.broadcast_to(x, (*batch, x.shape[-1])) for x in (i, F)]
-    return *matrices, *vectors, np.broadcast_to(C, (*batch, *C.shape[-2:])), np.broadcast_to(n, (*batch, n.shape[-1])), np.broadcast_to(m, batch)
-
-
-def _finite(m):
-    """m, and 0 where nothing was written yet: every weight is 0 then, and must not be exp(-∞ - -∞)."""
-    return np.where(m == -np.inf, 0, m)
+        zeros = np.zeros_like(k, shape=(*batch, k.shape[-1], v.shape[-1] + 1))
+        state = zeros[..., :-1], zeros[..., -1], np.full_like(k, -np.inf, shape=batch)
+        arrays = {2: [*arrays[2], state[0]], 1: [*arrays[1], state[1]], 0: [state[2]]}
+    (q, k, v, C), (i, F, n), (m,) = ([np.broadcast_to(x, (*batch, *x.shape[x.ndim - own :])) for x in xs] for own, xs in arrays.items())
+    return q, k, v, i, F, C, n, m
 
 
 def _lower_bound(m):
@@ -396,15 +344,6 @@ def _lower_bound(m):
 def _denominator(overlap, m, eps):
     """That of (4)."""
     return np.maximum(abs(overlap), _lower_bound(m)) + constant(eps, m)
-
-
-def _segment_sums(F):
-    """F_{j+1} + ... + F_t at [t, j], and -∞ for j > t. Sums, not differences of running sums, which cancel."""
-    S = np.full_like(F, -np.inf, shape=(*F.shape, F.shape[-1]))  # (..., T, T)
-    for t in range(F.shape[-1]):
-        S[..., t, :t] = S[..., t - 1, :t] + F[..., t, None]
-        S[..., t, t] = 0
-    return S
 
 
 def _chunks(x, length, fill):
@@ -443,35 +382,6 @@ def _sometimes(value):
     return lambda rng, x: np.where(rng.random(x.shape) < 0.3, value + x, x)
 
 
-def _same_memory(f, call, bound, rng):
-    """Law: (C e^a, n e^a, m - a) is the same memory, while eps = 0."""
-    if call.get("state") is None or call.get("eps"):
-        return
-    C, n, m = call["state"]
-    other = State(C * 4, n * 4, m - np.log(np.asarray(4, dtype=m.dtype)))
-    limit = bound(**call, return_state=False) if "return_state" not in call else bound(**{**call, "return_state": False})
-    h, same = (f(**{**call, "state": s, "return_state": False}) for s in (call["state"], other))
-    yield "h, the state written with another m", same, h, 4 * limit
-
-
-def _recalls(f, call, bound, rng):
-    """Law: d orthogonal keys, written with gates of 1, give back each value exactly."""
-    d, e, like = call["q"].shape[-1], call["v"].shape[-1], call["q"]
-    v = rng.standard_normal((1, d, e)).astype(like.dtype)
-    k = np.eye(d, dtype=like.dtype)[None]
-    gates = np.zeros((1, 2 * d), dtype=like.dtype)
-    pause = np.where(np.arange(2 * d) < d, 0, -200).astype(like.dtype)[None]  # the second half only reads
-    twice = {
-        "q": np.concatenate([0 * k, k], axis=-2),
-        "k": np.concatenate([k, 0 * k], axis=-2) * np.sqrt(np.asarray(d, dtype=like.dtype)),
-        "v": np.concatenate([v, 0 * v], axis=-2),
-        "i": pause,
-        "f": gates,
-        "forget": "exp",
-    }
-    yield "what orthogonal keys recall", f(**twice)[..., d:, :], v, bound(**twice)[..., d:, :]
-
-
 def _cost(work, depth, peak):
     return lambda T, d, e, H=1, batch=1, chunk=64, **_: Cost(
         work(T, d, e, chunk) * H * batch, depth(T, d, e, chunk), peak(T, d, e, chunk) * H * batch
@@ -484,7 +394,10 @@ OPS = (
         summary="matrix memory with exponential gates, (C, n) <- f (C, n) + i k (v, 1)ᵀ, h = Cᵀq / max(|n·q|, 1)",
         contract=CONTRACT,
         forms={
-            "recurrent": Form(mlstm, _cost(lambda T, d, e, c: T * (6 * d * e + 7 * d + e + 20), lambda T, d, e, c: 8 * T, lambda T, d, e, c: 3 * d * e + T * e)),
+            "recurrent": Form(
+                mlstm,
+                _cost(lambda T, d, e, c: T * (6 * d * e + 7 * d + e + 20), lambda T, d, e, c: 8 * T, lambda T, d, e, c: 3 * d * e + T * e),
+            ),
             "parallel": Form(
                 mlstm_parallel,
                 _cost(
@@ -509,18 +422,24 @@ OPS = (
             "gates of -1e3": _with(i=_sometimes(-1e3), f=_sometimes(-1e3)),
             "gates of +50": _with(i=_sometimes(50.0), f=_sometimes(50.0)),
             "exponential forget gates of +50": _with(f=_sometimes(50.0), forget="exp"),
-            "all gates far below": _with(i=lambda rng, x: x - 1e3, f=lambda rng, x: x - 1e3, state=lambda rng, s: State(s.C, s.n, s.m - 1e3)),
+            "all gates far below": _with(
+                i=lambda rng, x: x - 1e3, f=lambda rng, x: x - 1e3, state=lambda rng, s: State(s.C, s.n, s.m - 1e3)
+            ),
             "huge common offset": _with(i=lambda rng, x: x + 300, state=lambda rng, s: State(s.C, s.n, s.m + 300)),
             "queries of zeros": _with(q=lambda rng, x: x * (rng.random((*x.shape[:-1], 1)) < 0.5), i=lambda rng, x: x + 60),
             "nothing is forgotten": _with(f=lambda rng, x: 0 * x, forget="exp"),
             "no initial state": _with(state=lambda rng, s: None),
             "empty initial state": _with(state=lambda rng, s: State(0 * s.C, 0 * s.n, np.full_like(s.m, -np.inf))),
-            "one needle": _with(i=lambda rng, x: 0 * x + np.where(np.arange(x.shape[-1]) == x.shape[-1] // 3, 20.0, -20.0), f=lambda rng, x: x + 8),
-            "ties in the maximum": _with(i=lambda rng, x: 0 * x, f=lambda rng, x: 0 * x, forget="exp", state=lambda rng, s: State(s.C, s.n, 0 * s.m)),
+            "one needle": _with(
+                i=lambda rng, x: 0 * x + np.where(np.arange(x.shape[-1]) == x.shape[-1] // 3, 20.0, -20.0), f=lambda rng, x: x + 8
+            ),
+            "ties in the maximum": _with(
+                i=lambda rng, x: 0 * x, f=lambda rng, x: 0 * x, forget="exp", state=lambda rng, s: State(s.C, s.n, 0 * s.m)
+            ),
         },
         error_bound=error_bound,
         references=("beck2024, equations 19-27, appendix A.3", "beck2025, section 3"),
         sizes=({"d": 1, "e": 1}, {"d": 16, "e": 8}, {"H": 1}, {"H": 3, "batch": (2,)}, {"batch": (2, 2)}),
-        laws=(causal(CONTRACT, "q", "k", "v", "i", "f"), hand_off(CONTRACT), Law("same_memory", _same_memory, ("state",)), Law("recalls", _recalls, ("q", "k", "v"))),
+        laws=(causal(CONTRACT, "q", "k", "v", "i", "f"), hand_off(CONTRACT), SAME_MEMORY, RECALLS),
     ),
 )
