@@ -648,6 +648,11 @@ def _matrix(a: np.ndarray):
     return kind(*a.shape, list(a.flat)) if a.size else kind(*a.shape)
 
 
+def matrix_exponential(x: Balls) -> Balls:
+    """e^x of each matrix of a stack, by flint's."""
+    return _linear_algebra("exp")(x)
+
+
 def _norm(x, ord=None, axis=None, keepdims=False):
     if ord not in (None, 2) or (ord == 2 and isinstance(axis, tuple)):
         raise TypeError(f"balls: norm of order {ord!r} is not supported")

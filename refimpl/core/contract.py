@@ -60,6 +60,11 @@ class Shape:
         marked = [i - len(self.axes) for i, a in enumerate(self.axes) if a.endswith("?")]
         return marked[0] if marked else None
 
+    @property
+    def letters(self) -> set[str]:
+        """The sizes that it speaks of."""
+        return {a.rstrip("?").partition("-")[0] for a in self.axes} - {a for a in self.axes if a.isdigit()}
+
     def __str__(self) -> str:
         names = [a.rstrip("?") for a in self.axes]
         return "(" + ", ".join((["..."] if self.batched else []) + names) + ("," if len(names) == 1 and not self.batched else "") + ")"
@@ -113,7 +118,8 @@ class Contract:
     rules : tuple of str
         Relations between sizes, such as ``"Hkv divides Hq"``.
     check : callable, optional
-        ``check(arguments, sizes)`` raises ValueError for what shapes cannot say; called with normalised arguments.
+        ``check(arguments, sizes)`` raises ValueError for what shapes cannot say; called with normalised arguments. It
+        may add to `sizes` the letters of the results that follow from others.
     """
 
     name: str
@@ -176,13 +182,19 @@ class Contract:
         return call
 
     def result_shapes(self, sizes: Mapping[str, int], batch: tuple[int, ...], one_head=False) -> list[tuple[int, ...]]:
-        """Shapes of the results (states excepted) for given sizes."""
-        return [_expected(r.shapes[0], sizes, batch, drop_heads=one_head) for r in self.results]
+        """Shapes of the results (states excepted) for given sizes: of alternatives, the first whose letters all have one."""
+        chosen = [next((s for s in r.shapes if s.letters <= sizes.keys()), r.shapes[0]) for r in self.results]
+        return [_expected(shape, sizes, batch, drop_heads=one_head) for shape in chosen]
 
     def sizes(self, **arguments) -> tuple[dict[str, int], tuple[int, ...]]:
         """Sizes by letter, and the batch shape, of a call's arguments."""
         seen = self._see(arguments)
         return seen.sizes, seen.batch
+
+    def precision(self, **arguments) -> tuple[np.dtype | None, np.dtype | None]:
+        """The dtypes in which a call is computed and given back (None for object arrays)."""
+        seen = self._see(arguments)
+        return seen.compute, seen.out
 
     def axis(self, letter: str, **arguments) -> dict[str, int]:
         """Where a letter's axis stands, counted from the end, in each array of a call that has it."""
