@@ -24,7 +24,7 @@ def attention_laws(contract: Contract) -> tuple[Law, ...]:
         yield from linear(contract, "v").holds(f, _without(call, "return_lse"), bound, rng)
 
     def causal(f, call, bound, rng):
-        """Keys from `cut` on do not reach queries that stand before it: neither other keys nor NaN."""
+        """Keys from `cut` on do not reach queries that stand before it."""
         n, m = (sizes(call)[letter] for letter in "nm")
         call = {**call, "causal": True}
         offset = m - n if call.get("offset") is None else call["offset"]
@@ -34,43 +34,49 @@ def attention_laws(contract: Contract) -> tuple[Law, ...]:
             if past.stop == 0:
                 continue
             future = (np.arange(m) >= cut)[:, None]
-            for what, change in (("other keys", lambda x: -x / 2), ("NaN", lambda x: np.full_like(x, np.nan))):
-                other = named(f, {**call, **{name: np.where(future, change(call[name]), call[name]) for name in "kv"}})
+            for what, factor in (("other", -0.5), ("much larger", 64)):
+                other = named(f, {**call, **{name: np.where(future, _times(call[name], factor), call[name]) for name in "kv"}})
                 for name, rows in (("o", (..., past, slice(None))), ("lse", (..., past))):
                     if name in base:
-                        yield f"{name} of queries before key {cut}, {what} from there on", other[name][rows], base[name][rows], 2 * limit[name][rows]
+                        yield f"{name} of queries before key {cut}, {what} keys from there on", other[name][rows], base[name][rows], 2 * limit[name][rows]
 
     def masked_is_absent(f, call, bound, rng):
-        """What stands behind the mask is not looked at."""
+        """What stands behind the mask does not matter, however large."""
         m = sizes(call)["m"]
-        if m == 0:
+        if call.get("mask") is None or m == 0:
             return
         hidden = np.arange(m) == rng.integers(m)
         call = {**call, "mask": call["mask"] & ~hidden}
         base, limit = named(f, call), contract.named(bound(**call))
-        for value in (np.nan, np.inf):
-            other = named(f, {**call, **{name: np.where(hidden[:, None], value, call[name]) for name in "kv"}})
-            for name in base:
-                yield f"{name} with {value} in a key that the mask hides", other[name], base[name], 2 * limit[name]
+        other = named(f, {**call, **{name: np.where(hidden[:, None], _times(call[name], 64), call[name]) for name in "kv"}})
+        for name in base:
+            yield f"{name} with larger numbers in a key that the mask hides", other[name], base[name], 2 * limit[name]
 
     def mask_is_bias(f, call, bound, rng):
         """A mask is a bias of -∞ (and 0 elsewhere)."""
+        if call.get("mask") is None:
+            return
+        bias = call.get("bias", np.zeros_like(call["q"], shape=call["mask"].shape))
+        shut = np.full_like(bias, -np.inf)
+        if np.any(np.isnan(shut)):  # a format without infinities
+            return
         base, limit = named(f, call), contract.named(bound(**call))
-        shown = {**call, "bias": np.where(call["mask"], call["bias"], -np.inf)}
-        other = named(f, _without(shown, "mask"))
+        other = named(f, _without(call, "mask") | {"bias": np.where(call["mask"], bias, shut)})
         for name in base:
             yield f"{name} with the mask as a bias of -inf", other[name], base[name], 2 * limit[name]
 
     def shift(f, call, bound, rng):
-        """A constant added to all scores (the sink's too) leaves o and is added to lse."""
-        moved = {**call, "bias": call["bias"] + 16.0}
-        if call.get("sink") is not None:
-            moved["sink"] = call["sink"] + 16.0
+        """A constant added to all scores (the sink's too) leaves o and is added to lse. In integers: exact in any format."""
+        if call.get("bias") is None:
+            return
+        names = [name for name in ("bias", "sink") if call.get(name) is not None]
+        call = {**call, **{name: _integers(call[name]) for name in names}}
+        moved = {**call, **{name: _plus(call[name], 4) for name in names}}
         base, other = named(f, call), named(f, moved)
         limit, more = contract.named(bound(**call)), contract.named(bound(**moved))
         for name in base:
-            want = base[name] + 16.0 if name == "lse" else base[name]
-            yield f"{name} with 16 added to every score", other[name], want, limit[name] + more[name]
+            want = _plus(base[name], 4) if name == "lse" else base[name]
+            yield f"{name} with 4 added to every score", other[name], want, 2 * (limit[name] + more[name])
 
     def key_order(f, call, bound, rng):
         """Without positions, keys are a set."""
@@ -121,6 +127,19 @@ def attention_laws(contract: Contract) -> tuple[Law, ...]:
         Law("query_split", query_split, ("q", "offset")),
         Law("hull", hull, ("v",)),
     )
+
+
+def _times(x, factor):
+    return (x * factor).astype(x.dtype)
+
+
+def _plus(x, number):
+    return (x + number).astype(x.dtype)
+
+
+def _integers(x):
+    """Rounded to -3 ... 3."""
+    return np.clip(np.rint(x.astype(np.result_type(x.dtype, np.float32))), -3, 3).astype(x.dtype)
 
 
 def _arrays(contract: Contract, call: dict) -> dict:
