@@ -218,11 +218,12 @@ def selective_scan_attention(u, delta, A, B, C, D=None, z=None, delta_bias=None,
         after = np.where(reaches & ~np.eye(T, dtype=bool), step[..., :, None], np.zeros_like(step)[..., :, None])  # dt_r at r > s
         elapsed = np.cumsum(after, axis=-2)  # (..., T, T): dt_{s+1} + ... + dt_t, and 0 for s >= t
         kept = np.exp(elapsed[..., None] * A[j])  # (..., T, T, n)
-        pairs = (Cj[..., :, None, :] * kept * Bj[..., None, :, :]).sum(axis=-1) * step[..., None, :]
-        M = np.where(reaches, pairs, np.zeros_like(pairs))  # (..., T, T)
+        M = (Cj[..., :, None, :] * kept * Bj[..., None, :, :]).sum(axis=-1) * step[..., None, :]  # (..., T, T), for s <= t
+        terms = M * u[..., None, :, j]
+        terms = np.where(reaches, terms, np.zeros_like(terms))  # masked last, so that a NaN of the future stays there
         fade = np.exp(np.cumsum(step, axis=-1)[..., None] * A[j])  # (..., T, n)
         from_state = fade * h[..., None, j, :]
-        ys.append((M * u[..., None, :, j]).sum(axis=-1) + (Cj * from_state).sum(axis=-1))
+        ys.append(terms.sum(axis=-1) + (Cj * from_state).sum(axis=-1))
         if T:
             states.append((kept[..., -1, :, :] * Bj * (step * u[..., j])[..., None]).sum(axis=-2) + from_state[..., -1, :])
     y = _skip_and_gate(_observed(np.stack(ys, axis=-1), A), u, D, z)
@@ -480,7 +481,6 @@ OPS = (
                 lambda T, c, n, batch=1, G=0: Cost(
                     (5 * n + 5) * T * T * c * batch, 2 * _tree(T) + log2_ceil(n) + 5, ((3 * n + 4) * T * T + 2 * T * c) * batch
                 ),
-                stops="non-finite data: an infinite input reaches earlier rows as 0·∞",
             ),
         },
         gradient=selective_scan_vjp,
