@@ -386,7 +386,7 @@ def associative_scan(f: Callable) -> Callable:
 
     def linear_recurrence(a, b, *, reverse=False):
         a, b, lead = _scanned(a, b)
-        return _unfold(f(combine, (a, b), reverse=reverse, axis=-2)[1], lead)
+        return _unfold(f(combine, (a, b), reverse=reverse, axis=1)[1], lead)
 
     return linear_recurrence
 

@@ -213,9 +213,11 @@ class _Session:
         if set(got) != set(right):
             return Finding("SHAPE", f"returned {_count(got)}, expected {', '.join(right)}")
         first = next(iter(right))
+        compute, out = self.op.contract.precision(**call)
         for name in right:
             state = name.startswith("state")
-            finding = gates.exact(name, got[name], right[name], to, state, secondary=name != first)
+            wanted = gates.result_dtype(right[name], compute, out, state)
+            finding = gates.exact(name, got[name], right[name], to, wanted, state, secondary=name != first)
             if finding is not None:
                 return finding
         findings = [f for name in right if (f := gates.bounded(name, got[name], right[name], limits[name])) is not None]
@@ -411,7 +413,7 @@ class _Session:
         except ValueError:
             return
         case = Case(self.op.name, "gradients", ", ".join(filter(None, [hard, kind if kind != "random" else "", _described(self.op, sizes, call), f"#{number}"])), call, sizes)
-        dy, dstate = _cotangents(self.op, shape, to, rng, kind, call)
+        dy, dstate = _cotangents(self.op, shape, rng, kind, call)
         right = truth.gradient_truth(self.op, call, dy, dstate, to)
         flat_right = _flat_gradient(right)
         if not flat_right or not all(np.all(np.isfinite(v)) for v in flat_right.values()):
@@ -425,7 +427,7 @@ class _Session:
             self.report.cases.append(Result(case.id, case.klass, to.name, status, trouble[1], seconds=seconds))
             return
         got = _flat_gradient(answer.result) if isinstance(answer.result, dict) else {}
-        limits = _flat_gradient(truth.gradient_tolerance(self.op, call, dy, dstate, to, right))
+        limits = _flat_gradient(truth.gradient_tolerance(self.op, call, dy, dstate, to, right, shape))
         finding = self._gate_gradient(got, flat_right, limits, call, to)
         if len([e for e in self.evidence if e.cotangents is not None]) < 2 * _EVIDENCE and set(flat_right) <= set(got):
             self.evidence.append(Evidence(call, to, {n: got[n] for n in flat_right}, flat_right, limits, (dy, dstate), failed=finding is not None))
@@ -588,8 +590,9 @@ def _flat_gradient(gradients: dict) -> dict[str, np.ndarray]:
     return flat
 
 
-def _cotangents(op: Op, right: dict, to: Precision, rng, kind: str, call: dict):
+def _cotangents(op: Op, right: dict, rng, kind: str, call: dict):
     """Random cotangents of the results, and of the final state where it is returned."""
+    compute, out = op.contract.precision(**call)
 
     def draw(name: str, like: np.ndarray) -> np.ndarray:
         v = rng.standard_normal(like.shape)
@@ -599,7 +602,7 @@ def _cotangents(op: Op, right: dict, to: Precision, rng, kind: str, call: dict):
             v = v * (np.arange(v.size).reshape(v.shape) == v.size // 2)
         if kind == "zero but state" and not name.startswith("state"):
             v = v * 0
-        return v.astype(gates.result_dtype(like, to, name.startswith("state")))
+        return v.astype(gates.result_dtype(like, compute, out, name.startswith("state")))
 
     parts = [draw(n, v) for n, v in right.items() if not n.startswith("state") and v.dtype.kind in "fc"]
     states = [draw(n, v) for n, v in right.items() if n.startswith("state")]

@@ -141,6 +141,8 @@ def _factor(op, name, got, right, limit, to) -> str:
     residue = abs(g - factor * r)
     if np.any(residue > 2 * limit.ravel()[fine] * max(1.0, abs(factor)) + 1e-3 * abs(factor - 1) * abs(r)):
         return ""
+    if not np.any(error_ratio(factor.real * right, right, limit) > 1) and not factor.imag:
+        return ""
     shown = f"{factor.real:.6g}" if abs(factor.imag) < 1e-6 * abs(factor) else f"{factor:.6g}"
     return f"{name} is {shown} times the truth, everywhere"
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.conformance.precision import Precision
+from refimpl.core.contract import real_dtype
 
 PEERS_FACTOR = 4.0  # G2: RMS error of a slice over the worst of the ensemble's
 BIAS_FLOOR = 0.3  # G3: in roundoffs of the result; a factor of 1.002 is 0.51 of bfloat16's
@@ -32,13 +33,12 @@ class Finding:
     bad: np.ndarray | None = None
 
 
-def exact(name: str, got, right: np.ndarray, to: Precision, state: bool, secondary: bool) -> Finding | None:
-    """G0: kind of thing, shape, dtype, non-finite places."""
+def exact(name: str, got, right: np.ndarray, to: Precision, wanted: np.dtype, state: bool, secondary: bool) -> Finding | None:
+    """G0: kind of thing, shape, dtype (`wanted`), non-finite places."""
     if not isinstance(got, np.ndarray):
         return Finding("SHAPE", f"{name} is {type(got).__name__}, expected an array of shape {right.shape}", name)
     if got.shape != right.shape:
         return Finding("SHAPE", f"{name} has shape {got.shape}, expected {right.shape}", name)
-    wanted = result_dtype(right, to, state)
     legal = {wanted} | ({np.dtype(np.float32)} if secondary and to.half else set())
     if got.dtype not in legal and not (wanted.kind in "iu" and got.dtype.kind in "iu"):
         return Finding("DTYPE", f"{name} has dtype {got.dtype}, expected {wanted}", name)
@@ -58,11 +58,12 @@ def exact(name: str, got, right: np.ndarray, to: Precision, state: bool, seconda
     return None
 
 
-def result_dtype(right: np.ndarray, to: Precision, state: bool) -> np.dtype:
+def result_dtype(right: np.ndarray, compute: np.dtype, out: np.dtype, state: bool) -> np.dtype:
+    """The dtype of a result whose truth is `right`, in a call computed in one precision and given back in another."""
     if right.dtype.kind in "iub":
         return right.dtype
-    wanted = to.compute if state else to.dtype
-    return np.result_type(to.compute, np.complex64) if right.dtype.kind == "c" else wanted
+    wanted = compute if state else out
+    return np.result_type(wanted, np.complex64) if right.dtype.kind == "c" else real_dtype(wanted)
 
 
 def bounded(name: str, got: np.ndarray, right: np.ndarray, limit: np.ndarray) -> Finding | None:

@@ -7,6 +7,7 @@ what is expected of it. A deviation that its authors document is expected, with 
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from refimpl.conformance import adapters
+from refimpl.conformance.domain import multiple_of
 
 Progress = Callable[[int, int, str], None]
 
@@ -164,6 +166,7 @@ def examine(implementation: Implementation, *, level: str = "quick", seed: int =
     """Check one implementation."""
     import refimpl
 
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell, once each, which fast kernels it does without
     i = implementation
     row = Row(i.operator, i.package, i.version, i.function, i.framework, i.dtypes, i.gradients, "not installed", i.expected, i.reason)
     if i.missing:
@@ -213,6 +216,10 @@ def _mambapy(method: str) -> Callable:
 
     return adapters.mambapy_scan(scan)
 
+
+SIGMOID = {"options": {"forget": ["sigmoid"]}}
+SQUARE = {"d": 8, "e": 8}
+PLAIN = {"options": {"feature_map": [None], "normalize": [False]}}
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     # -- attention
@@ -285,7 +292,6 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         function="lax.associative_scan",
         build=lambda: adapters.associative_scan(_from("jax.lax", "associative_scan")),
         framework="jax",
-        dtypes=("float64", "float32"),
     ),
     Implementation(
         operator="linear_recurrence",
@@ -325,7 +331,6 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         function="scipy.signal.fftconvolve",
         build=lambda: adapters.fftconvolve(_from("jax.scipy.signal", "fftconvolve")),
         framework="jax",
-        dtypes=("float64", "float32"),
     ),
     # -- state space models
     Implementation(
@@ -378,13 +383,13 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
             needs=("mlstm_kernels",),
             dtypes=dtypes,
             gradients=gradients,
-            domain={"options": {"forget": ["sigmoid"]}},
+            domain=SIGMOID | sizes,
         )
-        for path, name, options, dtypes, gradients in (
-            ("parallel", "mlstm_parallel__native_autograd", {"states": False}, ("float64", "float32"), True),
-            ("parallel", "mlstm_parallel__native_stablef_autograd", {"states": False}, ("float64", "float32"), True),
-            ("recurrent", "mlstm_recurrent_sequence__native_fw", {}, ("float64", "float32"), False),
-            ("chunkwise", "mlstm_chunkwise__native_autograd", {"chunk": 16}, ("float64", "float32"), False),
+        for path, name, options, dtypes, gradients, sizes in (
+            ("parallel", "mlstm_parallel__native_autograd", {"states": False}, ("float64", "float32"), True, {}),
+            ("parallel", "mlstm_parallel__native_stablef_autograd", {"states": False}, ("float64", "float32"), True, {}),
+            ("recurrent", "mlstm_recurrent_sequence__native_fw", {}, ("float64", "float32"), False, {}),
+            ("chunkwise", "mlstm_chunkwise__native_autograd", {"chunk": 16}, ("float64", "float32"), False, {"T": multiple_of(16)}),
         )
     ),
     Implementation(
@@ -394,7 +399,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         build=lambda: adapters.mlstm_kernels(_from("mlstm_kernels.jax.parallel", "mlstm_parallel__native_autograd"), states=False),
         needs=("mlstm_kernels",),
         framework="jax",
-        domain={"options": {"forget": ["sigmoid"]}},
+        domain=SIGMOID,
     ),
     Implementation(
         operator="mlstm",
@@ -403,7 +408,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         build=lambda: adapters.xlstm_cell(_from("xlstm.blocks.mlstm.backends", "parallel_stabilized_simple"), columns=True),
         needs=("xlstm",),
         dtypes=("float64", "float32"),
-        domain={"options": {"forget": ["sigmoid"]}},
+        domain=SIGMOID | SQUARE,
     ),
     Implementation(
         operator="mlstm",
@@ -412,7 +417,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         build=lambda: adapters.xlstm_cell(_from("xlstm.blocks.mlstm.backends", "chunkwise_simple"), chunk=16),
         needs=("xlstm",),
         dtypes=("float64", "float32"),
-        domain={"options": {"forget": ["sigmoid"]}},
+        domain=SIGMOID | SQUARE | {"T": multiple_of(16)},
     ),
     Implementation(
         operator="slstm",
@@ -422,7 +427,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
             _from("xlstm.blocks.slstm.src.vanilla", "slstm_forward"), _from("xlstm.blocks.slstm.src.vanilla.slstm", "slstm_forward_pointwise")
         ),
         needs=("xlstm",),
-        domain={"options": {"forget": ["sigmoid"]}},
+        domain=SIGMOID,
     ),
     Implementation(
         operator="lstm",
@@ -466,7 +471,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         build=lambda: adapters.onnx_linear_attention(adapters.onnx_operator("LinearAttention")),
         needs=("onnx", "onnx.reference.ops.op_linear_attention"),
         framework="numpy",
-        domain={"options": {"feature_map": [None], "normalize": [False]}},
+        domain=PLAIN,
     ),
     Implementation(
         operator="linear_attention",
@@ -475,7 +480,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         build=lambda: adapters.gated_delta_rule(_from("opengdn.reference", "gated_delta"), alpha=True),
         needs=("opengdn",),
         gradients=True,
-        domain={"options": {"feature_map": [None], "normalize": [False]}},
+        domain=PLAIN,
     ),
     Implementation(
         operator="linear_attention",
@@ -483,7 +488,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         function="gated_delta_chunkwise",
         build=lambda: adapters.gated_delta_rule(_from("opengdn.chunkwise", "gated_delta_chunkwise"), alpha=True),
         needs=("opengdn",),
-        domain={"options": {"feature_map": [None], "normalize": [False]}},
+        domain=PLAIN,
     ),
     Implementation(
         operator="linear_attention",
@@ -491,7 +496,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         function="qwen3_next torch_recurrent_gated_delta_rule",
         build=lambda: adapters.gated_delta_rule(_from("transformers.models.qwen3_next.modeling_qwen3_next", "torch_recurrent_gated_delta_rule")),
         needs=("transformers",),
-        domain={"options": {"feature_map": [None], "normalize": [False]}},
+        domain=PLAIN,
     ),
     Implementation(
         operator="linear_attention",
@@ -499,7 +504,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         function="qwen3_next torch_chunk_gated_delta_rule",
         build=lambda: adapters.gated_delta_rule(_from("transformers.models.qwen3_next.modeling_qwen3_next", "torch_chunk_gated_delta_rule")),
         needs=("transformers",),
-        domain={"options": {"feature_map": [None], "normalize": [False]}},
+        domain=PLAIN,
     ),
     Implementation(
         operator="linear_attention",
@@ -507,6 +512,6 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         function="fused_recurrent_gated_delta_rule",
         build=lambda: adapters.gated_delta_rule(_from("fla.ops.gated_delta_rule", "fused_recurrent_gated_delta_rule")),
         needs=("fla.ops",),
-        domain={"options": {"feature_map": [None], "normalize": [False]}},
+        domain=PLAIN,
     ),
 )

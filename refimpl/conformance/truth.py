@@ -71,12 +71,12 @@ def gradient_truth(op: Op, call: dict, dy, dstate, to: Precision) -> dict:
         return op.gradient(_widen(dy, to.truth), **wide, **extra)
 
 
-def gradient_tolerance(op: Op, call: dict, dy, dstate, to: Precision, right: dict, draws: int = 4) -> dict:
+def gradient_tolerance(op: Op, call: dict, dy, dstate, to: Precision, right: dict, results: dict, draws: int = 4) -> dict:
     """The distance allowed for gradients: what perturbations of the inputs by their own roundoff do to them.
 
     A backward-stable algorithm is the exact gradient of inputs changed by a few roundoffs; so the spread of the exact
-    gradients of such inputs, times a small factor, is what right algorithms show; and with it the roundoff of sums as
-    large as the largest entry.
+    gradients of such inputs, times a small factor, is what right algorithms show; with it the error of the chapter's own
+    gradient in the candidate's arithmetic, and the roundoff of sums as large as the largest entry, or as |dy| |y| / |x|, which is what cancels where a gradient is exactly zero.
     """
     rng = np.random.default_rng(7)
     unit = to.unit
@@ -88,15 +88,31 @@ def gradient_tolerance(op: Op, call: dict, dy, dstate, to: Precision, right: dic
         moved = gradient_truth(op, shaken, _tree(lambda v: _shake(v, 2 * unit, rng), _widen(dy, np.dtype(np.float64))), dstate, to)
         for name in spread:
             spread[name] = _tree3(lambda s, m, r: np.maximum(s, np.nan_to_num(abs(m - r).astype(np.float64))), spread[name], moved[name], right[name])
+    ours = _own_gradient(op, call, dy, dstate, to)
+    for name in spread:
+        if name in ours:
+            spread[name] = _tree3(lambda s, m, r: np.maximum(s, np.nan_to_num(abs(m - r).astype(np.float64)) / 2), spread[name], ours[name], right[name])
     longest = max((max(v.shape, default=1) for v in base.values() if isinstance(v, np.ndarray)), default=1)
 
-    def limit(s, r):
-        largest = float(np.max(abs(r)[np.isfinite(r)], initial=0.0)) if r.size else 0.0
+    product = max((_largest(c) * _largest(y) for c, y in zip(_leaves((dy, dstate)), results.values(), strict=False)), default=0.0)
+
+    def limit(s, r, x):
+        size = _largest(x)
+        largest = max(_largest(r), product / size if size else 0.0)
         smooth = np.broadcast_to(s.max(axis=-1, keepdims=True), s.shape) if s.ndim and s.size else s
         return 8 * smooth + 4 * unit * (np.sqrt(longest) if not to.half else 1.0) * largest + unit * abs(r).astype(np.float64) + smallest(to)
 
     with np.errstate(all="ignore"):
-        return {n: _tree2(limit, spread[n], right[n]) for n in right}
+        return {n: _tree3(limit, spread[n], right[n], base[n]) for n in right}
+
+
+def _own_gradient(op: Op, call: dict, dy, dstate, to: Precision) -> dict:
+    """The chapter's gradient in the precision in which the candidate computes."""
+    compute = widened(call, to.compute)
+    extra = {} if dstate is None else {"dstate": _widen(dstate, to.compute)}
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return op.gradient(_widen(dy, to.compute), **{n: compute[n] for n in gradient_names(op, compute)}, **extra)
 
 
 def _shake(x, unit: float, rng):
@@ -121,13 +137,18 @@ def _tree(f, x):
     return None if x is None else f(x)
 
 
-def _tree2(f, x, y):
-    if isinstance(x, tuple):
-        return tuple(_tree2(f, a, b) for a, b in zip(x, y, strict=True))
-    return f(x, y)
-
-
 def _tree3(f, x, y, z):
     if isinstance(x, tuple):
         return tuple(_tree3(f, a, b, c) for a, b, c in zip(x, y, z, strict=True))
     return f(x, y, z)
+
+
+def _leaves(x) -> list:
+    if isinstance(x, tuple):
+        return [leaf for part in x for leaf in _leaves(part)]
+    return [] if x is None else [x]
+
+
+def _largest(x) -> float:
+    x = abs(np.asarray(x))
+    return float(np.max(x[np.isfinite(x)], initial=0.0))

@@ -295,6 +295,8 @@ class Contract:
             raise TypeError(f"{self.name}: {array.name} must be integer, got dtype {value.dtype}")
         if not numeric:
             raise TypeError(f"{self.name}: {array.name} must be numeric, got dtype {value.dtype}")
+        if kind == "O" and type(value) is np.ndarray and not all(hasattr(v, "__rsub__") for v in value.flat):
+            raise TypeError(f"{self.name}: {array.name} must be numeric, got objects such as {type(next(v for v in value.flat if not hasattr(v, '__rsub__'))).__name__}")
         if array.kind == "real" and kind == "c":
             raise TypeError(f"{self.name}: {array.name} must be real, got dtype {value.dtype}")
         return value
@@ -364,6 +366,7 @@ class Contract:
             elif self.states:
                 state = self._squeeze(state, self.states[0], seen)
             outputs.append(state)
+        outputs = [_own(o, seen.original.values()) for o in outputs]
         return tuple(outputs) if several else outputs[0]
 
     @staticmethod
@@ -383,7 +386,7 @@ class Contract:
             if part is None:
                 like = np.dtype(object) if seen.compute is None else real_dtype(seen.compute)
                 part = np.zeros(shape, dtype=like)
-            part = part if isinstance(part, np.ndarray) else np.asarray(part)
+            part = self._array(Array(name, "number", array.shapes), part)
             if part.shape != shape:
                 raise ValueError(f"{self.name}: {name} must have the result's shape {shape}, got {part.shape}")
             if seen.one_head and array.shapes[0].heads is not None:
@@ -403,7 +406,10 @@ class Contract:
             if value is None:
                 value = np.zeros(_expected(shape, seen.sizes, seen.batch), dtype=seen.compute or object)
             else:
-                value = value if isinstance(value, np.ndarray) else np.asarray(value)
+                value = self._array(Array(f"d{array.name}", "number", array.shapes), value)
+                expected = _expected(shape, seen.sizes, seen.batch, drop_heads=seen.one_head)
+                if value.shape != expected:
+                    raise ValueError(f"{self.name}: d{array.name} must have the state's shape {expected}, got {value.shape}")
                 if seen.one_head and shape.heads is not None:
                     value = np.expand_dims(value, value.ndim + 1 + shape.heads)
             out.append(_cast(value, array, seen.compute))
@@ -470,6 +476,14 @@ def _round(value, out: np.dtype | None):
     if out is None or out.name not in HALF or not isinstance(value, np.ndarray) or value.dtype.kind != "f":
         return value
     return value.astype(out)
+
+
+def _own(value, given):
+    """The result itself, or a copy where it is (part of) an argument: a state handed through must not be the caller's."""
+    if isinstance(value, tuple):
+        return type(value)(*(_own(v, given) for v in value)) if hasattr(value, "_fields") else tuple(_own(v, given) for v in value)
+    shared = isinstance(value, np.ndarray) and any(np.may_share_memory(value, g) for g in given)
+    return value.copy() if shared else value
 
 
 def _like(gradient, normal: np.ndarray, original: np.ndarray) -> np.ndarray:
