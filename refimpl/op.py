@@ -62,7 +62,8 @@ class Law:
         What fails when the law fails: "causal", "hand_off".
     holds : callable
         ``holds(f, call, bound, rng)`` yields ``(what, got, want, tolerance)``, arrays of one shape. `f` is any
-        implementation, `call` the arguments of a call by name, `bound(**call)` the error bound of its results.
+        implementation, `call` the arguments of a call by name, `bound(**call)` the error bound of its results. It yields
+        nothing for a call that lacks an optional array it speaks of.
     arguments : tuple of str
         The arguments that it speaks of.
     """
