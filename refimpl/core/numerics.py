@@ -102,3 +102,24 @@ def gate_exponents(log_decay, log_input):
         sums[..., t, t] = 0
         exponents[..., t, : t + 1] = sums[..., t, : t + 1] + log_input[..., : t + 1]
     return exponents
+
+
+def phi1(z):
+    """φ(z) = (e^z - 1) / z, and 1 at z = 0, without the cancellation: the mean of e^(s z) over s in [0, 1]."""
+    zero = z == 0
+    safe = np.where(zero, np.ones_like(z), z)
+    return np.where(zero, np.ones_like(z), np.expm1(safe) / safe)
+
+
+def phi1_derivative(z):
+    """φ'(z) = (e^z - φ(z)) / z, and 1/2 at z = 0; by its series Σ (k+1) z^k / (k+2)! where |z| < 1 would cancel."""
+    if z.dtype.kind == "O":
+        zero = z == 0
+        safe = np.where(zero, np.ones_like(z), z)
+        return np.where(zero, np.ones_like(z) / 2, (np.exp(safe) - phi1(safe)) / safe)
+    small = abs(z) < 1
+    inner, outer = np.where(small, z, np.zeros_like(z)), np.where(small, np.ones_like(z), z)
+    series = np.ones_like(z)
+    for k in range(25, 0, -1):
+        series = 1 + inner * (k + 1) / (k * (k + 2)) * series
+    return np.where(small, series / 2, (np.exp(outer) - phi1(outer)) / outer)
