@@ -363,7 +363,10 @@ class _Session:
         self.report.cases.append(result)
 
     def _outside(self, call: dict) -> str:
-        """The first option of a call, as text, that the candidate does not support; empty if it supports all."""
+        """The first option or optional array of a call, as text, that the candidate does not support; empty if it supports all."""
+        for name in parameters(self.op)[1]:
+            if call.get(name) is not None and not self.subject.support.takes(name):
+                return name
         for name, default in parameters(self.op)[2].items():
             value = call.get(name, default)
             allowed = self.domain.options.get(name)
