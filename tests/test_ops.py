@@ -466,7 +466,7 @@ def compare_gradient(op, call, rng, where, smooth=True):
             if not np.isfinite(quotient):
                 assert not smooth, f"{where}: the operator is not finite around {argument}"
                 continue
-            if not smooth and max(off, jump) > abs(quotient) / 4 and any(np.any(g) for g in leaves(gradient)):
+            if not smooth and max(off, 64 * jump) > abs(quotient) / 4 and any(np.any(g) for g in leaves(gradient)):
                 assert all(np.all(np.isfinite(g)) for g in leaves(gradient)), f"{where}: the gradient of {argument} is not finite"
                 continue  # differences do not resolve it, or several kinks meet and each may take its own branch
             product = inner(gradient, direction)
@@ -1155,7 +1155,7 @@ def test_each_chapter_has_its_parts(chapter):
         assert part in doc, f"{chapter} has no {part.strip()}"
     assert re.search(r"^    \S.*=", doc, re.MULTILINE), f"{chapter} has no displayed equation"
     assert re.search(r"^    \[1\] ", doc, re.MULTILINE), f"{chapter} cites nothing"
-    cited = {int(n) for n in re.findall(r"\[(\d+)[\],]", doc.split("\nReferences\n")[0])}
+    cited = {int(n) for n in re.findall(r"\[(\d+)(?:\]|, [a-z])", doc.split("\nReferences\n")[0])}
     listed = {int(n) for n in re.findall(r"^    \[(\d+)\] ", doc, re.MULTILINE)}
     assert cited <= listed, f"{chapter} cites {cited - listed}, which it does not list"
 
