@@ -50,10 +50,16 @@ def combos(op, rng) -> list[dict]:
     return pairwise(chosen, rng) if chosen else [{}]
 
 
-def richest(op, rng) -> dict:
+def richest(op) -> dict:
     """The combination with every optional array and state, options at their defaults."""
-    chosen = factors(op, Support(), Domain())
-    return {n: True for n, values in chosen.items() if values == (False, True)} | {n: v[0] for n, v in chosen.items() if v != (False, True)}
+    options = parameters(op)[2]
+    return {n: values[0] if n in options else True for n, values in factors(op, Support(), Domain()).items()}
+
+
+def arrays_only(op) -> dict:
+    """The same, without a word about options: for hard inputs, which choose their own."""
+    options = parameters(op)[2]
+    return {n: True for n in richest(op) if n not in options}
 
 
 def options_are_default(op, call) -> bool:
@@ -71,7 +77,7 @@ def plan(name: str) -> list[tuple[str, dict]]:
     """Labelled calls in float64: lengths, unequal lengths, pairs of options, sizes, hard inputs."""
     op, rng = OPS[name], generator("plan", name)
     every = combos(op, rng)
-    turn = itertools.cycle([richest(op, rng), *every])
+    turn = itertools.cycle([richest(op), *every])
     sizes = [dict.fromkeys(op.lengths, T) for T in LENGTHS] if op.lengths else [{}]
     if len(op.lengths) > 1:
         sizes += [dict(zip(op.lengths, pair, strict=False)) for pair in [(0, 3), (3, 0), (1, 9), (9, 1), (5, 70), (70, 5)]]
@@ -79,7 +85,7 @@ def plan(name: str) -> list[tuple[str, dict]]:
     found = [(str(s), draw(op, rng, s, next(turn))) for s in sizes]
     middle = dict(zip(op.lengths, (19, 13, 16), strict=False))
     found += [(f"options {_shown(combo)}", draw(op, rng, middle, combo)) for combo in every]
-    full = {n: v for n, v in richest(op, rng).items() if v is True}
+    full = arrays_only(op)
     for hard, make in op.hard.items():
         for T in (6, 33) if op.lengths else (None,):
             call = make(rng, **small(op, T))
@@ -245,7 +251,7 @@ def test_laws_hold(name, form):
     definition = next(iter(op.forms))
     assert not op.stateful or "hand_off" in {law.name for law in op.laws}, f"{name} has a state: it needs the law hand_off"
     for law in op.laws:
-        spoken, tried = 0, [richest(op, rng), *combos(op, rng)]
+        spoken, tried = 0, [richest(op), *combos(op, rng)]
         for combo, T in [(c, T) for c in tried for T in (9,)] + [(tried[0], T) for T in (1, 2, 5)]:
             call = draw(op, rng, small(op, T), combo)
             call.pop("return_state", None)
@@ -282,7 +288,7 @@ def test_states_are_handed_on_at_random_places(name, to):
     """Three parts of random lengths, empty ones too, through random forms."""
     op, rng = OPS[name], generator("parts", name, to)
     letter = op.lengths[0]
-    for combo in [richest(op, rng), *combos(op, rng)]:
+    for combo in [richest(op), *combos(op, rng)]:
         call = rounded(op.contract, draw(op, rng, small(op, 23), combo | {"return_state": True}), precision(to))
         arrays = {a.name.partition(".")[0] for a in op.contract.arrays}
         axes = {
@@ -322,7 +328,7 @@ def test_states_are_handed_on_at_random_places(name, to):
 @pytest.mark.parametrize("name", [n for n, op in OPS.items() if op.stateful])
 def test_nothing_leaves_the_state_as_it_is(name):
     op = OPS[name]
-    call = draw(op, generator(name), small(op, 0), richest(op, None))
+    call = draw(op, generator(name), small(op, 0), richest(op))
     for form in op.forms:
         got = run(op, op.forms[form].function, call, form)
         given = op.contract.named((None,) * len(op.contract.results) + (call["state"],), True)
@@ -480,7 +486,7 @@ def compare_gradient(op, call, rng, where, smooth=True):
 def test_gradients_equal_difference_quotients(name):
     """For every argument, state and pair of options, in longdouble: ten digits or more of every derivative."""
     op, rng = OPS[name], generator("gradient", name)
-    for combo in [richest(op, rng), *combos(op, rng)]:
+    for combo in [richest(op), *combos(op, rng)]:
         call = widened(draw(op, rng, small(op, 4), combo), np.dtype(np.longdouble))
         compare_gradient(op, call, rng, f"{name} at {_shown(combo)}")
 
@@ -492,7 +498,7 @@ def test_gradients_of_every_size(name):
     if len(op.lengths) > 1:
         sizes += [dict(zip(op.lengths, pair, strict=False)) for pair in [(2, 5), (5, 2), (0, 2), (2, 0)]]
     for size in sizes:
-        call = widened(draw(op, rng, size, richest(op, rng)), np.dtype(np.longdouble))
+        call = widened(draw(op, rng, size, richest(op)), np.dtype(np.longdouble))
         compare_gradient(op, call, rng, f"{name} at {size}")
 
 
@@ -500,7 +506,7 @@ def test_gradients_of_every_size(name):
 def test_gradients_at_hard_inputs(name):
     """Finite where the operator is, and equal to a slope there."""
     op, rng = OPS[name], generator("hard gradient", name)
-    full = {n: True for n, v in richest(op, rng).items() if v is True}
+    full = arrays_only(op)
     for hard, make in op.hard.items():
         call = make(rng, **small(op, 5))
         options = {n: v for n, v in call.items() if n in parameters(op)[2]}
@@ -512,7 +518,7 @@ def test_gradients_at_hard_inputs(name):
 def test_gradients_are_linear_in_the_cotangents(name):
     """<dy, .> and <dstate, .> add up; None is zero; twice the cotangents give exactly twice the gradients."""
     op, rng = OPS[name], generator("linear gradient", name)
-    call = draw(op, rng, small(op, 4), richest(op, rng))
+    call = draw(op, rng, small(op, 4), richest(op))
     dy, dstate = cotangents(op, call, rng, np.float64)
     twice = [None if v is None else 2 * v for v in leaves(dy)]
     whole = vjp(op, call, dy, dstate)
@@ -544,7 +550,7 @@ def _mapped(f, x):
 def test_gradients_have_the_dtypes_of_their_arguments(name, dtype):
     """And their values: a half precision's gradient is that of float32, rounded once."""
     op, rng = OPS[name], generator("gradient dtype", name)
-    call = draw(op, rng, small(op, 4), richest(op, rng))
+    call = draw(op, rng, small(op, 4), richest(op))
     call = rounded(op.contract, call, precision(np.dtype(dtype).name))
     if call is None:
         return
@@ -562,7 +568,7 @@ def test_gradients_have_the_dtypes_of_their_arguments(name, dtype):
 def test_gradients_in_single_and_double_precision_agree(name):
     """Float32 is as near to longdouble as float64 is, times the ratio of their roundoffs (and a factor for luck)."""
     op, rng = OPS[name], generator("gradient precision", name)
-    for combo in [richest(op, rng), *combos(op, rng)[:4]]:
+    for combo in [richest(op), *combos(op, rng)[:4]]:
         call = rounded(op.contract, draw(op, rng, small(op, 9), combo), precision("float32"))
         dy, dstate = cotangents(op, call, rng, np.float32)
         wide = [None if v is None else v.astype(np.result_type(v.dtype, np.float64)) for v in leaves(dy)]
@@ -591,7 +597,7 @@ def test_arguments_without_batch_axes_are_broadcast(name):
     op, rng = OPS[name], generator("broadcast", name)
     if not _batched(op):
         return
-    call = draw(op, rng, small(op, 5, batch=(2, 3)), richest(op, rng))
+    call = draw(op, rng, small(op, 5, batch=(2, 3)), richest(op))
     for array in op.contract.inputs:
         value = call.get(array.name)
         if value is None or not any(s.batched for s in array.shapes) or value.shape[:2] != (2, 3):
@@ -625,7 +631,7 @@ def test_a_batch_is_so_many_calls(name):
     op, rng = OPS[name], generator("batch", name)
     if not _batched(op):
         return
-    call = draw(op, rng, small(op, 5, batch=(3,)), richest(op, rng))
+    call = draw(op, rng, small(op, 5, batch=(3,)), richest(op))
     call = {n: v.copy() if isinstance(v, np.ndarray) else v for n, v in call.items()}
     kinds = {a.name: a for a in op.contract.arrays}
     for form in op.forms:
@@ -660,7 +666,7 @@ def test_two_dimensional_inputs_are_one_head(name):
         return
     known = inspect.signature(op.sample).parameters
     assert letters <= set(known), f"{name}: the sample must take the letters of the heads, {letters}"
-    for combo in [richest(op, rng), *combos(op, rng)]:
+    for combo in [richest(op), *combos(op, rng)]:
         call = draw(op, rng, small(op, 5) | dict.fromkeys(letters, 1), combo)
         arrays = {n: v for n, v in call.items() if n in {a.name.partition(".")[0] for a in op.contract.arrays}}
         heads = {n: axis for letter in letters for n, axis in op.contract.axis(letter, **arrays).items() if _optional(op, n, letter)}
@@ -741,7 +747,7 @@ class _Anything(int):
 @each_form
 def test_results_have_the_precision_of_the_arguments(name, form, dtype):
     op = OPS[name]
-    for combo in [richest(op, None), *combos(op, generator(name))[:3]]:
+    for combo in [richest(op), *combos(op, generator(name))[:3]]:
         call = widened(draw(op, generator(name, form), small(op, 5), combo), np.dtype(dtype))
         got = run(op, op.forms[form].function, call, form)
         for output, value in (got or {}).items():
@@ -754,7 +760,7 @@ def test_results_have_the_precision_of_the_arguments(name, form, dtype):
 def test_half_precisions_are_float32_rounded_once(name, form, dtype):
     """The results are rounded at the end, and only then; states are not."""
     op = OPS[name]
-    call = draw(op, generator(name), small(op, 5), richest(op, None))
+    call = draw(op, generator(name), small(op, 5), richest(op))
     call = rounded(op.contract, call, precision(np.dtype(dtype).name))
     if call is None or any(isinstance(v, np.ndarray) and v.dtype.kind == "c" for v in call.values()):
         return
@@ -789,7 +795,7 @@ def test_two_different_half_precisions_give_float32(name):
 def test_integers_and_wide_states_do_not_promote(name):
     """Float32 stays float32 beside integer arrays of the same values, and a state in float64."""
     op = OPS[name]
-    call = rounded(op.contract, draw(op, generator(name), small(op, 5), richest(op, None)), precision("float32"))
+    call = rounded(op.contract, draw(op, generator(name), small(op, 5), richest(op)), precision("float32"))
     floats = differentiable(op, call)
     real = [n for n in floats if n != "state" and call[n].dtype.kind == "f"]
     for argument in real if len(real) > 1 else ():
@@ -811,7 +817,7 @@ def test_integers_and_wide_states_do_not_promote(name):
 @each_op
 def test_python_scalars_do_not_promote(name):
     op = OPS[name]
-    call = rounded(op.contract, draw(op, generator(name), small(op, 5), richest(op, None)), precision("float32"))
+    call = rounded(op.contract, draw(op, generator(name), small(op, 5), richest(op)), precision("float32"))
     for array in op.contract.inputs:
         if call.get(array.name) is not None and any(s.axes == () and not s.batched for s in array.shapes) and array.kind != "bool":
             for value in (1.0, 1, np.float64(1.0)):
@@ -837,7 +843,7 @@ def _frozen(call):
 @each_form
 def test_inputs_are_never_written(name, form):
     op, rng = OPS[name], generator("frozen", name)
-    for combo in [richest(op, rng), *combos(op, rng)]:
+    for combo in [richest(op), *combos(op, rng)]:
         call = draw(op, rng, small(op, 6), combo)
         before, function = copy.deepcopy(call), op.forms[form].function
         got, frozen = run(op, function, call, form), run(op, function, _frozen(call), form)
@@ -854,7 +860,7 @@ def test_results_are_not_views_of_inputs(name, form):
     """Whoever writes into a result must not change what went in."""
     op = OPS[name]
     for T in (0, 1, 5):
-        call = draw(op, generator(name), small(op, T), richest(op, None))
+        call = draw(op, generator(name), small(op, T), richest(op))
         got = run(op, op.forms[form].function, call, form)
         given = [v for value in call.values() for v in leaves(value) if isinstance(v, np.ndarray) and v.size]
         for output, value in (got or {}).items():
@@ -864,7 +870,7 @@ def test_results_are_not_views_of_inputs(name, form):
 @each_gradient
 def test_gradients_leave_inputs_alone(name):
     op, rng = OPS[name], generator("frozen gradient", name)
-    call = draw(op, rng, small(op, 5), richest(op, rng))
+    call = draw(op, rng, small(op, 5), richest(op))
     dy, dstate = cotangents(op, call, rng, np.float64)
     seeds = (
         _frozen({"dy": leaves(dy)[0]})
@@ -888,7 +894,7 @@ VIEWS = {
 @each_form
 def test_strides_do_not_matter(name, form, view):
     op = OPS[name]
-    call = draw(op, generator(name), small(op, 7, batch=(2,)), richest(op, None))
+    call = draw(op, generator(name), small(op, 7, batch=(2,)), richest(op))
     strided = {n: VIEWS[view](v) if isinstance(v, np.ndarray) else v for n, v in call.items()}
     packed = {n: v.copy() if isinstance(v, np.ndarray) else v for n, v in strided.items()}
     got, right = (run(op, op.forms[form].function, c, form) for c in (strided, packed))
@@ -919,7 +925,7 @@ def _functions(op):
 @each_op
 def test_wrong_ranks_are_refused(name):
     op = OPS[name]
-    call = draw(op, generator(name), {}, richest(op, None))
+    call = draw(op, generator(name), {}, richest(op))
     for array in op.contract.inputs:
         value = call.get(array.name)
         if value is None:
@@ -945,7 +951,7 @@ def test_wrong_ranks_are_refused(name):
 def test_sizes_that_differ_are_refused(name):
     """Every letter that two arrays share: one more in one of them."""
     op = OPS[name]
-    call = draw(op, generator(name), {}, richest(op, None))
+    call = draw(op, generator(name), {}, richest(op))
     arrays = {n: v for n, v in call.items() if n in {a.name.partition(".")[0] for a in op.contract.arrays}}
     sizes, _ = op.contract.sizes(**arrays)
     for letter in sizes:
@@ -962,7 +968,7 @@ def test_batch_axes_that_do_not_broadcast_are_refused(name):
     op = OPS[name]
     if not _batched(op):
         return
-    call = draw(op, generator(name), small(op, 3, batch=(2,)), richest(op, None))
+    call = draw(op, generator(name), small(op, 3, batch=(2,)), richest(op))
     batched = [
         a.name
         for a in op.contract.inputs
@@ -1001,7 +1007,7 @@ NOT_NUMBERS = {
 @each_op
 def test_what_is_no_number_is_refused(name, kind):
     op = OPS[name]
-    call = draw(op, generator(name), {}, richest(op, None))
+    call = draw(op, generator(name), {}, richest(op))
     for array in op.contract.inputs:
         if call.get(array.name) is not None:
             bad = NOT_NUMBERS[kind](np.asarray(call[array.name]))
@@ -1012,7 +1018,7 @@ def test_what_is_no_number_is_refused(name, kind):
 def test_missing_and_unknown_arguments_are_refused(name):
     op = OPS[name]
     required, _, _ = parameters(op)
-    call = draw(op, generator(name), {}, richest(op, None))
+    call = draw(op, generator(name), {}, richest(op))
     arrays = {a.name.partition(".")[0] for a in op.contract.arrays}
     for function in _functions(op):
         refused(op, function, call | {"no_such_option": 1}, "no_such_option", errors=TypeError)
@@ -1025,7 +1031,7 @@ def test_missing_and_unknown_arguments_are_refused(name):
 @each_op
 def test_masks_are_boolean_and_indices_integer(name):
     op = OPS[name]
-    call = draw(op, generator(name), {}, richest(op, None))
+    call = draw(op, generator(name), {}, richest(op))
     for array in op.contract.inputs:
         if call.get(array.name) is not None and array.kind in ("bool", "int"):
             refused(op, op.definition, call | {array.name: call[array.name].astype(np.float64)}, array.name, errors=TypeError)
@@ -1035,7 +1041,7 @@ def test_masks_are_boolean_and_indices_integer(name):
 def test_options_have_their_values(name):
     """An option that takes words or numbers refuses a word that is none of them, by name."""
     op = OPS[name]
-    call = draw(op, generator(name), {}, richest(op, None))
+    call = draw(op, generator(name), {}, richest(op))
     for option, values in op.options.items():
         if option in {a.name for a in op.contract.arrays} or all(isinstance(v, bool) for v in values):
             continue
@@ -1046,7 +1052,7 @@ def test_options_have_their_values(name):
 @each_gradient
 def test_cotangents_of_the_wrong_shape_are_refused(name):
     op, rng = OPS[name], generator(name)
-    call = draw(op, rng, {}, richest(op, rng))
+    call = draw(op, rng, {}, richest(op))
     dy, dstate = cotangents(op, call, rng, np.float64)
     takes = inspect.signature(op.gradient).parameters
     given = {n: v for n, v in call.items() if n in takes}
@@ -1082,7 +1088,7 @@ def test_the_bound_has_the_structure_of_the_results(name):
 def test_the_bound_sees_through_disguises(name, unit):
     """Zeros, a flipped sign, swapped and copied rows, and half a thousandth off must not pass as rounding."""
     op = OPS[name]
-    call = draw(op, generator(name), {}, richest(op, None))
+    call = draw(op, generator(name), {}, richest(op))
     with quiet():
         right = named(op, op.definition(**call), call)
         limit = named(op, op.error_bound(**call, unit=unit), call)
@@ -1101,7 +1107,7 @@ def test_the_bound_sees_through_disguises(name, unit):
 def test_the_bound_grows_with_the_unit(name):
     """Proportionally, or it would hide a constant."""
     op = OPS[name]
-    call = draw(op, generator(name), {}, richest(op, None))
+    call = draw(op, generator(name), {}, richest(op))
     with quiet():
         one, two = (named(op, op.error_bound(**call, unit=u), call) for u in (2.0**-24, 2.0**-23))
     for output in one:
@@ -1193,5 +1199,5 @@ def test_records_are_complete(name):
 
 def _sizes(op):
     arrays = {a.name.partition(".")[0] for a in op.contract.arrays}
-    call = draw(op, generator(op.name), {}, richest(op, None))
+    call = draw(op, generator(op.name), {}, richest(op))
     return op.contract.sizes(**{n: v for n, v in call.items() if n in arrays})[0]
