@@ -215,7 +215,8 @@ def _tiled_head(q, k, v, sink, pairs, block_q, block_k):
             s = _scores(_products(q[rows], k[keys], pairs), pairs, rows, keys)  # (block_q, block_k)
             larger = np.maximum(top, np.max(s, axis=-1, keepdims=True))
             shift = finite_or_zero(larger)
-            w, keep = np.exp(s - shift), np.exp(top - shift)
+            s -= shift  # in place: what is made anew for each tile should stay in the cache
+            w, keep = np.exp(s), np.exp(top - shift)
             total = keep * total + w.sum(axis=-1, keepdims=True)
             acc = keep * acc + masked_matmul(w, v[keys], s)
             top = larger
@@ -544,11 +545,13 @@ def _blocks(start, stop, size):
 
 
 def _seen_blocks(pairs, rows, m, size):
-    """Blocks of those keys that some row of the tile can see."""
+    """Blocks of the keys that some row of the tile can see; those that all rows see are apart, as they need no mask."""
     first, last = rows.start + pairs.offset, rows.stop - 1 + pairs.offset
-    start = 0 if pairs.left is None else max(0, first - pairs.left)
-    stop = m if pairs.right is None else min(m, last + pairs.right + 1)
-    return [keys for keys in _blocks(start, stop, size) if pairs.mask is None or _tile(pairs.mask, rows, keys).any()]
+    start, inner = (0, 0) if pairs.left is None else (max(0, first - pairs.left), max(0, last - pairs.left))
+    stop, outer = (m, m) if pairs.right is None else (min(m, last + pairs.right + 1), min(m, first + pairs.right + 1))
+    parts = ((start, inner), (inner, outer), (outer, stop)) if start <= inner <= outer <= stop else ((start, stop),)
+    blocks = [keys for part in parts for keys in _blocks(*part, size)]
+    return [keys for keys in blocks if pairs.mask is None or _tile(pairs.mask, rows, keys).any()]
 
 
 def _tile(x, rows, keys):
