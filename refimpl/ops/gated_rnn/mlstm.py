@@ -422,11 +422,10 @@ OPS = (
             "gates of -1e3": _with(i=_sometimes(-1e3), f=_sometimes(-1e3)),
             "gates of +50": _with(i=_sometimes(50.0), f=_sometimes(50.0)),
             "exponential forget gates of +50": _with(f=_sometimes(50.0), forget="exp"),
-            "all gates far below": _with(
-                i=lambda rng, x: x - 1e3, f=lambda rng, x: x - 1e3, state=lambda rng, s: State(s.C, s.n, s.m - 1e3)
-            ),
-            "huge common offset": _with(i=lambda rng, x: x + 300, state=lambda rng, s: State(s.C, s.n, s.m + 300)),
+            "all gates far below": _with(i=lambda rng, x: x - 1e3, f=lambda rng, x: x - 1e3, state=lambda rng, s: s._replace(m=s.m - 1e3)),
+            "huge common offset": _with(i=lambda rng, x: x + 300, state=lambda rng, s: s._replace(m=s.m + 300)),
             "queries of zeros": _with(q=lambda rng, x: x * (rng.random((*x.shape[:-1], 1)) < 0.5), i=lambda rng, x: x + 60),
+            "small queries": _with(q=lambda rng, x: x * 2.0**-17, i=lambda rng, x: x + 40, state=lambda rng, s: s._replace(m=s.m + 40)),
             "nothing is forgotten": _with(f=lambda rng, x: 0 * x, forget="exp"),
             "no initial state": _with(state=lambda rng, s: None),
             "empty initial state": _with(state=lambda rng, s: State(0 * s.C, 0 * s.n, np.full_like(s.m, -np.inf))),
@@ -434,12 +433,12 @@ OPS = (
                 i=lambda rng, x: 0 * x + np.where(np.arange(x.shape[-1]) == x.shape[-1] // 3, 20.0, -20.0), f=lambda rng, x: x + 8
             ),
             "ties in the maximum": _with(
-                i=lambda rng, x: 0 * x, f=lambda rng, x: 0 * x, forget="exp", state=lambda rng, s: State(s.C, s.n, 0 * s.m)
+                i=lambda rng, x: 0 * x, f=lambda rng, x: 0 * x, forget="exp", state=lambda rng, s: s._replace(m=0 * s.m)
             ),
         },
         error_bound=error_bound,
         references=("beck2024, equations 19-27, appendix A.3", "beck2025, section 3"),
-        sizes=({"d": 1, "e": 1}, {"d": 16, "e": 8}, {"H": 1}, {"H": 3, "batch": (2,)}, {"batch": (2, 2)}),
+        sizes=({"d": 1, "e": 1}, {"d": 5, "e": 5}, {"d": 16, "e": 8}, {"H": 1}, {"H": 3, "batch": (2,)}, {"batch": (2, 2)}),
         laws=(causal(CONTRACT, "q", "k", "v", "i", "f"), hand_off(CONTRACT), SAME_MEMORY, RECALLS),
     ),
 )
