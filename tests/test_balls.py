@@ -579,3 +579,27 @@ def _deep(convert, arguments):
     """As `convert`, into plain tuples of cotangents too."""
     tuples = {n: tuple(None if p is None else convert({"p": p})["p"] for p in v) for n, v in arguments.items() if type(v) is tuple}
     return convert(arguments) | tuples
+
+
+def _rounded_on_the_way(function):
+    """The same function, with its floating arguments rounded to float64 after a detour: what a cast in a chapter does."""
+
+    def cast(v):
+        if isinstance(v, tuple):
+            return type(v)(*map(cast, v))
+        if isinstance(v, Balls):
+            return to_balls((v / 3).midpoint_radius()[0]) * 3
+        if isinstance(v, np.ndarray) and v.dtype.kind in "fc":
+            return v / 3 * 3
+        return v
+
+    return lambda **call: function(**{n: cast(v) for n, v in call.items()})
+
+
+@pytest.mark.parametrize("op", refimpl.OPS.values(), ids=lambda op: op.name)
+def test_a_cast_to_floats_in_a_chapter_would_be_seen(op, rng):
+    """The gate for the gate: 53 bits on the way are not taken for truth."""
+    call = draw(op, rng, {}, {})
+    assert _compared(op, op.definition, call, op.name)
+    with pytest.raises(AssertionError, match="longdouble is"):
+        _compared(op, _rounded_on_the_way(op.definition), call, op.name)
