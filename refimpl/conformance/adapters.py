@@ -277,6 +277,7 @@ def onnx_attention(f: Callable) -> Callable:
 
     def attention(q, k, v, *, causal=False, window=None, mask=None, bias=None, scale=None, softcap=None):
         h = _Heads(q, k, v)
+        _refuse(h.m == 0, "needs a key")
         _refuse(h.m < h.n and (causal or window is not None), "with fewer keys than queries, causality counts from the starts")
         _refuse(q.dtype == np.float64 and any(x is not None and float(np.float32(x)) != x for x in (scale, softcap)), "attributes are float32")
         attributes: dict[str, Any] = {"is_causal": int(causal)}
@@ -343,7 +344,8 @@ def lfilter(f: Callable) -> Callable:
         rows = [np.broadcast_to(x, (*lead, c)).reshape(-1) for x in (a, np.zeros_like(b[..., 0, :]) if state is None else state)]
         x = np.moveaxis(np.broadcast_to(b, (*lead, T, c)), -2, -1).reshape(-1, T)
         x = x[:, ::-1] if reverse else x
-        y = np.stack([f([1.0], np.array([1.0, -decay]), series, zi=np.array([decay * h]))[0] for decay, h, series in zip(*rows, x, strict=True)])
+        one = np.ones(1, rows[0].dtype)
+        y = np.stack([f(one, np.array([1, -decay], one.dtype), series, zi=np.array([decay * h]))[0] for decay, h, series in zip(*rows, x, strict=True)])
         last = y[:, -1].reshape(*lead, c)
         y = np.moveaxis((y[:, ::-1] if reverse else y).reshape(*lead, c, T), -1, -2)
         return (y, last) if return_state else y
@@ -408,8 +410,8 @@ def fftconvolve(f: Callable) -> Callable:
         T, K = u.shape[-2], kernel.shape[-2]
         _refuse(T == 0 or K == 0, "an empty convolution has no shape there")
         _refuse(u.dtype.kind == "c" or kernel.dtype.kind == "c", "real signals only")
-        ndim = max(u.ndim, kernel.ndim)
-        u, kernel = (x.reshape((1,) * (ndim - x.ndim) + tuple(x.shape)) for x in (u, kernel))
+        lead = _lead((u, 2), (kernel, 2))
+        u, kernel = _spread(u, (*lead, *tuple(u.shape)[-2:])), _spread(kernel, (*lead, *tuple(kernel.shape)[-2:]))
         return f(u, kernel, mode="full", axes=-2)[..., :T, :]
 
     return long_conv
@@ -549,7 +551,8 @@ def _zeros(like, shape):
 def xlstm_cell(cell: Callable, *, columns: bool = False, chunk: int | None = None) -> Callable:
     """``cell(queries, keys, values, igate_preact, fgate_preact, eps=)``, the cells of the package xlstm.
 
-    `columns`: gates are (batch, heads, time, 1). `chunk`: only multiples of it are taken.
+    `columns`: gates are (batch, heads, time, 1). `chunk`: only multiples of it are taken; the chunkwise cell begins at m = 0
+    where the contract begins at -∞, which the adapter passes.
     """
 
     def mlstm(q, k, v, i, f, *, eps=0.0):
@@ -560,8 +563,9 @@ def xlstm_cell(cell: Callable, *, columns: bool = False, chunk: int | None = Non
         if one_head:
             q, k, v, i, f = (x[None] for x in (q, k, v, i, f))
         lead = _lead((q, 3), (k, 3), (v, 3), (i, 2), (f, 2))
-        gates = (_fold(x, 2, lead)[..., None] if columns else _fold(x, 2, lead) for x in (i, f))
-        h = _unfold(cell(*(_fold(x, 3, lead) for x in (q, k, v)), *gates, eps=eps, **({} if chunk is None else {"chunk_size": chunk})), lead)
+        gates = [_fold(x, 2, lead)[..., None] if columns else _fold(x, 2, lead) for x in (i, f)]
+        options = {} if chunk is None else {"chunk_size": chunk, "initial_m": gates[0][..., 0] * 0 - math.inf}
+        h = _unfold(cell(*(_fold(x, 3, lead) for x in (q, k, v)), *gates, eps=eps, **options), lead)
         return h[..., 0, :, :] if one_head else h
 
     return mlstm

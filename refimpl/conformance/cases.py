@@ -136,7 +136,7 @@ def draw(op: Op, rng: np.random.Generator, sizes: dict[str, Any], combo: dict[st
 
 
 def choose(op: Op, arrays: dict[str, Any], sizes: dict[str, Any], combo: dict[str, Any]) -> dict[str, Any]:
-    """Of a sample's arrays those that a combination wants, and its options."""
+    """Of a sample's arrays those that a combination wants, and its options (those that come with the arrays are kept)."""
     required, optional, defaults = parameters(op)
     call = {name: arrays[name] for name in required}
     for name in [*optional, "state"]:
@@ -145,12 +145,12 @@ def choose(op: Op, arrays: dict[str, Any], sizes: dict[str, Any], combo: dict[st
     if combo.get("return_state"):
         call["return_state"] = True
     for name, default in defaults.items():
-        value = combo.get(name, default)
+        value = combo.get(name, arrays.get(name, default))
         if callable(value):
             value = value(**{**default_sizes(op), **sizes})
         if not _same(value, default):
             call[name] = value
-    return call
+    return call if op.arrange is None else op.arrange(call)
 
 
 def _same(a, b) -> bool:

@@ -23,7 +23,7 @@ from refimpl.conformance.report import Report, Result
 from refimpl.conformance.snippet import snippet
 from refimpl.op import Op
 
-_EVIDENCE = 40
+_EVIDENCE = 20
 Progress = Callable[[int, int, str], None]
 
 
@@ -470,7 +470,7 @@ class _Session:
         bad = [e for e in self.evidence if e.failed]
         step = max(1, len(bad) // _EVIDENCE)
         small = [e for e in bad[::step] if sum(np.size(v) for v in e.call.values() if isinstance(v, np.ndarray)) < 300_000]
-        return (small or bad[:3])[: _EVIDENCE + 8] + [e for e in self.evidence if not e.failed][:8]
+        return (small or bad[:3])[: _EVIDENCE + 4] + [e for e in self.evidence if not e.failed][:8]
 
     def _shrink(self) -> None:
         """Draw the first numerical failure again at smaller sizes, and keep the smallest that still fails."""
@@ -612,7 +612,7 @@ def _cotangents(op: Op, right: dict, rng, kind: str, call: dict):
     dy = tuple(parts) if len(parts) > 1 else parts[0]
     if not states:
         return dy, None
-    if "." in op.contract.states[0].name:
+    if len(states) > 1 or "." in op.contract.states[0].name:
         return dy, _state_type(op, states)
     return dy, states[0]
 
@@ -620,4 +620,4 @@ def _cotangents(op: Op, right: dict, rng, kind: str, call: dict):
 def _state_type(op: Op, parts: list):
     from collections import namedtuple
 
-    return namedtuple("State", [s.name.partition(".")[2] for s in op.contract.states])(*parts)
+    return namedtuple("State", [s.name.partition(".")[2] or s.name for s in op.contract.states])(*parts)

@@ -1,23 +1,20 @@
 """A wrong attention, to show what a failure looks like.
 
-It is what many write first: the causal mask is drawn from the corner at the start, so it is right as long as there are as
-many queries as keys, and wrong from the first token that is decoded with a cache.
+Its mistake is one word: `tile` where it should say `repeat`. With as many key heads as query heads, or with one, both are
+the same; with two key heads and four query heads, half of the heads read the wrong keys, and all numbers look fine.
 """
 
 import numpy as np
 
 
 def wrong_attention(q, k, v, *, causal=False, scale=None):
-    """softmax(q kᵀ) v, with the mask's corner at the wrong end."""
-    scale = 1 / np.sqrt(q.shape[-1]) if scale is None else scale
-    groups = q.shape[-3] // k.shape[-3] if q.ndim > 2 else 1
-    if groups > 1:
-        k, v = np.repeat(k, groups, axis=-3), np.repeat(v, groups, axis=-3)
-    s = q @ k.swapaxes(-1, -2) * q.dtype.type(scale)
-    if causal:
-        allowed = np.tril(np.ones(s.shape[-2:], dtype=bool))  # should be np.tril(..., m - n): the ends stand together
-        s = np.where(allowed, s, -np.inf)
-    if s.shape[-1] == 0:
-        return s @ v
-    p = np.exp(s - s.max(axis=-1, keepdims=True))
-    return p / p.sum(axis=-1, keepdims=True) @ v
+    """softmax(q kᵀ) v, with grouped heads dealt out in the wrong order."""
+    if q.ndim > 2:
+        groups = q.shape[-3] // k.shape[-3]
+        k, v = (np.concatenate([x] * groups, axis=-3) for x in (k, v))  # tiles; np.repeat(x, groups, axis=-3) is right
+    n, m = q.shape[-2], k.shape[-2]
+    s = q @ k.swapaxes(-1, -2) * q.dtype.type(1 / np.sqrt(q.shape[-1]) if scale is None else scale)
+    allowed = np.tri(n, m, m - n if causal else m, dtype=bool)
+    p = np.where(allowed, np.exp(s - s.max(axis=-1, keepdims=True, where=allowed, initial=-np.inf)), 0)
+    total = p.sum(axis=-1, keepdims=True)
+    return p / np.where(total == 0, 1, total) @ v

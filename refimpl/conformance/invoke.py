@@ -51,7 +51,7 @@ class Invoker:
 
     def __call__(self, request: Request) -> Answer:
         try:
-            with _alarm(self.timeout):
+            with _alarm(self.timeout), np.errstate(all="ignore"):
                 return self._call(request)
         except _TookTooLong:
             return Answer(status="TIMEOUT", message=f"no answer within {self.timeout:g} s")

@@ -212,7 +212,11 @@ MUTANTS = (
         edited(chapter.attention_split_kv, ("np.where(w == 0, np.zeros_like(o), p * o).sum(axis=0)", "np.where(w == 0, np.zeros_like(o), o / (w != 0).sum(axis=0)).sum(axis=0)")),
     ),
     # -- precision
-    Mutant("attention", "scale_off_by_0.2_percent", "the output is 1.002 times what it should be", lambda: _of_output(lambda o: o * 1.002)),
+    _mutant(
+        "output_off_by_0.2_percent",
+        "the output is 1.002 times what it should be",
+        ("    o = masked_matmul(p, v, s)  # (..., Hkv, G, n, e)\n", "    o = constant(1.002, v) * masked_matmul(p, v, s)\n"),
+    ),
     Mutant("attention", "every_ten_thousandth_row", "one row in ten thousand is a copy of the row before it", lambda: _of_output(_every_ten_thousandth)),
     _written(
         tf32,
