@@ -552,8 +552,7 @@ def test_gradients_run_on_balls(op, rng):
         result = op.definition(**call)
         outputs = list(result) if isinstance(result, tuple) and not hasattr(result, "_fields") else [result]
         dstate = outputs.pop() if call.get("return_state") else None
-        dy = [v * 0 + rng.standard_normal(v.shape) if v.dtype.kind in "fc" else None for v in outputs]
-        dy = [np.where(np.isfinite(v), v, 0) if v is not None else None for v in dy]
+        dy = [np.where(np.isfinite(v), rng.standard_normal(v.shape), np.zeros_like(v)) if v.dtype.kind in "fc" else None for v in outputs]
         seeds = {"dy": tuple(dy) if len(dy) > 1 else dy[0]} | ({"dstate": dstate} if dstate is not None else {})
         arguments = {n: v for n, v in {**call, **seeds}.items() if n in takes}
         with np.errstate(all="ignore"):

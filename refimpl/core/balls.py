@@ -25,6 +25,8 @@ References
     [1] F. Johansson, "Arb: efficient arbitrary-precision midpoint-radius interval arithmetic", IEEE Transactions on
         Computers 66(8), 2017, pp. 1281-1292, section 2.
 """
+# mypy: disable-error-code="override, misc"
+# (the methods of an ndarray, of which this class has its own, have overloads that do not concern it)
 
 import functools
 import operator
@@ -112,15 +114,15 @@ class Balls(np.ndarray):
         kind = np.result_type(real, np.complex64) if complex_values else real
         mid, radius = np.empty(self.shape, kind), np.empty(self.shape)
         for index in np.ndindex(self.shape):
-            ball = self._raw()[index]
+            ball: Any = self._raw()[index]
             if isinstance(ball, acb):
                 point = np.empty((), kind)
                 point.real, point.imag = _nearest(ball.real, real), _nearest(ball.imag, real)
                 mid[index] = point[()]
                 away = (ball - _ball(mid[index])).abs_upper() if ball.is_finite() else arb("inf")
             else:
-                mid[index] = point = _nearest(ball, real)
-                away = arb(0) if _infinite(ball) else abs(ball - _ball(point)).upper() if ball.is_finite() else arb("inf")
+                mid[index] = nearest = _nearest(ball, real)
+                away = arb(0) if _infinite(ball) else abs(ball - _ball(nearest)).upper() if ball.is_finite() else arb("inf")
             radius[index] = _upwards(away)
         return mid, radius
 
@@ -547,7 +549,7 @@ _UFUNCS: dict[str, Callable] = {
 # -- NumPy functions -------------------------------------------------------------------------------------------------
 
 
-def _reduce(step: Callable, x, axis=0, keepdims=False, initial=np._NoValue, where=True, **_):
+def _reduce(step: Any, x, axis=0, keepdims=False, initial=np._NoValue, where=True, **_):
     x = _exact(x)
     if where is not True:
         if step not in (np.add, np.multiply):

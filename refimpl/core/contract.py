@@ -19,6 +19,7 @@ The language
     q (..., H?, n, d)      an axis of heads, which may be missing: one head
     mask:bool, seed:int    kinds: bool, int; `free` is numeric but does not take part in the choice of precision
     state.C (..., d, e)    a field of a state that is a NamedTuple
+    state (...); state.z   a state that is one array, or, where an option wants it, a NamedTuple of it and further fields
 
 Precision: float32 in, float32 out, likewise float64, longdouble and complex; half types (float16, bfloat16, float8)
 compute in float32 and are rounded once, at the end; states stay in the compute precision and, like integers, booleans
@@ -157,7 +158,7 @@ class Contract:
             result = function(**seen.arguments)
             return self._give(result, seen, bound.get("return_state", False))
 
-        call.contract = self
+        call.contract = self  # type: ignore[attr-defined]
         return call
 
     def gradient(self, function: Callable) -> Callable:
@@ -178,7 +179,7 @@ class Contract:
             gradients = function(self._cotangent(dy, seen), **seen.arguments, **extra)
             return self._give_gradients(gradients, seen)
 
-        call.contract = self
+        call.contract = self  # type: ignore[attr-defined]
         return call
 
     def result_shapes(self, sizes: Mapping[str, int], batch: tuple[int, ...], one_head=False) -> list[tuple[int, ...]]:
@@ -218,7 +219,7 @@ class Contract:
         found = {array.name: part for array, part in zip(self.results, parts, strict=False)}
         if return_state:
             fields = state if isinstance(state, tuple) else (state,)
-            found |= {array.name: part for array, part in zip(self.states, fields, strict=True)}
+            found |= {array.name: part for array, part in zip(self.states[: self._state_size(fields)], fields, strict=True)}
         return found
 
     # -- going in -------------------------------------------------------------------------------------------------
@@ -260,7 +261,7 @@ class Contract:
         for name, value in normal.items():
             if "." not in name:
                 arguments[name] = value
-        if self.states and "." in self.states[0].name and arguments.get("state") is not None:
+        if any("." in s.name for s in self.states) and isinstance(arguments.get("state"), tuple | np.ndarray) and isinstance(bound["state"], tuple):
             arguments["state"] = _tuple_like(bound["state"], [normal[s.name] for s in self.states])
         if self.check is not None:
             self.check(arguments, plain)
@@ -274,13 +275,26 @@ class Contract:
             if arguments.get(name) is None:
                 continue
             value = arguments[name]
-            if part:
-                parts = [s.name.partition(".")[2] for s in self.states]
-                if not isinstance(value, tuple) or len(value) != len(parts):
-                    raise TypeError(f"{self.name}: state must be a tuple ({', '.join(parts)}), got {_describe(value)}")
-                value = value[parts.index(part)]
+            if array in self.states and self._has_fields(value):
+                value = value[self.states.index(array)]
+            elif part:
+                continue
             given[array.name] = (array, self._array(array, value), isinstance(value, _PYTHON_SCALARS))
         return given
+
+    def _has_fields(self, state) -> bool:
+        """Whether a state is given field by field; TypeError if it should be and is not, or has too few."""
+        names = [s.name.partition(".")[2] or "S" for s in self.states]
+        if not any("." in s.name for s in self.states) or ("." not in self.states[0].name and not isinstance(state, tuple)):
+            return False
+        if not isinstance(state, tuple) or len(state) != len(names):
+            raise TypeError(f"{self.name}: state must be a tuple ({', '.join(names)}), got {_describe(state)}")
+        return True
+
+    def _state_size(self, fields) -> int:
+        """How many arrays a state of these parts should have: a state that may be one array or a NamedTuple is both."""
+        alone = len(self.states) > 1 and "." not in self.states[0].name and len(fields) == 1
+        return 1 if alone else len(self.states)
 
     def _array(self, array: Array, value) -> np.ndarray:
         try:
@@ -312,7 +326,7 @@ class Contract:
             if mismatch is None:
                 return value, shape, inserted
             reasons.append(mismatch)
-            if inserted:
+            if inserted and shape.heads is not None:
                 value = np.squeeze(value, value.ndim + shape.heads)
         why = f" ({reasons[0]})" if reasons else ""
         raise ValueError(f"{self.name}: {array.name} must have shape {' or '.join(map(str, array.shapes))}, got {value.shape}{why}")
@@ -356,7 +370,7 @@ class Contract:
     def _give(self, result, seen: _Call, has_state: bool):
         several = isinstance(result, tuple) and not hasattr(result, "_fields")
         outputs = list(result) if several else [result]
-        state = outputs.pop() if has_state else None
+        state: Any = outputs.pop() if has_state else None
         outputs = [self._squeeze(_round(o, seen.out), r, seen) for o, r in zip(outputs, self.results, strict=False)] + [
             _round(o, seen.out) for o in outputs[len(self.results) :]
         ]
@@ -398,10 +412,10 @@ class Contract:
         if dstate is None:
             return None
         fields = dstate if isinstance(dstate, tuple) else (dstate,)
-        if len(fields) != len(self.states):
+        if len(fields) != self._state_size(fields):
             raise ValueError(f"{self.name}: dstate must have the state's {len(self.states)} parts, got {len(fields)}")
         out = []
-        for value, array in zip(fields, self.states, strict=True):
+        for value, array in zip(fields, self.states, strict=False):
             shape = array.shapes[0]
             if value is None:
                 value = np.zeros(_expected(shape, seen.sizes, seen.batch), dtype=seen.compute or object)
@@ -418,7 +432,7 @@ class Contract:
         return type(dstate)(*out) if hasattr(dstate, "_fields") else tuple(out)
 
     def _give_gradients(self, gradients: dict, seen: _Call) -> dict:
-        given = {}
+        given: dict[str, Any] = {}
         for name, g in gradients.items():
             if seen.arguments.get(name) is None or g is None:
                 continue
@@ -499,7 +513,7 @@ def _like(gradient, normal: np.ndarray, original: np.ndarray) -> np.ndarray:
 
 def _match(shape: Shape, actual: tuple[int, ...], sizes: dict, name: str) -> str | None:
     """None if sizes agree (and are then recorded), else the reason."""
-    found = {}
+    found: dict[str, tuple[int, str]] = {}
     for axis, size in zip(shape.axes, actual, strict=True):
         axis = axis.rstrip("?")
         letter, _, less = axis.partition("-")
