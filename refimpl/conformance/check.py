@@ -310,7 +310,7 @@ class _Session:
 
     def _law(self, law, to: Precision, T: int, combo: dict, label: str) -> None:
         sizes = self.domain.fit({**default_sizes(self.op), **dict.fromkeys(self.op.lengths, T)})
-        if sizes is None or self.domain.sizes:  # laws cut and extend sequences: only where every length is supported
+        if sizes is None or set(self.op.lengths) & set(self.domain.sizes):  # laws cut and extend sequences: only where every length is supported
             return
         rng = np.random.default_rng([self.seed, T, *law.name.encode()])
         case = Case(self.op.name, "laws", f"{law.name}, {label}", {}, sizes)
