@@ -261,29 +261,36 @@ def heading(text: str) -> None:
 
 
 def table(rows: list[tuple[str, ...]], indent: str = "") -> None:
-    """Columns as wide as they need to be; the last one wraps at the terminal's width."""
+    """Columns as wide as they need to be; the last one wraps at the terminal's width, below a cell that is too long."""
     if not rows:
         return
-    import shutil
     import textwrap
 
-    width = max(60, min(shutil.get_terminal_size((120, 24)).columns, 140))
-    columns = [min(max(len(row[i]) for row in rows), 44) for i in range(len(rows[0]) - 1)]
+    widest = 44
+    columns = [max((len(row[i]) for row in rows if len(row[i]) <= widest), default=0) for i in range(len(rows[0]) - 1)]
     left = len(indent) + sum(columns) + 2 * len(columns)
     for row in rows:
         cells = "".join(f"{cell:{columns[i]}}  " for i, cell in enumerate(row[:-1]))
-        lines = textwrap.wrap(row[-1], max(30, width - left)) or [""]
-        print((indent + cells + lines[0]).rstrip())
-        for line in lines[1:]:
+        lines = textwrap.wrap(row[-1], max(30, terminal_width() - left))
+        if len(indent + cells) > left:
+            print(textwrap.fill(indent + cells, terminal_width(), subsequent_indent=" " * (len(indent) + 2 + columns[0])))
+        else:
+            print((indent + cells + "".join(lines[:1])).rstrip())
+            lines = lines[1:]
+        for line in lines:
             print(" " * left + line)
 
 
-def wrapped(text: str, indent: int) -> str:
+def terminal_width() -> int:
     import shutil
+
+    return max(60, min(shutil.get_terminal_size((120, 24)).columns, 140))
+
+
+def wrapped(text: str, indent: int) -> str:
     import textwrap
 
-    width = max(60, min(shutil.get_terminal_size((120, 24)).columns, 140))
-    return textwrap.fill(text, width, initial_indent=" " * indent, subsequent_indent=" " * (indent + 4), break_long_words=False)
+    return textwrap.fill(text, terminal_width(), initial_indent=" " * indent, subsequent_indent=" " * (indent + 4), break_long_words=False)
 
 
 def short(number: float) -> str:
@@ -380,7 +387,7 @@ def print_example() -> None:
     import refimpl
     from refimpl.conformance.examples import wrong_attention
 
-    heading("\nAnd a wrong one. This attention draws its causal mask from the wrong corner:")
+    heading("\nAnd a wrong one. This attention deals its grouped heads out in the wrong order:")
     print("\n".join(f"    {line}" for line in inspect.getsource(wrong_attention).splitlines()))
     heading("\nrefimpl check attention refimpl.conformance.examples:wrong_attention --level quick")
     with progress_bar("checking wrong_attention") as step:

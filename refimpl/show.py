@@ -8,14 +8,14 @@ import dataclasses
 import importlib
 import inspect
 import re
-import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import refimpl.laws
 from refimpl.catalogue import catalogue, chapter_of, operator
-from refimpl.op import Cost, Form, Op
+from refimpl.op import Cost, Form, Law, Op
 
 TYPICAL = {"c": 256, "d": 64, "e": 64, "p": 64, "n": 16, "W": 4}
 LENGTH = 1024
@@ -160,7 +160,7 @@ def page(name: str) -> Page:
         glossary=tuple(glossary(chapter.get("Glossary", ""))),
         forms=tuple(_form(n, f, op, sizes) for n, f in op.forms.items()),
         sizes=sizes,
-        laws=tuple(LawRow(law.name, tuple(law.arguments), _what_law_says(law.holds)) for law in op.laws),
+        laws=tuple(LawRow(law.name, tuple(law.arguments), _what_law_says(law)) for law in op.laws),
         error_bound=_prose(inspect.getdoc(op.error_bound)),
         gradient=_prose(inspect.getdoc(op.gradient)) if op.gradient else "",
         variants=chapter.get("Where implementations differ", ""),
@@ -297,7 +297,8 @@ def _arguments(op: Op, described: Mapping[str, str]) -> Iterator[ShapeRow]:
 def _results(op: Op, definition: Mapping[str, str]) -> Iterator[ShapeRow]:
     described = dict(parameters({"Parameters": definition.get("Returns", "")}))
     for array in op.contract.results:
-        yield ShapeRow(array.name, " or ".join(map(str, array.shapes)), array.kind, False, described.get(array.name, ""))
+        says = described.get(array.name, "")
+        yield ShapeRow(array.name, " or ".join(map(str, array.shapes)), array.kind, False, "" if says.startswith("ndarray") else says)
 
 
 def _options(op: Op, described: Mapping[str, str]) -> Iterator[OptionRow]:
@@ -308,12 +309,12 @@ def _options(op: Op, described: Mapping[str, str]) -> Iterator[OptionRow]:
             yield OptionRow(p.name, p.default, values, described.get(p.name, ""))
 
 
-def _what_law_says(holds: Callable) -> str:
+def _what_law_says(law: Law) -> str:
     """The docstring of the law, or of the function that made it."""
-    if holds.__doc__:
-        return _first_sentence(holds.__doc__)
-    maker = getattr(sys.modules[holds.__module__], holds.__qualname__.partition(".")[0], None)
-    return _first_sentence(inspect.getdoc(maker)) if maker is not None else ""
+    if law.holds.__doc__:
+        return _first_sentence(law.holds.__doc__)
+    maker = getattr(refimpl.laws, law.name, None)
+    return _first_sentence(inspect.getdoc(maker)).replace("`names`", " and ".join(law.arguments))
 
 
 def _deviations(name: str) -> Iterator[tuple[str, str]]:

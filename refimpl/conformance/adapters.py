@@ -204,6 +204,7 @@ def jax_attention(f: Callable) -> Callable:
     def attention(q, k, v, *, causal=False, offset=None, window=None, mask=None, bias=None, scale=None):
         h = _Heads(q, k, v)
         aligned = h.starts_aligned(offset)
+        _refuse(h.q.shape[-1] != h.v.shape[-1], "keys and values are of one size")
         _refuse(window is not None and (not aligned or None in window), "local_window_size counts from the starts, and both ways")
         options: dict[str, Any] = {} if scale is None else {"scale": scale}
         if window is not None:

@@ -254,7 +254,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         function="nn.dot_product_attention",
         build=lambda: adapters.jax_attention(_from("jax.nn", "dot_product_attention")),
         framework="jax",
-        dtypes=("float32",),
+        domain=SQUARE,
     ),
     Implementation(
         operator="attention",
