@@ -104,6 +104,8 @@ class Op:
     sizes : tuple of dict
         Combinations of sizes worth covering beyond the lengths: head ratios, wide or single features.
     laws : tuple of Law
+    arrange : callable or None
+        ``arrange(call) -> call``: a drawn call, its arrays made to fit its options where these exclude or reshape some.
     """
 
     name: str
@@ -119,6 +121,7 @@ class Op:
     lengths: tuple[str, ...] = ("T",)
     sizes: tuple[Mapping[str, Any], ...] = ()
     laws: tuple[Law, ...] = ()
+    arrange: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     @property
     def definition(self) -> Callable:

@@ -261,7 +261,7 @@ class Contract:
         for name, value in normal.items():
             if "." not in name:
                 arguments[name] = value
-        if any("." in s.name for s in self.states) and isinstance(arguments.get("state"), tuple | np.ndarray) and isinstance(bound["state"], tuple):
+        if bound.get("state") is not None and self._has_fields(bound["state"]):
             arguments["state"] = _tuple_like(bound["state"], [normal[s.name] for s in self.states])
         if self.check is not None:
             self.check(arguments, plain)
