@@ -57,13 +57,16 @@ class Support:
 
 
 def parameters(op: Op) -> tuple[list[str], list[str], dict[str, Any]]:
-    """Of the definition: required arrays, optional arrays (state excepted), options with their defaults."""
+    """Of the definition: what is passed by position, optional arrays (state excepted), options with their defaults.
+
+    An option without a default (the k of a mixture of experts) has `inspect.Parameter.empty`: every call has it.
+    """
     arrays = {a.name.partition(".")[0] for a in op.contract.arrays}
     required, optional, options = [], [], {}
     for p in inspect.signature(op.definition).parameters.values():
         if p.name in ("state", "return_state"):
             continue
-        if p.default is p.empty:
+        if p.default is p.empty and p.kind is not p.KEYWORD_ONLY:
             required.append(p.name)
         elif p.name in arrays:
             optional.append(p.name)
@@ -146,6 +149,8 @@ def choose(op: Op, arrays: dict[str, Any], sizes: dict[str, Any], combo: dict[st
         call["return_state"] = True
     for name, default in defaults.items():
         value = combo.get(name, arrays.get(name, default))
+        if value is inspect.Parameter.empty:
+            value = op.options[name][0]
         if callable(value):
             value = value(**{**default_sizes(op), **sizes})
         if not _same(value, default):
