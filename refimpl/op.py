@@ -106,6 +106,10 @@ class Op:
     laws : tuple of Law
     arrange : callable or None
         ``arrange(call) -> call``: a drawn call, its arrays made to fit its options where these exclude or reshape some.
+    tangent : callable or None
+        ``tangent(call) -> function``: what the gradient at `call` differentiates, where that is not the operator itself
+        because its roundings are straight-through: the function equals the operator at `call`, and adds there constants
+        where the operator rounds.
     """
 
     name: str
@@ -122,6 +126,7 @@ class Op:
     sizes: tuple[Mapping[str, Any], ...] = ()
     laws: tuple[Law, ...] = ()
     arrange: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    tangent: Callable[[dict[str, Any]], Callable] | None = None
 
     @property
     def definition(self) -> Callable:

@@ -372,10 +372,10 @@ def leaves(x) -> list:
     return [x]
 
 
-def paired(op, call, dy, dstate) -> np.longdouble:
+def paired(op, call, dy, dstate, function=None) -> np.longdouble:
     """Re <dy, f(call)>, results that have no cotangent left out."""
     with quiet():
-        result = op.definition(**call)
+        result = (function or op.definition)(**call)
         total = np.longdouble(0)
         seeds = leaves(dy) + ([] if dstate is None else leaves(dstate))
         for value, seed in zip(leaves(result), seeds, strict=True):
@@ -402,12 +402,13 @@ def directional(op, call, dy, dstate, argument, direction, smooth=True):
     between the one-sided quotients. Where a hard input bends within h, smaller steps are tried.
     """
     noise = 4 * rounding(op, call, dy, dstate)
+    function = op.tangent(call) if op.tangent else op.definition
     best = None
     for exponent in (20,) if smooth else (20, 34, 60, 90):
         h = np.longdouble(2) ** -exponent
 
         def at(t):
-            return paired(op, call | {argument: shifted(call[argument], direction, t)}, dy, dstate)
+            return paired(op, call | {argument: shifted(call[argument], direction, t)}, dy, dstate, function)
 
         up, down, center = at(h), at(-h), at(0)
         derivative, coarse = (up - down) / (2 * h), (at(2 * h) - at(-2 * h)) / (4 * h)
