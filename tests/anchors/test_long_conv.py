@@ -87,7 +87,9 @@ def test_gradient_is_scipy_correlate(rng):
     u, kernel, dy = rng.standard_normal((15, 1)), rng.standard_normal((6, 1)), rng.standard_normal((15, 1))
     g = long_conv_vjp(dy, u, kernel)
     within(g["u"][:, 0], scipy.signal.correlate(dy[:, 0], kernel[:, 0], "full")[5:], 64 * error_bound(dy, abs(kernel), unit=2.0**-53).max())
-    within(g["kernel"][:, 0], scipy.signal.correlate(dy[:, 0], u[:, 0], "full")[14:20], 64 * error_bound(abs(u), abs(dy), unit=2.0**-53).max())
+    within(
+        g["kernel"][:, 0], scipy.signal.correlate(dy[:, 0], u[:, 0], "full")[14:20], 64 * error_bound(abs(u), abs(dy), unit=2.0**-53).max()
+    )
 
 
 @FORMS

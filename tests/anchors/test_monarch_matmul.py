@@ -49,7 +49,10 @@ def test_fourier_transform_is_a_monarch_matrix(form, rows, columns, dtype, unit,
 
 def test_roots_of_unity_are_right_to_the_last_bit():
     """Of a transform whose frequencies are known exactly: cos and sin of multiples of 30 and 45 degrees."""
-    for n, exact in [(12, {1: np.sqrt(3) / 2 - 0.5j, 2: 0.5 - 1j * np.sqrt(3) / 2, 3: -1j, 6: -1}), (8, {1: np.sqrt(0.5) * (1 - 1j), 4: -1, 5: np.sqrt(0.5) * (-1 + 1j)})]:
+    for n, exact in [
+        (12, {1: np.sqrt(3) / 2 - 0.5j, 2: 0.5 - 1j * np.sqrt(3) / 2, 3: -1j, 6: -1}),
+        (8, {1: np.sqrt(0.5) * (1 - 1j), 4: -1, 5: np.sqrt(0.5) * (-1 + 1j)}),
+    ]:
         L, _, _ = monarch_dft(1, n)
         for j, value in exact.items():
             assert abs(L[0, 1, j] - value) <= 2.0**-53, (n, j)

@@ -21,13 +21,25 @@ _LONG_CONV = (
         "long_conv",
         "looks_ahead",
         "y_t = Σ kernel_s u_{t+s}: the filter runs backwards in time; it must read u_{t-s}",
-        edited(lc.long_conv, ("y[..., s:, :] += kernel[..., s, None, :] * u[..., : T - s, :]", "y[..., : T - s, :] += kernel[..., s, None, :] * u[..., s:, :]")),
+        edited(
+            lc.long_conv,
+            (
+                "y[..., s:, :] += kernel[..., s, None, :] * u[..., : T - s, :]",
+                "y[..., : T - s, :] += kernel[..., s, None, :] * u[..., s:, :]",
+            ),
+        ),
     ),
     Mutant(
         "long_conv",
         "one_step_late",
         "the output is late by one: kernel_0 must meet u_t, not u_{t-1}",
-        edited(lc.long_conv, ("y[..., s:, :] += kernel[..., s, None, :] * u[..., : T - s, :]", "y[..., s + 1 :, :] += kernel[..., s, None, :] * u[..., : T - s - 1, :]")),
+        edited(
+            lc.long_conv,
+            (
+                "y[..., s:, :] += kernel[..., s, None, :] * u[..., : T - s, :]",
+                "y[..., s + 1 :, :] += kernel[..., s, None, :] * u[..., : T - s - 1, :]",
+            ),
+        ),
     ),
     Mutant(
         "long_conv",
@@ -63,7 +75,13 @@ _LONG_CONV = (
         "long_conv",
         "long_kernel_cut_at_the_wrong_end",
         "a kernel longer than the input keeps its last T rows: the rows that meet an input are the first T",
-        edited(lc.long_conv_fft, ("kernel = kernel[..., :T, :]\n    y = _by_transform", "kernel = kernel[..., -T:, :] if T else kernel[..., :0, :]\n    y = _by_transform")),
+        edited(
+            lc.long_conv_fft,
+            (
+                "kernel = kernel[..., :T, :]\n    y = _by_transform",
+                "kernel = kernel[..., -T:, :] if T else kernel[..., :0, :]\n    y = _by_transform",
+            ),
+        ),
     ),
     Mutant(
         "long_conv",
@@ -81,7 +99,11 @@ _LONG_CONV = (
         "long_conv",
         "gradient_of_input_not_reversed",
         "du is a convolution of dy with the kernel: it is a correlation, du_t = Σ conj(kernel_s) dy_{t+s}",
-        edited(lc.long_conv_vjp, ("du = long_conv(backwards,", "du = long_conv(dy,"), ("None if skip is None else np.conj(skip))[..., ::-1, :]", "None if skip is None else np.conj(skip))")),
+        edited(
+            lc.long_conv_vjp,
+            ("du = long_conv(backwards,", "du = long_conv(dy,"),
+            ("None if skip is None else np.conj(skip))[..., ::-1, :]", "None if skip is None else np.conj(skip))"),
+        ),
         of_gradient=True,
     ),
     Mutant(

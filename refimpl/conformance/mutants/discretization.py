@@ -49,7 +49,13 @@ _DISCRETIZE = (
         "discretize",
         "a_transposed",
         "A acts from the right: x' = A x, with x a column",
-        edited(de.discretize, ("A, B, dt, column = _together(A, B, dt)\n    if method", "A, B, dt, column = _together(A, B, dt)\n    A = np.swapaxes(A, -1, -2)\n    if method")),
+        edited(
+            de.discretize,
+            (
+                "A, B, dt, column = _together(A, B, dt)\n    if method",
+                "A, B, dt, column = _together(A, B, dt)\n    A = np.swapaxes(A, -1, -2)\n    if method",
+            ),
+        ),
     ),
     Mutant(
         "discretize",
@@ -61,19 +67,34 @@ _DISCRETIZE = (
         "discretize",
         "bilinear_b_halved",
         "B̄ of the bilinear method has dt/2: it is (I - dt/2 A)⁻¹ dt B",
-        edited(de.discretize, ("(_solve(M, R, method), A.shape[-1])\n    return", "(_solve(M, R, method), A.shape[-1])\n        B_bar = B_bar / 2 if method == 'bilinear' else B_bar\n    return")),
+        edited(
+            de.discretize,
+            (
+                "(_solve(M, R, method), A.shape[-1])\n    return",
+                "(_solve(M, R, method), A.shape[-1])\n        B_bar = B_bar / 2 if method == 'bilinear' else B_bar\n    return",
+            ),
+        ),
     ),
     Mutant(
         "discretize",
         "bilinear_b_not_solved",
         "B̄ of an implicit method is dt B: it goes through the same solve as Ā",
-        edited(de.discretize, ("(_solve(M, R, method), A.shape[-1])\n    return", "(_solve(M, R, method), A.shape[-1])\n        B_bar = dt * B\n    return")),
+        edited(
+            de.discretize,
+            ("(_solve(M, R, method), A.shape[-1])\n    return", "(_solve(M, R, method), A.shape[-1])\n        B_bar = dt * B\n    return"),
+        ),
     ),
     Mutant(
         "discretize",
         "forward_and_backward_swapped",
         "'euler' is implicit and 'backward_euler' explicit: forward Euler is I + dt A, backward (I - dt A)⁻¹",
-        edited(de.discretize, ('IMPLICITNESS = {"euler": 0, "bilinear": 0.5, "backward_euler": 1}', 'IMPLICITNESS = {"euler": 1, "bilinear": 0.5, "backward_euler": 0}')),
+        edited(
+            de.discretize,
+            (
+                'IMPLICITNESS = {"euler": 0, "bilinear": 0.5, "backward_euler": 1}',
+                'IMPLICITNESS = {"euler": 1, "bilinear": 0.5, "backward_euler": 0}',
+            ),
+        ),
     ),
     Mutant(
         "discretize",
@@ -133,13 +154,22 @@ _DISCRETIZE_DIAGONAL = (
         "discretize_diagonal",
         "bilinear_half_missing",
         "the bilinear method divides by 1 - dt a: half the step belongs to each side, 1 - dt/2 a and 1 + dt/2 a",
-        edited(dd.discretize_diagonal, ("A_bar, B_bar = (1 + (1 - alpha) * z) / (1 - alpha * z), dt * b / (1 - alpha * z)", "A_bar, B_bar = (1 + (1 - alpha) * z) / (1 - (alpha > 0) * z), dt * b / (1 - (alpha > 0) * z)")),
+        edited(
+            dd.discretize_diagonal,
+            (
+                "A_bar, B_bar = (1 + (1 - alpha) * z) / (1 - alpha * z), dt * b / (1 - alpha * z)",
+                "A_bar, B_bar = (1 + (1 - alpha) * z) / (1 - (alpha > 0) * z), dt * b / (1 - (alpha > 0) * z)",
+            ),
+        ),
     ),
     Mutant(
         "discretize_diagonal",
         "gradient_ignores_input",
         "da comes from ā alone: b̄ of a hold depends on a too",
-        edited(dd.discretize_diagonal_vjp, ("dz = np.conj(dA_dz) * dA_bar + np.conj(dt * b * gain_dz) * dB_bar", "dz = np.conj(dA_dz) * dA_bar")),
+        edited(
+            dd.discretize_diagonal_vjp,
+            ("dz = np.conj(dA_dz) * dA_bar + np.conj(dt * b * gain_dz) * dB_bar", "dz = np.conj(dA_dz) * dA_bar"),
+        ),
         of_gradient=True,
     ),
 )

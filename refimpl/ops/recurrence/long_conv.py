@@ -314,7 +314,9 @@ def _overlap_cost(T, K, c, batch=1, block=None):
     K = min(T, K)
     block = block or max(K, 1)
     n, count = block + K, -(-T // block)
-    return Cost(((2 * count + 1) * fft_work(n) + (4 * n + block) * count) * c * batch, 2 * fft_depth(n) + K / block, 4 * count * n * c * batch)
+    return Cost(
+        ((2 * count + 1) * fft_work(n) + (4 * n + block) * count) * c * batch, 2 * fft_depth(n) + K / block, 4 * count * n * c * batch
+    )
 
 
 OPS = (
@@ -323,10 +325,16 @@ OPS = (
         summary="y_t = Σ_s kernel_s u_{t-s} + skip·u_t, a causal convolution as long as the sequence",
         contract=CONTRACT,
         forms={
-            "direct": Form(long_conv, lambda T, K, c, batch=1: Cost(2 * (_direct_work(T, K) + T) * c * batch, min(T, K) + 2, 2 * T * c * batch)),
+            "direct": Form(
+                long_conv, lambda T, K, c, batch=1: Cost(2 * (_direct_work(T, K) + T) * c * batch, min(T, K) + 2, 2 * T * c * batch)
+            ),
             "fft": Form(
                 long_conv_fft,
-                lambda T, K, c, batch=1: Cost((3 * fft_work(T + min(T, K)) + 5 * T + 3 * min(T, K)) * c * batch, 2 * fft_depth(T + min(T, K)) + 2, 4 * (T + min(T, K)) * c * batch),
+                lambda T, K, c, batch=1: Cost(
+                    (3 * fft_work(T + min(T, K)) + 5 * T + 3 * min(T, K)) * c * batch,
+                    2 * fft_depth(T + min(T, K)) + 2,
+                    4 * (T + min(T, K)) * c * batch,
+                ),
                 on_balls=False,
                 stops="non-finite data: a transform spreads its largest value over all",
             ),
@@ -358,7 +366,11 @@ OPS = (
             "cancellation": _with(u=lambda rng, u: u + 1000, kernel=lambda rng, k: k - k.mean(axis=-2, keepdims=True) if k.size else k),
             "channels of other magnitudes": _with(u=lambda rng, u: u * 2.0 ** (12 * (np.arange(u.shape[-1]) % 5 - 2))),
             "a kernel for each batch element": _kernel_of_each,
-            "complex": _with(u=lambda rng, u: u + 1j * rng.standard_normal(u.shape), kernel=lambda rng, k: k + 1j * rng.standard_normal(k.shape), skip=lambda rng, s: s * (1 - 1j)),
+            "complex": _with(
+                u=lambda rng, u: u + 1j * rng.standard_normal(u.shape),
+                kernel=lambda rng, k: k + 1j * rng.standard_normal(k.shape),
+                skip=lambda rng, s: s * (1 - 1j),
+            ),
         },
         error_bound=error_bound,
         references=("oppenheim2010, section 8.7", "poli2023, section 2", "fu2024flashfftconv, section 3.1", "higham2002, section 24.1"),

@@ -285,7 +285,9 @@ OPS = (
         forms={
             "dense": Form(
                 monarch_matmul,
-                lambda k, p, q, l, s, batch=1, **_: Cost(2 * k * q * (k * p + l * s) * batch, k * p + k * q, k * q * (k * p + l * s) + (k * q + s * l) * batch),
+                lambda k, p, q, l, s, batch=1, **_: Cost(
+                    2 * k * q * (k * p + l * s) * batch, k * p + k * q, k * q * (k * p + l * s) + (k * q + s * l) * batch
+                ),
             ),
             "blocks": Form(
                 monarch_matmul_blocks,
@@ -298,7 +300,12 @@ OPS = (
         error_bound=error_bound,
         references=("dao2022monarch, section 3.1", "cooley1965", "fu2024flashfftconv, section 3.1"),
         lengths=(),
-        sizes=({"k": 1, "p": 1, "q": 1, "l": 1, "s": 1}, {"k": 4, "p": 4, "q": 4, "l": 4, "s": 4}, {"k": 8, "p": 3, "q": 3, "l": 6, "s": 7}, {"batch": (2,)}),
+        sizes=(
+            {"k": 1, "p": 1, "q": 1, "l": 1, "s": 1},
+            {"k": 4, "p": 4, "q": 4, "l": 4, "s": 4},
+            {"k": 8, "p": 3, "q": 3, "l": 6, "s": 7},
+            {"batch": (2,)},
+        ),
         laws=(linear(CONTRACT, "x"), linear(CONTRACT, "L"), linear(CONTRACT, "R")),
     ),
 )
