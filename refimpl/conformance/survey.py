@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from refimpl.conformance import adapters
-from refimpl.conformance.domain import multiple_of
+from refimpl.conformance.check import check
+from refimpl.conformance.domain import Domain, multiple_of
 
 Progress = Callable[[int, int, str], None]
 
@@ -164,8 +165,6 @@ def selected(operators: Iterable[str] | None = None, packages: Iterable[str] | N
 
 def examine(implementation: Implementation, *, level: str = "quick", seed: int = 0) -> Row:
     """Check one implementation."""
-    import refimpl
-
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell, once each, which fast kernels it does without
     i = implementation
     row = Row(i.operator, i.package, i.version, i.function, i.framework, i.dtypes, i.gradients, "not installed", i.expected, i.reason)
@@ -176,8 +175,8 @@ def examine(implementation: Implementation, *, level: str = "quick", seed: int =
         warnings.simplefilter("ignore")
         try:
             candidate = i.build()
-            domain = refimpl.Domain(**i.domain) if i.domain else None
-            report = refimpl.check(
+            domain = Domain(**i.domain) if i.domain else None
+            report = check(
                 i.operator, candidate, framework=i.framework, dtypes=i.dtypes, gradients=i.gradients, domain=domain, level=level, seed=seed
             )
         except Exception as error:  # a package that does not import, or has changed: a row, not the survey's end
