@@ -51,6 +51,30 @@ def _eliminate(a, b):
     return x
 
 
+def solve_unit_lower(a, b):
+    """(I + a)⁻¹ b, where a is strictly lower triangular: what stands on its diagonal and above is not looked at.
+
+    Halves: x_1 = (I + a_11)⁻¹ b_1, then x_2 = (I + a_22)⁻¹ (b_2 - a_21 x_1). That is forward substitution, in products of
+    blocks; a row of x depends on that row of b and those before it, and on nothing else, be it NaN.
+
+    Parameters
+    ----------
+    a : ndarray, shape (..., n, n)
+    b : ndarray, shape (..., n, m)
+
+    Returns
+    -------
+    ndarray, shape (..., n, m)
+    """
+    n = b.shape[-2]
+    if n < 2:
+        return b
+    h = n // 2
+    top = solve_unit_lower(a[..., :h, :h], b[..., :h, :])
+    bottom = solve_unit_lower(a[..., h:, h:], b[..., h:, :] - a[..., h:, :h] @ top)
+    return np.concatenate([top, bottom], axis=-2)
+
+
 def expm(x):
     """The matrix exponential e^x = Σ x^k / k!, by scaling and squaring.
 

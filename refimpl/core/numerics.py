@@ -123,3 +123,77 @@ def phi1_derivative(z):
     for k in range(25, 0, -1):
         series = 1 + inner * (k + 1) / (k * (k + 2)) * series
     return np.where(small, series / 2, (np.exp(outer) - phi1(outer)) / outer)
+
+
+def pi_of(like: np.ndarray):
+    """π in the precision of `like`."""
+    return 4 * np.arctan(np.ones_like(like, shape=(1,)))[0]
+
+
+def softmax(x):
+    """e^x / Σ e^x along the last axis; -∞ has weight 0."""
+    e = exp_of_difference(x, np.max(x, axis=-1, keepdims=True))
+    return e / np.sum(e, axis=-1, keepdims=True)
+
+
+def logsumexp(x):
+    """log Σ e^x along the last axis, without overflow."""
+    top = np.max(x, axis=-1, keepdims=True)
+    return np.log(np.sum(exp_of_difference(x, top), axis=-1)) + top[..., 0]
+
+
+def normal_cdf(x):
+    """Φ(x) = erfc(-x/√2) / 2, full relative accuracy in the lower tail (where (1 + erf(x/√2)) / 2 has none left)."""
+    if x.dtype.kind == "O":
+        return scipy.special.erfc(-x / sqrt_of(2, x)) / 2
+    return _normal_cdf_by_series(x) if x.dtype.char == "g" else scipy.special.ndtr(x)
+
+
+def normal_pdf(x):
+    """φ(x) = e^(-x²/2) / √(2π)."""
+    return np.exp(-(x * x) / 2) / np.sqrt(2 * pi_of(x))
+
+
+def _normal_cdf_by_series(x):
+    """Φ for longdouble, which SciPy does not have.
+
+    Near 0, Φ(x) = 1/2 + φ(x) (x + x³/3 + x⁵/(3·5) + ...), whose terms have one sign; beyond 3/2, where 1/2 less that sum
+    would cancel, Φ(-x) = φ(x) times the continued fraction 1/(x + 1/(x + 2/(x + 3/(x + ...)))), from behind (Abramowitz
+    and Stegun, 26.2.11 and 26.2.14).
+    """
+    size = np.minimum(abs(x), 200)  # Φ(-200) = 0
+    near, far = np.minimum(size, 1.5), np.maximum(size, 1.5)
+    series = np.zeros_like(near)
+    for k in range(40, 0, -1):
+        series = (1 + series) * near * near / (2 * k + 1)
+    fraction = far
+    for k in range(200, 0, -1):
+        fraction = far + k / fraction
+    tail = np.where(size < 1.5, constant(1, x) / 2 - _pdf(near) * near * (1 + series), _pdf(far) / fraction)
+    return np.where(np.isnan(x), x, np.where(x < 0, tail, 1 - tail))
+
+
+def _pdf(x):
+    """φ, with x² as the square of a short number and a rest, so that e^(-x²/2) keeps its digits where x² is large."""
+    short = np.rint(x * 1024) / 1024
+    return np.exp(-(short * short) / 2) * np.exp(-(x - short) * (x + short) / 2) / np.sqrt(2 * pi_of(x))
+
+
+def gelu(x):
+    """x Φ(x), the Gaussian error linear unit."""
+    return x * normal_cdf(x)
+
+
+def gelu_derivative(x):
+    """Φ(x) + x φ(x)."""
+    return normal_cdf(x) + x * normal_pdf(x)
+
+
+def times_exp(x, a):
+    """x e^a, where it is representable though e^a overflows or is too small to be precise; 0 for x = 0."""
+    if x.dtype.kind == "O":
+        return x * np.exp(a)
+    info = np.finfo(a.dtype)
+    enough = 2 * np.log(info.max) * (1 - 4 * info.eps)  # beyond, any normal x overflows
+    half = np.exp(np.minimum(a, enough) / 2)
+    return x * half * half
