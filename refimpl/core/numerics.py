@@ -157,19 +157,19 @@ def normal_pdf(x):
 def _normal_cdf_by_series(x):
     """Φ for longdouble, which SciPy does not have.
 
-    Near 0, Φ(x) = 1/2 + φ(x) (x + x³/3 + x⁵/(3·5) + ...), whose terms have one sign; beyond 3/2, where 1/2 less that sum
+    Near 0, Φ(x) = 1/2 + φ(x) (x + x³/3 + x⁵/(3·5) + ...), whose terms have one sign; beyond 7/4, where 1/2 less that sum
     would cancel, Φ(-x) = φ(x) times the continued fraction 1/(x + 1/(x + 2/(x + 3/(x + ...)))), from behind (Abramowitz
     and Stegun, 26.2.11 and 26.2.14).
     """
     size = np.minimum(abs(x), 200)  # Φ(-200) = 0
-    near, far = np.minimum(size, 1.5), np.maximum(size, 1.5)
+    near, far = np.minimum(size, 1.75), np.maximum(size, 1.75)
     series = np.zeros_like(near)
     for k in range(40, 0, -1):
         series = (1 + series) * near * near / (2 * k + 1)
     fraction = far
-    for k in range(200, 0, -1):
+    for k in range(300, 0, -1):
         fraction = far + k / fraction
-    tail = np.where(size < 1.5, constant(1, x) / 2 - _pdf(near) * near * (1 + series), _pdf(far) / fraction)
+    tail = np.where(size < 1.75, constant(1, x) / 2 - _pdf(near) * near * (1 + series), _pdf(far) / fraction)
     return np.where(np.isnan(x), x, np.where(x < 0, tail, 1 - tail))
 
 
