@@ -46,7 +46,7 @@ def exact(name: str, got, right: np.ndarray, to: Precision, wanted: np.dtype, st
         return None
     with np.errstate(all="ignore"):
         g, r = got.astype(right.dtype), right
-        edge = abs(r) > 0.99 * to.largest if not state else np.zeros(r.shape, bool)
+        edge = (abs(r) > 0.99 * to.largest) & np.isfinite(r) if not state else np.zeros(r.shape, bool)
     for label, test in (("NaN", np.isnan), ("+inf", np.isposinf), ("-inf", np.isneginf)):
         if right.dtype.kind == "c" and label != "NaN":
             continue

@@ -576,7 +576,7 @@ def _per_head(function, arrays, pairs, *blocks):
     return [None if parts[0] is None else np.stack(parts).reshape(heads + parts[0].shape) for parts in zip(*results, strict=True)]
 
 
-def _sample(rng, *, n=5, m=7, Hq=4, Hkv=2, d=4, e=3, batch=()):
+def _sample(rng, *, n=5, m=7, Hq=4, Hkv=2, d=3, e=2, batch=()):
     mask = rng.random((*batch, 1, n, m)) < 0.75
     mask = mask | (np.arange(n)[:, None] % max(m, 1) == np.arange(m))
     return {
@@ -645,6 +645,7 @@ OPS = (
         },
         hard={
             "first rows see nothing": _with({"causal": True, "offset": -2}),
+            "first rows see nothing, with lse": _with({"causal": True, "offset": -2, "return_lse": True}),
             "window beyond the keys": _with({"window": (1, 0), "offset": 3}),
             "fully masked rows": _with(mask=lambda rng, mask: mask & (np.arange(mask.shape[-2]) % 3 != 1)[:, None]),
             "one key each": _with({"window": (0, 0)}),
