@@ -115,11 +115,13 @@ def check(
     session = _Session(op, subject, report, level, seed, domain, gradients, fail_fast)
     start = time.perf_counter()
     try:
-        jobs = [job for p in precisions for job in session.jobs(p)]
-        for done, job in enumerate(jobs):
+        jobs: Iterable = (job for p in precisions for job in session.jobs(p))
+        if progress:
+            jobs = list(jobs)  # to know how many there are
+        for done, (label, run) in enumerate(jobs):
             if progress:
-                progress(done, len(jobs), job[0])
-            job[1]()
+                progress(done, len(jobs), label)
+            run()
             if fail_fast and report.failures:
                 break
         if progress:

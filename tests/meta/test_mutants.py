@@ -7,7 +7,6 @@ import pytest
 import refimpl
 from refimpl.conformance.mutants import mutants
 
-pytestmark = pytest.mark.meta
 DTYPES = ("float32", "bfloat16")
 MUTANTS = mutants()
 FORMS = [(op, form) for op in refimpl.OPS for form in refimpl.OPS[op].forms]
@@ -26,30 +25,41 @@ def refusing(function):
     return call
 
 
-def examine(mutant, dtype, seed=0, level="standard"):
+def examine(mutant, dtype, **settings):
     op = refimpl.OPS[mutant.operator]
     if mutant.of_gradient:
-        return refimpl.check(op, op.definition, dtypes=[dtype], gradients=True, candidate_vjp=refusing(mutant.function), level=level, seed=seed)
-    return refimpl.check(op, refusing(mutant.function), dtypes=[dtype], level=level, seed=seed)
+        return refimpl.check(op, op.definition, dtypes=[dtype], gradients=True, candidate_vjp=refusing(mutant.function), **settings)
+    return refimpl.check(op, refusing(mutant.function), dtypes=[dtype], **settings)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.operator}-{m.name}")
 def test_every_mutant_is_caught(mutant, dtype, tally):
     if dtype in mutant.hidden:
-        pytest.skip(f"cannot show in {dtype}: {mutant.says}")
-    report = examine(mutant, dtype)
+        tally("mutants", dtype, hidden=True)
+        return
+    report = examine(mutant, dtype, fail_fast=True)
+    tally("mutants", dtype, caught=bool(report.failures))
+    assert report.failures, str(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.operator}-{m.name}")
+def test_diagnosis_names_the_mutant(mutant, tally):
+    """Nine in ten must be named, so one alone may be missed; the tally and the test below hold the rate."""
+    if "float32" in mutant.hidden:
+        return
+    report = examine(mutant, "float32")
     named = any(f"`{mutant.name}`" in line for line in report.diagnosis)
-    tally("mutants", dtype, caught=report.verdict in ("wrong", "deviates"), named=named)
-    assert report.verdict in ("wrong", "deviates"), str(report)
+    tally("diagnoses", "float32", named=named)
+    assert report.verdict in (("deviates", "wrong") if mutant.variant else ("wrong",)), str(report)
 
 
-@pytest.mark.parametrize("operator, form", FORMS, ids=lambda x: str(x))
+@pytest.mark.parametrize("operator, form", FORMS, ids=str)
 def test_no_form_is_accused(operator, form, tally):
     op = refimpl.OPS[operator]
     gradients = form == next(iter(op.forms)) and op.gradient is not None
-    report = refimpl.check(
-        op, refusing(op.forms[form].function), dtypes=["float64", "float32", "bfloat16"], gradients=gradients, candidate_vjp=op.gradient if gradients else None
-    )
+    vjp = op.gradient if gradients else None
+    report = refimpl.check(op, refusing(op.forms[form].function), dtypes=["float64", "float32", "bfloat16"], gradients=gradients, candidate_vjp=vjp)
     tally("forms", "all", accused=not report.ok)
     assert report.ok, str(report)
