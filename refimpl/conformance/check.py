@@ -3,6 +3,7 @@
 A candidate's output flows one way: cases -> truth and bounds -> the candidate's results -> gates -> diagnosis -> report.
 """
 
+import importlib.util
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -15,6 +16,7 @@ from refimpl.conformance.cases import LEVELS, Case, cases, choose, default_sizes
 from refimpl.conformance.diagnosis import Evidence, explain
 from refimpl.conformance.domain import Domain
 from refimpl.conformance.ensemble import ensemble
+from refimpl.conformance.frameworks import FRAMEWORKS
 from refimpl.conformance.gates import Finding
 from refimpl.conformance.invoke import Answer
 from refimpl.conformance.pattern import describe
@@ -537,6 +539,10 @@ def _validate(op, candidate, dtypes, level, domain, gradients, candidate_vjp, fr
         raise ValueError(f"check: level must be one of {', '.join(LEVELS)}, got {level!r}")
     if not isinstance(domain, Domain):
         raise TypeError(f"check: domain must be a refimpl.Domain, got {type(domain).__name__}")
+    if framework not in FRAMEWORKS:
+        raise ValueError(f"check: framework must be one of {', '.join(FRAMEWORKS)}, got {framework!r}")
+    if importlib.util.find_spec(framework) is None:
+        raise ImportError(f"check: framework {framework!r} is not installed")
     if gradients and op.gradient is None:
         raise ValueError(f"check: {op.name} has no gradient")
     if gradients and candidate_vjp is None and framework in ("numpy", "cupy"):
