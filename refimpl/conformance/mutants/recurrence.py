@@ -120,7 +120,10 @@ MUTANTS = (
         "linear_recurrence",
         "state_not_decayed",
         "the initial state is added without its decay: h_0 = a_0·state + b_0",
-        edited(lr.linear_recurrence_hillis_steele, ("first = b[..., :1, :] + a[..., :1, :] * h[..., None, :]", "first = b[..., :1, :] + h[..., None, :]")),
+        edited(
+            lr.linear_recurrence_hillis_steele,
+            ("first = b[..., :1, :] + a[..., :1, :] * h[..., None, :]", "first = b[..., :1, :] + h[..., None, :]"),
+        ),
     ),
     Mutant(
         "linear_recurrence",
@@ -150,7 +153,9 @@ MUTANTS = (
         "linear_recurrence",
         "decay_made_positive",
         "decays go through log|a|, which forgets their sign or phase: a may be negative or complex",
-        edited(lr.linear_recurrence_blelloch, ("    a = a[None, :] if a.ndim == 1 else a\n", "    a = abs(a[None, :] if a.ndim == 1 else a)\n")),
+        edited(
+            lr.linear_recurrence_blelloch, ("    a = a[None, :] if a.ndim == 1 else a\n", "    a = abs(a[None, :] if a.ndim == 1 else a)\n")
+        ),
     ),
     Mutant(
         "linear_recurrence",

@@ -222,7 +222,13 @@ _SELECTIVE_SCAN = (
         "selective_scan",
         "state_reset_at_chunks",
         "the state starts from zero at every chunk: it is handed on from chunk to chunk",
-        edited(ss.selective_scan_chunked, ("        for start in range(0, T, chunk):\n", "        for start in range(0, T, chunk):\n            last = 0 * last if start else last\n")),
+        edited(
+            ss.selective_scan_chunked,
+            (
+                "        for start in range(0, T, chunk):\n",
+                "        for start in range(0, T, chunk):\n            last = 0 * last if start else last\n",
+            ),
+        ),
     ),
     Mutant(
         "selective_scan",
@@ -271,7 +277,10 @@ _SELECTIVE_SCAN = (
         "selective_scan",
         "gradient_of_gate_without_skip",
         "the gradient of z sees C·h without D·u: both are gated",
-        edited(ss.selective_scan_vjp, ("_observed((C_all * hs).sum(axis=-1), A), u, D, None)", "_observed((C_all * hs).sum(axis=-1), A), u, None, None)")),
+        edited(
+            ss.selective_scan_vjp,
+            ("_observed((C_all * hs).sum(axis=-1), A), u, D, None)", "_observed((C_all * hs).sum(axis=-1), A), u, None, None)"),
+        ),
         of_gradient=True,
     ),
     Mutant(
@@ -327,7 +336,10 @@ _SELECTIVE_SCAN = (
         "selective_scan",
         "dstate_ignored",
         "the cotangent of the final state is ignored: the adjoint recurrence starts from it",
-        edited(ss.selective_scan_vjp, ("last = np.zeros_like(h) if dstate is None else np.broadcast_to(dstate, h.shape)", "last = np.zeros_like(h)")),
+        edited(
+            ss.selective_scan_vjp,
+            ("last = np.zeros_like(h) if dstate is None else np.broadcast_to(dstate, h.shape)", "last = np.zeros_like(h)"),
+        ),
         of_gradient=True,
     ),
     Mutant(
