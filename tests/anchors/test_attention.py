@@ -13,7 +13,11 @@ from refimpl.ops.attention.attention import OPS, attention, attention_tiled, att
 
 (OP,) = OPS
 FORMS = pytest.mark.parametrize("form", list(OP.forms))
-VJPS = pytest.mark.parametrize("vjp", [attention_vjp, attention_tiled_vjp, lambda *a, **k: attention_tiled_vjp(*a, **k, block_q=2, block_k=3)], ids=["dense", "tiled", "blocks"])
+VJPS = pytest.mark.parametrize(
+    "vjp",
+    [attention_vjp, attention_tiled_vjp, lambda *a, **k: attention_tiled_vjp(*a, **k, block_q=2, block_k=3)],
+    ids=["dense", "tiled", "blocks"],
+)
 UNIT = 2.0**-53
 NAN, INF = np.nan, np.inf
 
@@ -177,7 +181,9 @@ def onnx_attention(q, k, v, mask=None, **attributes):
     from onnx.reference import ReferenceEvaluator
 
     arrays = {"Q": q, "K": k, "V": v} | ({} if mask is None else {"M": mask})
-    kinds = {name: onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(x.dtype), x.shape) for name, x in arrays.items()}
+    kinds = {
+        name: onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(x.dtype), x.shape) for name, x in arrays.items()
+    }
     node = onnx.helper.make_node("Attention", list(arrays), ["Y"], **attributes)
     out = onnx.helper.make_tensor_value_info("Y", onnx.TensorProto.DOUBLE, None)
     graph = onnx.helper.make_graph([node], "attention", list(kinds.values()), [out])

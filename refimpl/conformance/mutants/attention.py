@@ -56,7 +56,13 @@ def padding_keys_counted(q, k, v, *, mask=None, bias=None, offset=None, **option
         return np.pad(x, width, constant_values=value)
 
     return attention(
-        q, padded(k, -2, 0), padded(v, -2, 0), mask=padded(mask, -1, True), bias=padded(bias, -1, 0), offset=m - n if offset is None else offset, **options
+        q,
+        padded(k, -2, 0),
+        padded(v, -2, 0),
+        mask=padded(mask, -1, True),
+        bias=padded(bias, -1, 0),
+        offset=m - n if offset is None else offset,
+        **options,
     )
 
 
@@ -116,15 +122,31 @@ MUTANTS = (
     # -- which pairs
     _mutant(
         "causal_top_left",
-        "your causal mask is aligned at the start; the contract aligns the ends: query i stands at i + offset, offset = m - n by default (torch's is 0)",
+        "your causal mask is aligned at the start; the contract aligns the ends: query i stands at i + offset, and offset is m - n unless given",
         ("offset=m - n if offset is None else offset,", "offset=0 if offset is None else offset,"),
         variant=True,
     ),
-    _mutant("causal_strict", "a query does not see the key at its own position: j < P; the contract says j <= P", ("right=0 if causal else right,", "right=-1 if causal else right,")),
+    _mutant(
+        "causal_strict",
+        "a query does not see the key at its own position: j < P; the contract says j <= P",
+        ("right=0 if causal else right,", "right=-1 if causal else right,"),
+    ),
     _mutant("causal_ignored", "causal=True has no effect", ("right=0 if causal else right,", "right=right,")),
-    _mutant("causal_drops_window", "with causal=True the window has no effect; both hold", ("        left=left,\n", "        left=None if causal else left,\n")),
-    _mutant("causal_drops_mask", "with causal or a window the mask has no effect; all of them hold", ("return mask if inside is None else mask & inside", "return mask if inside is None else inside")),
-    _mutant("offset_ignored", "offset has no effect: query i always stands at i + m - n", ("offset=m - n if offset is None else offset,", "offset=m - n,")),
+    _mutant(
+        "causal_drops_window",
+        "with causal=True the window has no effect; both hold",
+        ("        left=left,\n", "        left=None if causal else left,\n"),
+    ),
+    _mutant(
+        "causal_drops_mask",
+        "with causal or a window the mask has no effect; all of them hold",
+        ("return mask if inside is None else mask & inside", "return mask if inside is None else inside"),
+    ),
+    _mutant(
+        "offset_ignored",
+        "offset has no effect: query i always stands at i + m - n",
+        ("offset=m - n if offset is None else offset,", "offset=m - n,"),
+    ),
     _mutant(
         "window_exclusive",
         "your window leaves out its ends, |i - j| < w; the contract includes them: P - left <= j <= P + right",
@@ -148,7 +170,11 @@ MUTANTS = (
         ("keys.start >= last - pairs.left", "False"),
         ("(j >= P - pairs.left)", "(j >= P - pairs.offset - pairs.left)"),
     ),
-    _mutant("mask_inverted", "True in your mask means masked; in the contract True means that the query may attend", ("mask=_grouped(mask, Hkv, G),", "mask=None if mask is None else ~_grouped(mask, Hkv, G),")),
+    _mutant(
+        "mask_inverted",
+        "True in your mask means masked; in the contract True means that the query may attend",
+        ("mask=_grouped(mask, Hkv, G),", "mask=None if mask is None else ~_grouped(mask, Hkv, G),"),
+    ),
     _written(mask_added_as_numbers, "the boolean mask is added to the scores as 0 and 1 instead of removing pairs"),
     _written(padding_keys_counted, "keys that pad the last block to a multiple of 16 count, with score 0: mask the tail"),
     _mutant(
@@ -164,31 +190,104 @@ MUTANTS = (
         variant=True,
     ),
     # -- scores
-    _mutant("scale_missing", "scores are not scaled; scale is 1/√d by default", ("scale=1 / sqrt_of(q.shape[-1], q) if", "scale=constant(1, q) if")),
-    _mutant("scale_one_over_d", "scores are scaled by 1/d; the contract says 1/√d", ("scale=1 / sqrt_of(q.shape[-1], q) if", "scale=1 / constant(q.shape[-1], q) if")),
+    _mutant(
+        "scale_missing",
+        "scores are not scaled; scale is 1/√d by default",
+        ("scale=1 / sqrt_of(q.shape[-1], q) if", "scale=constant(1, q) if"),
+    ),
+    _mutant(
+        "scale_one_over_d",
+        "scores are scaled by 1/d; the contract says 1/√d",
+        ("scale=1 / sqrt_of(q.shape[-1], q) if", "scale=1 / constant(q.shape[-1], q) if"),
+    ),
     _mutant("scale_ignored", "a given scale has no effect", ("else constant(scale, q),", "else 1 / sqrt_of(q.shape[-1], q),")),
-    _mutant("scale_twice", "the scale is applied twice, to q and to the product", ("return (pairs.scale * q) @ k.mT if abs(pairs.scale) <= 1 else pairs.scale * (q @ k.mT)", "return pairs.scale * pairs.scale * (q @ k.mT)")),
-    _mutant("softcap_after_bias", "your softcap squashes score + bias; the contract caps first and then adds the bias (Gemma 2)", (_CAP_THEN_BIAS, _BIAS_THEN_CAP), variant=True),
-    _mutant("softcap_not_divided", "softcap·tanh(s): the score is not divided by the softcap first; softcap·tanh(s / softcap)", ("np.tanh(s / pairs.softcap)", "np.tanh(s)")),
-    _mutant("softcap_not_multiplied", "tanh(s / softcap): the result is not multiplied by the softcap", ("s = pairs.softcap * np.tanh(s / pairs.softcap)", "s = np.tanh(s / pairs.softcap)")),
-    _mutant("softcap_clips", "scores are clipped at the softcap; the contract squashes them by tanh", ("s = pairs.softcap * np.tanh(s / pairs.softcap)", "s = np.clip(s, -pairs.softcap, pairs.softcap)")),
-    _mutant("softcap_before_scale", "the softcap acts on unscaled scores; scale first", ("    s = raw\n", "    s = raw / pairs.scale if pairs.softcap is not None else raw\n"), ("s = pairs.softcap * np.tanh(s / pairs.softcap)", "s = pairs.scale * pairs.softcap * np.tanh(s / pairs.softcap)")),
-    _mutant("bias_scaled", "the bias is multiplied by the scale; it is added to scaled scores as it is", ("s = s + _tile(pairs.bias, rows, keys)", "s = s + pairs.scale * _tile(pairs.bias, rows, keys)")),
-    _mutant("bias_of_first_head", "all heads use the first head's bias", ("bias=_grouped(bias, Hkv, G),", "bias=bias if bias is None or bias.ndim < 3 else _grouped(bias[..., :1, :, :], Hkv, G),")),
+    _mutant(
+        "scale_twice",
+        "the scale is applied twice, to q and to the product",
+        (
+            "return (pairs.scale * q) @ k.mT if abs(pairs.scale) <= 1 else pairs.scale * (q @ k.mT)",
+            "return pairs.scale * pairs.scale * (q @ k.mT)",
+        ),
+    ),
+    _mutant(
+        "softcap_after_bias",
+        "your softcap squashes score + bias; the contract caps first and then adds the bias (Gemma 2)",
+        (_CAP_THEN_BIAS, _BIAS_THEN_CAP),
+        variant=True,
+    ),
+    _mutant(
+        "softcap_not_divided",
+        "softcap·tanh(s): the score is not divided by the softcap first; softcap·tanh(s / softcap)",
+        ("np.tanh(s / pairs.softcap)", "np.tanh(s)"),
+    ),
+    _mutant(
+        "softcap_not_multiplied",
+        "tanh(s / softcap): the result is not multiplied by the softcap",
+        ("s = pairs.softcap * np.tanh(s / pairs.softcap)", "s = np.tanh(s / pairs.softcap)"),
+    ),
+    _mutant(
+        "softcap_clips",
+        "scores are clipped at the softcap; the contract squashes them by tanh",
+        ("s = pairs.softcap * np.tanh(s / pairs.softcap)", "s = np.clip(s, -pairs.softcap, pairs.softcap)"),
+    ),
+    _mutant(
+        "softcap_before_scale",
+        "the softcap acts on unscaled scores; scale first",
+        ("    s = raw\n", "    s = raw / pairs.scale if pairs.softcap is not None else raw\n"),
+        ("s = pairs.softcap * np.tanh(s / pairs.softcap)", "s = pairs.scale * pairs.softcap * np.tanh(s / pairs.softcap)"),
+    ),
+    _mutant(
+        "bias_scaled",
+        "the bias is multiplied by the scale; it is added to scaled scores as it is",
+        ("s = s + _tile(pairs.bias, rows, keys)", "s = s + pairs.scale * _tile(pairs.bias, rows, keys)"),
+    ),
+    _mutant(
+        "bias_of_first_head",
+        "all heads use the first head's bias",
+        ("bias=_grouped(bias, Hkv, G),", "bias=bias if bias is None or bias.ndim < 3 else _grouped(bias[..., :1, :, :], Hkv, G),"),
+    ),
     _written(gqa_modulo, "query head h reads key head h % Hkv; the contract says h // (Hq // Hkv)"),
     _written(gqa_first_head, "all query heads read the first key head; head h reads h // (Hq // Hkv)"),
     # -- softmax
-    _mutant("no_maximum", "exponentials are taken without subtracting the row's maximum: they overflow for large scores", ("    shift = finite_or_zero(top)\n    w, w_sink", "    shift = np.zeros_like(top)\n    w, w_sink")),
-    _mutant("lse_without_maximum", "lse is the logarithm of the sum relative to the row's maximum; the maximum was not added back", (_LSE, "    lse = np.log(total)\n")),
-    _mutant("lse_in_log2", "lse is in base 2; the contract's is the natural logarithm: multiply by log 2", (_LSE, "    lse = (shift + np.log(total)) / np.log(constant(2, total))\n")),
-    _mutant("lse_without_sink", "lse leaves out the sink; it is the logarithm of the whole denominator", (_LSE, "    lse = shift + np.log(w.sum(axis=-1, keepdims=True))\n")),
-    _mutant("lse_of_masked_rows_inf", "lse of a row with nothing allowed is +inf (FlashAttention-2); the contract says -inf", (_LSE, "    lse = np.where(total == 0, np.inf, shift + np.log(total))\n"), variant=True),
+    _mutant(
+        "no_maximum",
+        "exponentials are taken without subtracting the row's maximum: they overflow for large scores",
+        ("    shift = finite_or_zero(top)\n    w, w_sink", "    shift = np.zeros_like(top)\n    w, w_sink"),
+    ),
+    _mutant(
+        "lse_without_maximum",
+        "lse is the logarithm of the sum relative to the row's maximum; the maximum was not added back",
+        (_LSE, "    lse = np.log(total)\n"),
+    ),
+    _mutant(
+        "lse_in_log2",
+        "lse is in base 2; the contract's is the natural logarithm: multiply by log 2",
+        (_LSE, "    lse = (shift + np.log(total)) / np.log(constant(2, total))\n"),
+    ),
+    _mutant(
+        "lse_without_sink",
+        "lse leaves out the sink; it is the logarithm of the whole denominator",
+        (_LSE, "    lse = shift + np.log(w.sum(axis=-1, keepdims=True))\n"),
+    ),
+    _mutant(
+        "lse_of_masked_rows_inf",
+        "lse of a row with nothing allowed is +inf (FlashAttention-2); the contract says -inf",
+        (_LSE, "    lse = np.where(total == 0, np.inf, shift + np.log(total))\n"),
+        variant=True,
+    ),
     _mutant("sink_ignored", "the sink has no effect", ("if sink is None else np.atleast_1d(sink)", "if True else np.atleast_1d(sink)")),
-    _mutant("sink_scaled", "the sink is multiplied by the scale; it is a logit already", ("_grouped(logit[:, None, None], Hkv, G)", "_grouped(pairs.scale * logit[:, None, None], Hkv, G)")),
+    _mutant(
+        "sink_scaled",
+        "the sink is multiplied by the scale; it is a logit already",
+        ("_grouped(logit[:, None, None], Hkv, G)", "_grouped(pairs.scale * logit[:, None, None], Hkv, G)"),
+    ),
     _mutant(
         "sink_capped",
         "the sink goes through the softcap; it is neither scaled nor capped",
-        ("_grouped(logit[:, None, None], Hkv, G)", "_grouped(logit[:, None, None] if softcap is None else softcap * np.tanh(logit[:, None, None] / softcap), Hkv, G)"),
+        (
+            "_grouped(logit[:, None, None], Hkv, G)",
+            "_grouped(logit[:, None, None] if softcap is None else softcap * np.tanh(logit[:, None, None] / softcap), Hkv, G)",
+        ),
     ),
     _mutant(
         "sink_has_a_value",
@@ -198,18 +297,45 @@ MUTANTS = (
             "    p, lse, p_sink = _softmax(s, sink)\n    o = masked_matmul(p, v, s) + p_sink * v[..., :1, :].sum(axis=-2, keepdims=True)",
         ),
     ),
-    _mutant("sink_of_first_head", "all heads use the first head's sink", ("_grouped(logit[:, None, None], Hkv, G)", "_grouped(logit[:1, None, None], Hkv, G)")),
+    _mutant(
+        "sink_of_first_head",
+        "all heads use the first head's sink",
+        ("_grouped(logit[:, None, None], Hkv, G)", "_grouped(logit[:1, None, None], Hkv, G)"),
+    ),
     _mutant("weights_not_normalised", "the weights are not divided by their sum", (_SOFTMAX_END, "    return w, lse, w_sink")),
     # -- blocks
-    _tiled("tail_block_dropped", "the last, partial block of keys is never visited", ("for keys in _blocks(*part, size)]", "for keys in _blocks(*part, size) if keys.stop - keys.start == size or keys.start == 0]")),
-    _tiled("sum_not_rescaled", "when a block brings a larger maximum, the output summed so far is not rescaled", ("acc = keep * acc +", "acc = acc +")),
-    _tiled("denominator_not_rescaled", "when a block brings a larger maximum, the denominator summed so far is not rescaled", ("total = keep * total +", "total = total +")),
-    _tiled("maximum_of_the_block", "the maximum is each block's own, not the running one: earlier blocks are lost when it falls", ("larger = np.maximum(top, np.max(s, axis=-1, keepdims=True))", "larger = np.max(s, axis=-1, keepdims=True)"), ("np.exp(top - shift)", "np.exp(np.minimum(top - shift, 0))")),
+    _tiled(
+        "tail_block_dropped",
+        "the last, partial block of keys is never visited",
+        ("for keys in _blocks(*part, size)]", "for keys in _blocks(*part, size) if keys.stop - keys.start == size or keys.start == 0]"),
+    ),
+    _tiled(
+        "sum_not_rescaled",
+        "when a block brings a larger maximum, the output summed so far is not rescaled",
+        ("acc = keep * acc +", "acc = acc +"),
+    ),
+    _tiled(
+        "denominator_not_rescaled",
+        "when a block brings a larger maximum, the denominator summed so far is not rescaled",
+        ("total = keep * total +", "total = total +"),
+    ),
+    _tiled(
+        "maximum_of_the_block",
+        "the maximum is each block's own, not the running one: earlier blocks are lost when it falls",
+        ("larger = np.maximum(top, np.max(s, axis=-1, keepdims=True))", "larger = np.max(s, axis=-1, keepdims=True)"),
+        ("np.exp(top - shift)", "np.exp(np.minimum(top - shift, 0))"),
+    ),
     Mutant(
         "attention",
         "parts_not_weighted",
         "partial outputs of key ranges are averaged; each counts with the weight e^{lse_part - lse}",
-        edited(chapter.attention_split_kv, ("np.where(w == 0, np.zeros_like(o), p * o).sum(axis=0)", "np.where(w == 0, np.zeros_like(o), o / (w != 0).sum(axis=0)).sum(axis=0)")),
+        edited(
+            chapter.attention_split_kv,
+            (
+                "np.where(w == 0, np.zeros_like(o), p * o).sum(axis=0)",
+                "np.where(w == 0, np.zeros_like(o), o / (w != 0).sum(axis=0)).sum(axis=0)",
+            ),
+        ),
     ),
     # -- precision
     _mutant(
@@ -217,19 +343,56 @@ MUTANTS = (
         "the output is 1.002 times what it should be",
         ("    o = masked_matmul(p, v, s)  # (..., Hkv, G, n, e)\n", "    o = constant(1.002, v) * masked_matmul(p, v, s)\n"),
     ),
-    Mutant("attention", "every_ten_thousandth_row", "one row in ten thousand is a copy of the row before it", lambda: _of_output(_every_ten_thousandth)),
+    Mutant(
+        "attention",
+        "every_ten_thousandth_row",
+        "one row in ten thousand is a copy of the row before it",
+        lambda: _of_output(_every_ten_thousandth),
+    ),
     _written(
         tf32,
-        "q, k and v are rounded to TF32's 11 bits before the products, where float32 was promised; half precisions have no more bits than that",
+        "q, k and v are rounded to TF32's 11 bits, where float32 was promised; half precisions have no more bits than that",
         hidden=("bfloat16", "float16"),
     ),
     # -- gradients
-    _gradient("gradient_without_delta", "the softmax's gradient lacks delta_i = do_i·o_i: ds = p (dp - delta)", ("do @ v.mT, dlse - delta, pairs)", "do @ v.mT, dlse, pairs)")),
-    _gradient("gradient_ignores_dlse", "the cotangent of lse is ignored: ds = p (dp - delta + dlse)", ("do @ v.mT, dlse - delta, pairs)", "do @ v.mT, -delta, pairs)")),
-    _gradient("gradient_of_k_from_one_head", "dk takes the first query head of each group only; sum over all heads that read it", ("masked_matmul(draw.mT, q, s.mT)).sum(axis=-3),  # over", "masked_matmul(draw.mT, q, s.mT))[..., 0, :, :],  # over")),
-    _gradient("gradient_of_v_averaged", "dv is averaged over the query heads of a group; they add up", ('"v": masked_matmul(p.mT, do, s.mT).sum(axis=-3)', '"v": masked_matmul(p.mT, do, s.mT).sum(axis=-3) / q.shape[-3]')),
-    _gradient("gradient_of_q_unscaled", "dq lacks the scale: dq = scale ds k", ('"q": _join(pairs.scale * masked_matmul(draw, k, s))', '"q": _join(masked_matmul(draw, k, s))')),
-    _gradient("gradient_without_softcap", "the softcap's derivative 1 - tanh² is missing in dq and dk", ("return ds, np.where(hidden, np.zeros_like(s), ds * tanh_derivative(raw / pairs.softcap))", "return ds, ds")),
-    _gradient("gradient_of_bias_capped", "the bias comes after the softcap, so its gradient has no factor 1 - tanh²", ('        "bias": _join(ds),\n        "sink": _join(p_sink', '        "bias": _join(draw),\n        "sink": _join(p_sink')),
-    _gradient("gradient_of_sink_positive", "the sink's gradient has the wrong sign: it is -p_sink·delta", ("_join(p_sink * (dlse - delta))", "_join(p_sink * (dlse + delta))")),
+    _gradient(
+        "gradient_without_delta",
+        "the softmax's gradient lacks delta_i = do_i·o_i: ds = p (dp - delta)",
+        ("do @ v.mT, dlse - delta, pairs)", "do @ v.mT, dlse, pairs)"),
+    ),
+    _gradient(
+        "gradient_ignores_dlse",
+        "the cotangent of lse is ignored: ds = p (dp - delta + dlse)",
+        ("do @ v.mT, dlse - delta, pairs)", "do @ v.mT, -delta, pairs)"),
+    ),
+    _gradient(
+        "gradient_of_k_from_one_head",
+        "dk takes the first query head of each group only; sum over all heads that read it",
+        ("masked_matmul(draw.mT, q, s.mT)).sum(axis=-3),  # over", "masked_matmul(draw.mT, q, s.mT))[..., 0, :, :],  # over"),
+    ),
+    _gradient(
+        "gradient_of_v_averaged",
+        "dv is averaged over the query heads of a group; they add up",
+        ('"v": masked_matmul(p.mT, do, s.mT).sum(axis=-3)', '"v": masked_matmul(p.mT, do, s.mT).sum(axis=-3) / q.shape[-3]'),
+    ),
+    _gradient(
+        "gradient_of_q_unscaled",
+        "dq lacks the scale: dq = scale ds k",
+        ('"q": _join(pairs.scale * masked_matmul(draw, k, s))', '"q": _join(masked_matmul(draw, k, s))'),
+    ),
+    _gradient(
+        "gradient_without_softcap",
+        "the softcap's derivative 1 - tanh² is missing in dq and dk",
+        ("return ds, np.where(hidden, np.zeros_like(s), ds * tanh_derivative(raw / pairs.softcap))", "return ds, ds"),
+    ),
+    _gradient(
+        "gradient_of_bias_capped",
+        "the bias comes after the softcap, so its gradient has no factor 1 - tanh²",
+        ('        "bias": _join(ds),\n        "sink": _join(p_sink', '        "bias": _join(draw),\n        "sink": _join(p_sink'),
+    ),
+    _gradient(
+        "gradient_of_sink_positive",
+        "the sink's gradient has the wrong sign: it is -p_sink·delta",
+        ("_join(p_sink * (dlse - delta))", "_join(p_sink * (dlse + delta))"),
+    ),
 )

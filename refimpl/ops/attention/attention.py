@@ -41,8 +41,6 @@ References
     [4] H. Liu, M. Zaharia, P. Abbeel, "Ring attention with blockwise transformers", ICLR 2024, section 3.
     [5] J. Ainslie et al., "GQA", EMNLP 2023, section 2.2.
     [6] G. Xiao et al., "Efficient streaming language models with attention sinks", ICLR 2024, section 3.
-    [7] N. J. Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., SIAM, 2002, sections 3.1 and 4.2.
-    [8] I. C. F. Ipsen, H. Zhou, "Probabilistic error analysis for inner products", SIAM J. Matrix Anal. Appl. 41(4), 2020.
 """
 
 from typing import Any, NamedTuple
@@ -54,6 +52,8 @@ from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import constant, finite_or_zero, masked_matmul, sqrt_of, tanh_derivative
 from refimpl.core.parallel import over_threads
 from refimpl.op import Cost, Form, Op
+from refimpl.ops.attention.attention_bound import bound
+from refimpl.ops.attention.attention_cases import HARD, sample
 from refimpl.ops.attention.attention_laws import attention_laws
 
 __all__ = ["attention_tiled_vjp", "merge_by_lse"]
@@ -286,7 +286,7 @@ def merge_by_lse(outputs, logs):
         raise ValueError(f"merge_by_lse: outputs and logs must be as many, and at least one, got {len(outputs)} and {len(logs)}")
     for o, lse in zip(outputs, logs, strict=True):
         if np.shape(o)[:-1] != np.shape(lse):
-            raise ValueError(f"merge_by_lse: logs must have shape (..., n) where outputs have (..., n, e), got {np.shape(lse)} and {np.shape(o)}")
+            raise ValueError(f"merge_by_lse: logs must have shape (..., n), outputs (..., n, e), got {np.shape(lse)} and {np.shape(o)}")
     o, logs = np.stack(outputs), np.stack(logs)[..., None]  # (parts, ..., n, e), (parts, ..., n, 1)
     with np.errstate(all="ignore"):
         shift = finite_or_zero(np.max(logs, axis=0))
@@ -391,48 +391,13 @@ def error_bound(
     q, k, v, *, unit, store=0.0, causal=False, offset=None, window=None, mask=None, bias=None, scale=None, softcap=None, sink=None,
     return_lse=False
 ):
-    """|computed - exact|, elementwise, of any form in arithmetic of unit roundoff `unit`.
-
-    A score's error δ: sqrt-of-length growth in the dot product [8] times Σ|q||k|, damped by the softcap's slope, one
-    rounding each for cap, bias and the distance to the maximum (which is what makes large scores expensive), and 32 u for
-    an exponential (fast ones err by 20 u). Weights in error by factors e^{±δ} move the mean of v by at most
-    Σ p (e^δ - 1)(|v| + |o|) / Σ p e^{-δ}; summing K of them adds its own growth. With `store`: q may be rounded after
-    scaling (and k), scores once per step, weights once before they meet v.
-    """
+    """|computed - exact|, elementwise, of any form in arithmetic of unit roundoff `unit` (derived in `attention_bound`)."""
     q, k, v, sink, pairs = _prepare(q, k, v, causal, offset, window, mask, bias, scale, softcap, sink)
     raw = _products(q, k, pairs)
     s = _scores(raw, pairs)  # (..., Hkv, G, n, m)
     p, lse, p_sink = _softmax(s, sink)
-    o = abs(masked_matmul(p, v, s))
-    size = abs(pairs.scale) * (abs(q) @ abs(k).mT)
-    spread = abs(pairs.scale) * np.sqrt(q**2 @ (k**2).mT)
-    delta = unit * (_growth(q.shape[-1]) + 4) * size + store * (2 * np.minimum(size, 4 * spread) + abs(raw))
-    if pairs.softcap is not None:
-        flattest = np.maximum(abs(raw) - delta, np.zeros_like(raw)) / pairs.softcap
-        capped = abs(pairs.softcap * np.tanh(raw / pairs.softcap))
-        delta = tanh_derivative(flattest) * delta + (8 * unit + store) * capped
-    if pairs.bias is not None:
-        delta = delta + (2 * unit + store) * abs(s) + 2 * unit * abs(pairs.bias)
-    top = abs(finite_or_zero(np.maximum(np.max(s, axis=-1, keepdims=True, initial=-np.inf), sink)))
-    hidden = np.isneginf(s)
-    delta = np.where(hidden, np.zeros_like(s), np.minimum(delta + unit * (2 * abs(s) + 2 * top + 32), 50))
-    delta_sink = np.minimum(unit * (2 * abs(finite_or_zero(sink)) + 2 * top + 32), 50)
-    moved, moved_sink = p * np.expm1(delta), p_sink * np.expm1(delta_sink)
-    least = (p * np.exp(-delta)).sum(axis=-1, keepdims=True) + p_sink * np.exp(-delta_sink)
-    least = np.where(least == 0, np.ones_like(least), least)
-    all_moved = moved.sum(axis=-1, keepdims=True) + moved_sink
-    K = (~hidden).sum(axis=-1, keepdims=True) + 1
-    mean = masked_matmul(p, abs(v), s)
-    smallest = (2.0**-126 if unit > 2.0**-50 else 2.0**-1022) + store * 2.0**-14  # of weights that underflow
-    lost = smallest * masked_matmul(np.where(hidden, np.zeros_like(s), np.ones_like(s)), abs(v) + 1, s)
-    E = (masked_matmul(moved, abs(v), s) + o * all_moved) / least + unit * (_growth(K) + 4) * (mean + o) + store * mean + lost
-    E_lse = np.log1p(all_moved) + unit * (_growth(K) + 8 + 4 * (top + abs(finite_or_zero(lse)) + np.log(K)))
-    return _finish(E, np.where(np.isneginf(lse), np.zeros_like(E_lse), E_lse), return_lse)
-
-
-def _growth(K):
-    """Roundings that a sum of K terms can show, in any order: all K of them, or six times √K, whichever is less."""
-    return np.minimum(K, 6 * np.sqrt(K))
+    E, E_lse = bound(q, k, v, raw, s, p, lse, sink, p_sink, pairs.scale, pairs.softcap, pairs.bias, unit=unit, store=store)
+    return _finish(E, E_lse, return_lse)
 
 
 # -- what the forms share --------------------------------------------------------------------------------------------
@@ -570,38 +535,10 @@ def _per_head(function, arrays, pairs, *blocks):
 
     results = over_threads(one, np.ndindex(heads), *arrays)
     if not results:  # no heads or an empty batch: the shapes of one, zero times
-        nothing = [np.zeros_like(x, shape=x.shape[-2:]) for x in arrays]
-        shapes = function(*nothing, pairs._replace(bias=bias if bias is None else np.zeros_like(bias, shape=bias.shape[-2:]), mask=None), *blocks)
+        *nothing, no_bias = [None if x is None else np.zeros_like(x, shape=x.shape[-2:]) for x in (*arrays, bias)]
+        shapes = function(*nothing, pairs._replace(bias=no_bias, mask=None), *blocks)
         return [None if x is None else np.zeros_like(x, shape=heads + x.shape) for x in shapes]
     return [None if parts[0] is None else np.stack(parts).reshape(heads + parts[0].shape) for parts in zip(*results, strict=True)]
-
-
-def _sample(rng, *, n=5, m=7, Hq=4, Hkv=2, d=3, e=2, batch=()):
-    mask = rng.random((*batch, 1, n, m)) < 0.75
-    mask = mask | (np.arange(n)[:, None] % max(m, 1) == np.arange(m))
-    return {
-        "q": rng.standard_normal((*batch, Hq, n, d)),
-        "k": rng.standard_normal((*batch, Hkv, m, d)),
-        "v": rng.standard_normal((*batch, Hkv, m, e)) + rng.choice([-1.0, 1.0], e),
-        "mask": mask,
-        "bias": rng.standard_normal((*batch, Hq, n, m)),
-        "sink": rng.uniform(-0.5, 1.5, Hq),
-    }
-
-
-def _with(options=None, **changes):
-    """A hard call: the sample, with some arrays replaced, and options."""
-
-    def draw(rng, **sizes):
-        call = _sample(rng, **sizes)
-        return call | {name: change(rng, call[name]) for name, change in changes.items()} | (options or {})
-
-    return draw
-
-
-def _needle(rng, k):
-    """One key in each head that stands out by far."""
-    return k * np.where(np.arange(k.shape[-2]) == k.shape[-2] // 2, 12.0, 1.0)[:, None]
 
 
 OPS = (
@@ -634,7 +571,7 @@ OPS = (
             ),
         },
         gradient=attention_vjp,
-        sample=_sample,
+        sample=sample,
         options={
             "causal": (False, True),
             "offset": (None, 0, 2, -1),
@@ -643,32 +580,21 @@ OPS = (
             "softcap": (None, 1.25),
             "return_lse": (False, True),
         },
-        hard={
-            "first rows see nothing": _with({"causal": True, "offset": -2}),
-            "first rows see nothing, with lse": _with({"causal": True, "offset": -2, "return_lse": True}),
-            "window beyond the keys": _with({"window": (1, 0), "offset": 3}),
-            "fully masked rows": _with(mask=lambda rng, mask: mask & (np.arange(mask.shape[-2]) % 3 != 1)[:, None]),
-            "one key each": _with({"window": (0, 0)}),
-            "equal scores": _with(k=lambda rng, k: np.zeros_like(k)),
-            "equal keys and values": _with(k=lambda rng, k: k[..., :1, :] + 0 * k, v=lambda rng, v: v[..., :1, :] + 0 * v),
-            "needle": _with(k=_needle),
-            "rising scores": _with(
-                q=lambda rng, q: np.abs(q) + 0.5, k=lambda rng, k: np.abs(k) * np.linspace(-4, 4, k.shape[-2])[:, None]
-            ),
-            "large scores": _with(q=lambda rng, q: 40 * q),
-            "huge scores, capped": _with({"softcap": 20.0}, q=lambda rng, q: 1000 * q),
-            "huge common offset": _with(bias=lambda rng, bias: bias + 3000.0),
-            "scores far below zero": _with(bias=lambda rng, bias: bias - 2000.0),
-            "sink above all": _with(sink=lambda rng, sink: sink + 60.0),
-            "sink below all": _with(sink=lambda rng, sink: sink - 300.0),
-            "values that cancel": _with(v=lambda rng, v: v + 100.0 * np.resize([1.0, -1.0], v.shape[-2])[:, None]),
-            "values far from zero": _with(v=lambda rng, v: v + 50.0),
-            "tiny values": _with(v=lambda rng, v: v * 2.0**-9),
-        },
+        hard=HARD,
         error_bound=error_bound,
-        references=("vaswani2017, section 3.2.1", "dao2022, algorithm 1", "dao2024, algorithms 1-2", "liu2024, section 3", "ainslie2023", "xiao2024"),
+        references=(
+            "vaswani2017, section 3.2.1",
+            "dao2022, algorithm 1",
+            "dao2024, algorithms 1-2",
+            "liu2024, section 3",
+            "ainslie2023, section 2.2",
+            "xiao2024, section 3",
+        ),
         lengths=("n", "m"),
-        sizes=({"Hq": 6, "Hkv": 2}, {"Hq": 1, "Hkv": 1}, {"Hq": 4, "Hkv": 1}, {"Hq": 3, "Hkv": 3}, {"d": 1, "e": 1}, {"d": 64, "e": 64}, {"d": 7, "e": 16}),
+        sizes=(
+            *({"Hq": Hq, "Hkv": Hkv} for Hq, Hkv in ((6, 2), (1, 1), (4, 1), (3, 3))),
+            *({"d": d, "e": e} for d, e in ((1, 1), (64, 64), (7, 16))),
+        ),
         laws=attention_laws(CONTRACT),
     ),
 )

@@ -38,7 +38,12 @@ def attention_laws(contract: Contract) -> tuple[Law, ...]:
                 other = named(f, {**call, **{name: np.where(future, _times(call[name], factor), call[name]) for name in "kv"}})
                 for name, rows in (("o", (..., past, slice(None))), ("lse", (..., past))):
                     if name in base:
-                        yield f"{name} of queries before key {cut}, {what} keys from there on", other[name][rows], base[name][rows], 2 * limit[name][rows]
+                        yield (
+                            f"{name} of queries before key {cut}, {what} keys from there on",
+                            other[name][rows],
+                            base[name][rows],
+                            2 * limit[name][rows],
+                        )
 
     def masked_is_absent(f, call, bound, rng):
         """What stands behind the mask does not matter, however large."""
@@ -111,7 +116,10 @@ def attention_laws(contract: Contract) -> tuple[Law, ...]:
         got, limit, v = f(**call), bound(**call), call["v"]
         if v.shape[-2] == 0:
             return
-        low, high = (np.broadcast_to(c, (*v.shape[:-2], 1, v.shape[-1])) for c in (np.minimum(v.min(-2, keepdims=True), 0), np.maximum(v.max(-2, keepdims=True), 0)))
+        low, high = (
+            np.broadcast_to(c, (*v.shape[:-2], 1, v.shape[-1]))
+            for c in (np.minimum(v.min(-2, keepdims=True), 0), np.maximum(v.max(-2, keepdims=True), 0))
+        )
         if v.ndim > 2:
             group = got.shape[-3] // max(v.shape[-3], 1)
             low, high = np.repeat(low, group, axis=-3), np.repeat(high, group, axis=-3)
