@@ -35,7 +35,7 @@ def _wraps_around(a, b, *, state=None, reverse=False, return_state=False):
     """A transform as long as the sequence, where the decay is constant."""
     if reverse or not b.shape[-2] or not (a.ndim == 1 or np.all(a == a[..., :1, :])):
         return lr.linear_recurrence(a, b, state=state, reverse=reverse, return_state=return_state)
-    once, at_end = lr.linear_recurrence(a, b, state=None, return_state=True)
+    _, at_end = lr.linear_recurrence(a, b, state=None, return_state=True)
     h, last = lr.linear_recurrence(a, b, state=at_end if state is None else at_end + state, return_state=True)
     return (h, last) if return_state else h
 

@@ -223,8 +223,8 @@ def error_bound(a, b, *, unit, store=0.0, state=None, reverse=False, return_stat
 
     Each of the at most 2 (t - s) + 2 roundings on the way from b_s to h_t is relative to a term of the recurrence of
     absolute values H, so E_t = |a_t| E_{t-1} + 4 u H_t bounds them all (running error analysis, [3, section 3.3]; 4
-    instead of 2 for complex products). Products of decays formed as e^(F_t - F_s) add 2 u F_t H_t, F the running sum of
-    |log |a|| (a decay of 0 ends every product, and has no logarithm). Transforms add 8 u log2 2T times the channel's
+    instead of 2 for complex products). Products of decays formed as e^(F_t - F_s) add 2 u F_t |a_t| H_{t-1}, F the running
+    sum of |log |a|| (a decay of 0 ends every product, and has no logarithm). Transforms add 8 u log2 2T times the channel's
     largest H, for constant `a`. `store` allows for one rounding of the carry of every 64 steps: a state that is rounded
     to half precision at every step breaks the contract.
     """
@@ -232,7 +232,7 @@ def error_bound(a, b, *, unit, store=0.0, state=None, reverse=False, return_stat
     T = b.shape[-2]
     H = linear_recurrence(a, b, state=h)
     F = np.cumsum(abs(np.log(np.where(a > 0, a, np.ones_like(a)))), axis=-2)
-    E = linear_recurrence(a, (4 * unit + store / 64) * H) + 2 * unit * F * H
+    E = linear_recurrence(a, (4 * unit + store / 64) * H) + 2 * unit * F * np.maximum(H - b, 0)
     if T and np.all(a == a[..., :1, :]):
         E = E + 8 * unit * np.log2(2 * T) * H.max(axis=-2, keepdims=True)
     return _finish(E, np.zeros_like(h), reverse, return_state)

@@ -34,7 +34,6 @@ References
         equations 2-4, algorithm 2, sections 3.3 and 3.5, theorem 1.
     [2] A. Ali, I. Zimerman and L. Wolf, "The hidden attention of Mamba models", arXiv:2403.01590, 2024, section 3.1.
     [3] T. Dao and A. Gu, "Transformers are SSMs", arXiv:2405.21060, 2024, section 6 and listing 1 (segment sums).
-    [4] N. J. Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., SIAM, 2002, section 3.3.
 """
 
 import numpy as np
@@ -46,6 +45,8 @@ from refimpl.core.parallel import over_threads
 from refimpl.laws import causal, hand_off, linear
 from refimpl.op import Cost, Form, Op
 from refimpl.ops.recurrence.linear_recurrence import linear_recurrence, linear_recurrence_blelloch
+from refimpl.ops.state_space.selective_scan_bound import bound, bound_of_steps
+from refimpl.ops.state_space.selective_scan_cases import HARD, sample
 
 
 def _check(arguments, sizes):
@@ -294,52 +295,16 @@ def selective_scan_vjp(dy, u, delta, A, B, C, D=None, z=None, delta_bias=None, *
 def error_bound(
     u, delta, A, B, C, D=None, z=None, delta_bias=None, *, unit, store=0.0, delta_softplus=False, state=None, return_state=False
 ):
-    """|computed - exact|, elementwise, of any form in arithmetic of unit roundoff `unit`.
+    """|computed - exact|, elementwise, of any form in arithmetic of unit roundoff `unit`: `selective_scan_bound` derives it.
 
-    Running error analysis [4, section 3.3] over the recurrence of absolute values H_t = |a_t| H_{t-1} + |b_t|:
-
-    - dt: a rounding of delta + delta_bias, and softplus to a few units (log(1 + e^x) without log1p: one unit of 1);
-    - a = exp(dt A): the relative error of e^x is that of x times |x|, plus a few units;
-    - a step adds four units of H (a product and a sum, complex ones too);
-    - elapsed times formed as differences of running sums F_t = Σ |dt|: 4 |A| F_t units of H;
-    - C·h: n + 4 units of Σ |C| H, in any order of summation; the gate: a few units, and |z| more for e^-z.
-
-    `store` allows for dt, dt·B·u, the h that is read out, the carry of each chunk of 64 and the gate's factors, one
-    rounding each, but not for rounding the decays or the state at every step: a state is kept in full precision.
+    `store` allows for dt, dt·B·u, the h that is read out, the carry of every 64 steps and the gate's factors, rounded once
+    each to that unit; not for rounding decays or the state at every step, for a state is kept in full precision.
     """
     raw = delta if delta_bias is None else delta + delta_bias
-    off_dt = unit * abs(raw) if delta_bias is not None else np.zeros_like(raw)
     u, dt, B, C, h = _prepare(u, delta, A, B, C, z, delta_bias, delta_softplus, state)
-    if delta_softplus:
-        off_dt = sigmoid(raw) * off_dt + unit * (4 * abs(dt) + 1)
-    if delta_softplus or delta_bias is not None:
-        off_dt = off_dt + store * abs(dt)
-    u, dt_size, B, C, size = abs(u), abs(dt), abs(B), abs(C), abs(A)
-    off_dt, F = np.broadcast_to(off_dt, dt.shape), np.cumsum(dt_size, axis=-2)
-    H, E, factor = abs(h), np.zeros_like(abs(h)), 2 if np.iscomplexobj(A) else 1
-    scales, errors = [np.zeros_like(H[..., 0])], [np.zeros_like(H[..., 0])]
-    slack = np.zeros_like(H)
-    for t in range(u.shape[-2]):
-        x = dt[..., t, :, None] * A.real  # (..., c, n)
-        off_x = size * off_dt[..., t, :, None] + unit * (2 * size * dt_size[..., t, :, None] + 4)
-        into = u[..., t, :, None] * _by_channel(B[..., t, :, :], A)
-        entry, off_entry = dt_size[..., t, :, None] * into, off_dt[..., t, :, None] * into
-        a, off_a = np.exp(x), -np.exp(x + off_x) * np.expm1(-off_x)
-        E = (a + off_a) * E + off_a * H + off_entry + (4 * unit + 2 * store) * entry
-        H = a * H + entry
-        E = E + (4 * unit + store / 64) * H
-        slack = 4 * unit * size * F[..., t, :, None] * H
-        out = factor * _by_channel(C[..., t, :, :], A)
-        scales.append((out * H).sum(axis=-1))  # (..., c)
-        errors.append((out * (E + slack + ((A.shape[-1] + 4) * unit + store) * H)).sum(axis=-1))
-    Y, off_y = np.stack(scales, axis=-2)[..., 1:, :], np.stack(errors, axis=-2)[..., 1:, :]  # (..., T, c)
-    if D is not None:
-        Y, off_y = Y + abs(D) * u, off_y + 3 * unit * abs(D) * u
-    off_y = off_y + unit * Y
-    if z is not None:
-        gate = abs(silu(z))
-        off_y = gate * off_y + Y * (unit * ((8 + abs(z)) * gate + 2 * abs(z)) + 2 * store * gate)
-    return (off_y, E + slack) if return_state else off_y
+    off_dt = bound_of_steps(raw, dt, biased=delta_bias is not None, softplus=delta_softplus, unit=unit, store=store)
+    off_y, off_h = bound(u, dt, A, _by_channel(B, A), _by_channel(C, A), D, z, h, off_dt=off_dt, unit=unit, store=store)
+    return (off_y, off_h) if return_state else off_y
 
 
 # -- what the forms share --------------------------------------------------------------------------------------------
@@ -403,52 +368,6 @@ def _skip_and_gate(y, u, D, z):
     return y if z is None else y * silu(z)
 
 
-def _sample(rng, *, T=7, c=4, n=3, G=0, batch=()):
-    """Steps of 0.3 to 1.6 before softplus and rates of -0.05 to -1.5, so that past, present and every option show; G = 0: no axis of groups."""
-    groups = (G,) if G else ()
-    return {
-        "u": rng.standard_normal((*batch, T, c)),
-        "delta": rng.uniform(0.1, 1, (*batch, T, c)),
-        "A": -rng.uniform(0.05, 1.5, (c, n)),
-        "B": rng.standard_normal((*batch, T, *groups, n)),
-        "C": rng.standard_normal((*batch, T, *groups, n)),
-        "D": rng.uniform(0.5, 1.5, c) * rng.choice([-1, 1], c),
-        "z": rng.standard_normal((*batch, T, c)),
-        "delta_bias": rng.uniform(0.2, 0.6, c),
-        "state": rng.standard_normal((*batch, c, n)),
-    }
-
-
-def _with(*, options=None, **changes):
-    """A hard call: the sample with some arrays replaced, and options."""
-
-    def draw(rng, **sizes):
-        call = _sample(rng, **sizes)
-        return call | {name: change(rng, call[name]) for name, change in changes.items()} | (options or {})
-
-    return draw
-
-
-def _sometimes(value, often):
-    return lambda rng, x: np.where(rng.random(x.shape) < often, value, x)
-
-
-def _turned(rng, x):
-    """Complex numbers of the given sizes."""
-    return x * np.exp(1j * rng.uniform(-3, 3, x.shape))
-
-
-def _needle(rng, x):
-    return x * (np.arange(x.shape[-2]) == x.shape[-2] // 3)[:, None]
-
-
-def _alternating(rng, x):
-    """Pairs +x, -x along the states, 0 where one is left over."""
-    n = x.shape[-1]
-    signs = np.where(np.arange(n) < n - n % 2, (-1.0) ** np.arange(n), 0.0)
-    return np.broadcast_to(x[..., :1], x.shape) * signs
-
-
 _tree = lambda T: max(1, log2_ceil(T))
 
 OPS = (
@@ -484,31 +403,9 @@ OPS = (
             ),
         },
         gradient=selective_scan_vjp,
-        sample=_sample,
+        sample=sample,
         options={"delta_softplus": (False, True)},
-        hard={
-            "decay exactly 0": _with(A=_sometimes(-1e4, 0.4)),
-            "decay exactly 1": _with(A=lambda rng, A: 0 * A),
-            "decay nearly 1": _with(A=lambda rng, A: A * 2.0**-12),
-            "decay slightly above 1": _with(A=lambda rng, A: -A * 2.0**-8),
-            "steps of zero": _with(delta=_sometimes(0.0, 0.4), delta_bias=lambda rng, b: 0 * b),
-            "steps of a thousand": _with(delta=_sometimes(1e3, 0.2)),
-            "softplus in both tails": _with(
-                options={"delta_softplus": True},
-                delta=lambda rng, d: np.where(rng.random(d.shape) < 0.3, rng.choice([-1e3, 50.0], d.shape), d),
-            ),
-            "gate in both tails": _with(
-                z=lambda rng, z: np.where(rng.random(z.shape) < 0.5, rng.choice([-1e3, -30.0, 50.0, 1e3], z.shape), z)
-            ),
-            "one needle": _with(u=_needle, state=lambda rng, s: 0 * s),
-            "cancelling states": _with(
-                A=lambda rng, A: np.broadcast_to(A[:, :1], A.shape), B=lambda rng, B: np.broadcast_to(B[..., :1], B.shape), C=_alternating
-            ),
-            "nothing read out": _with(C=lambda rng, C: C * (rng.random(C.shape[:-1]) < 0.5)[..., None]),
-            "large state": _with(state=lambda rng, s: 1e4 * s),
-            "complex rates": _with(A=lambda rng, A: A + 1j * rng.uniform(-3, 3, A.shape)),
-            "complex throughout": _with(A=lambda rng, A: A + 1j * rng.uniform(-3, 3, A.shape), B=_turned, C=_turned, state=_turned),
-        },
+        hard=HARD,
         error_bound=error_bound,
         references=("gu2023, algorithm 2 and section 3.3", "ali2024, section 3.1", "dao2024, section 6", "higham2002, section 3.3"),
         sizes=(
