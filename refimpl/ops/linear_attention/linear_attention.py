@@ -340,7 +340,8 @@ def linear_attention_vjp(dy, q, k, v, *, decay=None, beta=None, feature_map=None
         steps.append((dq, dk, dv, dg if per_channel else dg.sum(axis=-1), dbeta))
     gradients = {"state": State(dS, dz) if normalize else dS}
     if not steps:
-        return gradients | {n: np.zeros_like(x) for n, x in (("q", raw_q), ("k", raw_k), ("v", v), ("decay", decay), ("beta", beta)) if x is not None}
+        empty = {"q": raw_q, "k": raw_k, "v": v, "decay": decay, "beta": None if beta is None else beta[..., 0]}
+        return gradients | {name: x for name, x in empty.items() if x is not None}
     dq, dk, dv, dg, dbeta = zip(*steps[::-1], strict=True)
     dq, dk, dv = _heads(np.stack(dq, axis=-2)), np.stack(dk, axis=-2), np.stack(dv, axis=-2)
     if phi is not None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from refimpl.ops.linear_attention.feature_maps import width
+from refimpl.ops.linear_attention.feature_maps import feature_map_of, width
 from refimpl.ops.linear_attention.state import State
 
 
@@ -23,8 +23,8 @@ def sample(rng, *, Hq=4, Hkv=2, T=7, d=4, e=3, per_channel=False, batch=()):
 def arrange(call):
     """A call whose arrays fit its options.
 
-    With a feature map the state and a decay per channel get its width; with `normalize` there is no beta, the state is (S, z),
-    and features are such that q·z is not near 0.
+    With a feature map the state and a decay per channel get its width, and beta is small enough for the longer keys not to
+    make the memory explode; with `normalize` there is no beta, the state is (S, z), and q·z is not near 0.
     """
     call, option = dict(call), call.get("feature_map")
     if call.get("normalize"):
@@ -35,6 +35,9 @@ def arrange(call):
             positive = x.copy()
             positive[..., channels] = abs(x[..., channels]) + x.dtype.type(0.125)
             call[name] = positive
+    if option is not None and call.get("beta") is not None:
+        phi = feature_map_of(option)(call["k"])
+        call["beta"] = np.minimum(call["beta"], 1.5 / ((phi * phi).sum(axis=-1) + 2.0**-20)).astype(call["beta"].dtype)
     m, state = width(option, call["k"]), call.get("state")
     if call.get("decay") is not None and call["decay"].ndim == call["k"].ndim:
         call["decay"] = _resized(call["decay"], m, -1)
@@ -76,8 +79,8 @@ def _spikes(axis):
 
 
 def _grows_from_nothing(rng, g):
-    """+3 a step for the first 40 steps, while nothing has been written: e^120 times 0."""
-    return np.where(np.arange(g.shape[-1]) < 40, 3.0, g)
+    """+3 a step for the first half of the steps, while nothing has been written: a huge factor times 0."""
+    return np.where(np.arange(g.shape[-1]) < g.shape[-1] // 2, 3.0, g)
 
 
 HARD = {
@@ -87,8 +90,8 @@ HARD = {
     "gates of -50 and +50 in channels": _with(per_channel=True, decay=_spikes(-2), beta=lambda rng, b: None),
     "growth of nothing": _with(
         decay=_grows_from_nothing,
-        k=lambda rng, k: k * (np.arange(k.shape[-2]) >= 40)[:, None],
-        state=lambda rng, S: 0 * S,
+        k=lambda rng, k: k * (np.arange(k.shape[-2]) >= k.shape[-2] // 2)[:, None],
+        state=lambda rng, S: None,
     ),
     "one key over and over": _with(
         k=lambda rng, k: 0 * k + k[..., :1, :] / np.sqrt((k[..., :1, :] ** 2).sum(axis=-1, keepdims=True)) if k.shape[-2] else k,
