@@ -19,6 +19,7 @@ from refimpl.conformance.ensemble import ensemble
 from refimpl.conformance.frameworks import FRAMEWORKS
 from refimpl.conformance.gates import Finding
 from refimpl.conformance.invoke import Answer
+from refimpl.conformance.mutants import mutants
 from refimpl.conformance.pattern import describe
 from refimpl.conformance.precision import Precision, precision, rounded
 from refimpl.conformance.report import Report, Result
@@ -145,6 +146,7 @@ class _Session:
         self.level, self.seed, self.domain, self.gradients, self.fail_fast = level, seed, domain, gradients, fail_fast
         self.evidence: list[Evidence] = []
         self.failed_cases: list[tuple[Case, Precision, Finding]] = []
+        self.broken_laws: list[tuple] = []
         self.teeth: dict[str, set[str]] = {}
         self.required = parameters(op)[0]
 
@@ -166,7 +168,9 @@ class _Session:
             if not self.fail_fast:
                 self._shrink()
             report.diagnosis, report.variant = explain(self.op, self._spread_evidence())
-            if any(f.status in ("MUTATED_INPUT", "NONDETERMINISTIC", "DTYPE", "ERROR", "CRASH", "TIMEOUT", "PROPERTY") for f in report.failures):
+            if any(f.status in ("MUTATED_INPUT", "NONDETERMINISTIC", "DTYPE", "ERROR", "CRASH", "TIMEOUT") for f in report.failures):
+                report.variant = ""
+            if report.variant and not self._breaks_the_same_laws(report.variant):
                 report.variant = ""
         for name, seen in self.teeth.items():
             missing = {"zeros", "sign"} - seen
@@ -313,19 +317,6 @@ class _Session:
                 yield f"{to.name} laws", lambda law=law, T=T, combo=combo, label=label: self._law(law, to, T, combo, label)
 
     def _law(self, law, to: Precision, T: int, combo: dict, label: str) -> None:
-        sizes = self.domain.fit({**default_sizes(self.op), **dict.fromkeys(self.op.lengths, T)})
-        if sizes is None or set(self.op.lengths) & set(self.domain.sizes):  # laws cut and extend sequences: only where every length is supported
-            return
-        rng = np.random.default_rng([self.seed, T, *law.name.encode()])
-        case = Case(self.op.name, "laws", f"{law.name}, {label}", {}, sizes)
-        try:
-            call = rounded(self.op.contract, choose(self.op, self.op.sample(rng, **sizes), sizes, combo), to)
-            if call is None:
-                return
-            truth.truth(self.op, call, to)
-        except ValueError:
-            return
-
         def f(**call):
             outside = self._outside(call)
             if outside:  # a law may choose options of its own
@@ -335,6 +326,33 @@ class _Session:
             if trouble is not None:
                 raise _NoAnswer(*trouble)
             return answer.result
+
+        result = self._hold(f, law, to, T, combo, label)
+        if result is not None:
+            self.report.cases.append(result)
+            if result.status == "PROPERTY":
+                self.broken_laws.append((law, to, T, combo, label))
+
+    def _breaks_the_same_laws(self, variant: str) -> bool:
+        """Whether the laws that the candidate breaks are those that a variant breaks, so that it explains them too."""
+        function = next(m.function for m in mutants(self.op.name) if m.name == variant)
+        results = [self._hold(function, *broken) for broken in self.broken_laws]
+        return all(r is not None and r.status == "PROPERTY" for r in results)
+
+    def _hold(self, f: Callable, law, to: Precision, T: int, combo: dict, label: str) -> Result | None:
+        """Whether a law holds for a function; None where it says nothing."""
+        sizes = self.domain.fit({**default_sizes(self.op), **dict.fromkeys(self.op.lengths, T)})
+        if sizes is None or set(self.op.lengths) & set(self.domain.sizes):  # laws cut and extend sequences: only where every length is supported
+            return None
+        rng = np.random.default_rng([self.seed, T, *law.name.encode()])
+        case = Case(self.op.name, "laws", f"{law.name}, {label}", {}, sizes)
+        try:
+            call = rounded(self.op.contract, choose(self.op, self.op.sample(rng, **sizes), sizes, combo), to)
+            if call is None:
+                return None
+            truth.truth(self.op, call, to)
+        except ValueError:
+            return None
 
         def bound(**call):
             right = truth.truth(self.op, call, to)
@@ -364,7 +382,7 @@ class _Session:
             result = Result(case.id, case.klass, to.name, *trouble.args)
         except (ValueError, TypeError, IndexError, AttributeError) as error:
             result = Result(case.id, case.klass, to.name, "PROPERTY", f"the law '{law.name}' cannot be tried: {type(error).__name__}: {error}")
-        self.report.cases.append(result)
+        return result
 
     def _outside(self, call: dict) -> str:
         """The first option or optional array of a call, as text, that the candidate does not support; empty if it supports all."""
