@@ -353,7 +353,7 @@ COLOURS = {"conforms": "32", "not installed": "2", "deviates": "33"}
 def print_survey(rows: list[Any]) -> None:
     """The table: an operator, whose function, in which precisions, and what it was found to be."""
     done = [row for row in rows if row.verdict != "not installed"]
-    names = [(row, f"{row.package} {row.version}".strip(), row.function, ", ".join(row.dtypes) + (" + gradient" if row.gradients else "")) for row in done]
+    names = [(row, f"{row.package} {row.version}".strip(), row.function, " ".join(map(abbreviated, row.dtypes)) + (" grad" if row.gradients else "")) for row in done]
     widths = [max((len(texts[i]) for texts in names), default=0) for i in (1, 2, 3)]
     operator = ""
     for row, package, function, dtypes in names:
@@ -363,11 +363,12 @@ def print_survey(rows: list[Any]) -> None:
         verdict = f"{MARKS[row.verdict]} {row.verdict}"
         cells = f"  {package:{widths[0]}}  {function:{widths[1]}}  {dtypes:{widths[2]}}  "
         print(f"{cells}{coloured(verdict, row.verdict)}{' ' * (14 - len(verdict))}{row.cases:4} cases  {row.seconds:5.1f} s")
-        if row.verdict != "conforms":
-            for text in filter(None, (row.worst, *row.diagnosis[:1], f"expected: {row.reason}" if row.reason and row.as_expected else "")):
+        if row.verdict != row.expected:
+            for text in filter(None, (row.worst, *row.diagnosis[:1])):
                 print(wrapped(text, 6))
-            if not row.as_expected:
-                print(f"      NOT AS EXPECTED: {row.expected} was expected")
+            print(f"      NOT AS EXPECTED: {row.expected} was expected")
+        elif row.reason:
+            print(wrapped(f"as expected: {row.reason}; the contract says otherwise", 6))
     absent: dict[str, list[str]] = {}
     for row in rows:
         if row.verdict == "not installed":
@@ -393,6 +394,11 @@ def print_example() -> None:
     with progress_bar("checking wrong_attention") as step:
         report = refimpl.check("attention", wrong_attention, level="quick", progress=step)
     print("\n".join(f"    {line}".rstrip() for line in str(report).splitlines()))
+
+
+def abbreviated(dtype: str) -> str:
+    """float32 as f32, bfloat16 as bf16."""
+    return dtype.replace("bfloat", "bf").replace("float", "f")
 
 
 def coloured(text: str, verdict: str) -> str:

@@ -724,7 +724,7 @@ def onnx_linear_attention(f: Callable) -> Callable:
 
         def packed(x, core):  # (batch, time, heads · features)
             x = _fold(x, core, lead)
-            return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)
+            return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], x.shape[1] * math.prod(x.shape[3:]))
 
         inputs = {"query": packed(q, 3), "key": packed(k, 3), "value": packed(v, 3)}
         if decay is not None:
@@ -739,7 +739,7 @@ def onnx_linear_attention(f: Callable) -> Callable:
             _refuse(scale == 0, "a scale of 0 reads as none")
             attributes["scale"] = float(scale)
         o, last = f(inputs, ("output", "present_state"), attributes)
-        o = _unfold(o.reshape(o.shape[0], o.shape[1], H, -1).swapaxes(1, 2), lead)
+        o = _unfold(o.reshape(o.shape[0], o.shape[1], H, v.shape[-1]).swapaxes(1, 2), lead)
         last = _unfold(last, lead)
         if one_head:
             o, last = o[..., 0, :, :], last[..., 0, :, :]
