@@ -44,4 +44,5 @@ class Propagation:
         self._worst = (abs(J) @ self._worst[..., None])[..., 0] + local
         self._covariance = J @ self._covariance @ np.swapaxes(J, -1, -2) + self._eye * (local**2)[..., None, :]
         variance = (self._covariance * self._eye).sum(axis=-1)
-        return np.minimum(self._worst, DEVIATIONS * np.sqrt(variance))
+        enough = variance > np.finfo(variance.dtype).tiny / np.finfo(variance.dtype).eps  # else the squares have underflowed
+        return np.where(enough, np.minimum(self._worst, DEVIATIONS * np.sqrt(variance)), self._worst)
