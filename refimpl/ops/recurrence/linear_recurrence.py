@@ -79,7 +79,7 @@ def linear_recurrence(a, b, *, state=None, reverse=False, return_state=False):
     """
     a, b, h = _prepare(a, b, state)
     T = b.shape[-2]
-    hs = [None] * T
+    hs: list = [None] * T
     for t in reversed(range(T)) if reverse else range(T):
         h = a[..., t, :] * h + b[..., t, :]  # (..., c)
         hs[t] = h
