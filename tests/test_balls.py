@@ -568,7 +568,7 @@ def test_gradients_run_on_balls(op, rng):
                 assert isinstance(b, Balls), f"gradient of {name} is {type(b).__name__}, not Balls"
                 mid, radius = b.midpoint_radius(np.longdouble)
                 fine = np.isfinite(v)
-                least = np.finfo(v.dtype).eps * np.max(abs(v[fine]), initial=0) + TINY  # a Python float's gradient is float64
+                least = np.finfo(v.dtype).eps * np.max(abs(v[fine]), initial=0) + 2.0**-200  # a Python float's gradient is float64
                 assert np.all(radius[fine] <= least), f"gradient of {name}: radius {radius.max()}"
                 off, off_in_double = (np.max(abs(x[fine] - mid[fine]), initial=0) for x in (v, d))
                 assert off <= 64 * least + off_in_double / 16, f"gradient of {name}: longdouble is {off} off, float64 {off_in_double}"

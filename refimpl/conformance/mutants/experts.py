@@ -1,6 +1,7 @@
 """Mistakes in mixtures of experts: who is chosen, with what weight, who is dropped, and what the router learns from it."""
 
 from refimpl.conformance.mutants import Mutant, edited
+from refimpl.ops.experts import moe as mo
 from refimpl.ops.experts import route as ro
 
 _CHOICE = "    experts = np.argsort(-logits, axis=-1, kind=\"stable\")[..., :k]  # (..., T, k)\n"
@@ -114,4 +115,137 @@ _ROUTE = (
     ),
 )
 
-MUTANTS = _ROUTE
+_TERM = "y = y + np.where(np.any(sent, axis=-1, keepdims=True), weight * result, np.zeros_like(y))"
+_GATED = "    h = act(x @ w_in) if w_gate is None else act(x @ w_gate) * (x @ w_in)\n"
+_KEPT = "    kept = np.ones(experts.shape, bool) if capacity is None else _places(experts, E) < capacity\n"
+_ROUTED = "    weights, experts = route(x @ router, k, order=order, renormalize=renormalize)  # (..., T, k)\n    kept, tokens, dropped = _queues(experts, capacity, router.shape[-1])\n"
+
+
+def _turned(source):
+    """The definition's routing with another order of the queues: `source` gives kept from experts and weights."""
+    return edited(mo.moe, (_ROUTED, _ROUTED + source + "    tokens = np.sum((experts[..., None] == np.arange(router.shape[-1])) & kept[..., None], axis=(-3, -2))\n"))
+
+
+_MOE = (
+    Mutant(
+        "moe",
+        "weights_not_applied",
+        "the chosen experts' results are added without their weights: y = Σ w_e F_e(x)",
+        edited(mo.moe, (_TERM, _TERM.replace("weight * result", "result"))),
+    ),
+    Mutant(
+        "moe",
+        "weights_on_the_input",
+        "the weight multiplies the token before its expert, which is not linear: it multiplies the expert's result (some models do this on purpose)",
+        edited(
+            mo.moe,
+            ("_expert(x, w_in[e], w_out[e], None if w_gate is None else w_gate[e], activation)  # (..., T, d)\n", "_expert(weight * x, w_in[e], w_out[e], None if w_gate is None else w_gate[e], activation)\n"),
+            (_TERM, _TERM.replace("weight * result", "result")),
+        ),
+        variant=True,
+    ),
+    Mutant(
+        "moe",
+        "empty_expert_gives_nan",
+        "the results are divided by the number of tokens of the expert and multiplied again, so an expert without tokens gives 0/0: it gives nothing",
+        edited(mo.moe, (_TERM, "count = int(np.sum(sent)) * np.ones_like(weight)\n        y = y + (weight * result / count) * count")),
+    ),
+    Mutant(
+        "moe",
+        "activation_on_the_wrong_branch",
+        "act(x w_in) multiplies x w_gate: the activation belongs to the gate, act(x w_gate)·(x w_in)",
+        edited(mo.moe, (_GATED, "    h = act(x @ w_in) if w_gate is None else act(x @ w_in) * (x @ w_gate)\n")),
+    ),
+    Mutant(
+        "moe",
+        "gate_not_activated",
+        "the gate is linear: it is act(x w_gate)",
+        edited(mo.moe, (_GATED, "    h = act(x @ w_in) if w_gate is None else (x @ w_gate) * (x @ w_in)\n")),
+    ),
+    Mutant(
+        "moe",
+        "dropped_tokens_pass_through",
+        "a token that all its experts dropped comes out as it went in: it gives 0 (the residual connection is outside of the layer)",
+        edited(mo.moe, ("    return (y, tokens, dropped) if return_stats else y\n\n\n@CONTRACT.form\ndef moe_gathered(", "    y = np.where(np.any(kept, axis=-1, keepdims=True), y, x)\n    return (y, tokens, dropped) if return_stats else y\n\n\n@CONTRACT.form\ndef moe_gathered(")),
+        variant=True,
+    ),
+    Mutant(
+        "moe",
+        "heaviest_first",
+        "a full expert keeps the tokens of the largest weights: it keeps those that come first",
+        _turned(
+            "    if capacity is not None:\n"
+            "        pairs = ((experts[..., None] == np.arange(router.shape[-1])) * (weights[..., None] + 1)).reshape(*x.shape[:-2], -1, router.shape[-1])\n"
+            "        rank = np.argsort(np.argsort(-pairs, axis=-2, kind=\"stable\"), axis=-2)\n"
+            "        kept = np.take_along_axis(rank.reshape(*experts.shape, -1), experts[..., None], axis=-1)[..., 0] < capacity\n"
+        ),
+        variant=True,
+    ),
+    Mutant(
+        "moe",
+        "first_choices_first",
+        "the queues take all first choices before any second (GShard's algorithm 1): here they take the tokens in order, all choices of each together",
+        _turned("    if capacity is not None:\n        kept = np.swapaxes(_places(np.swapaxes(experts, -1, -2), router.shape[-1]), -1, -2) < capacity\n"),
+        variant=True,
+    ),
+    Mutant(
+        "moe",
+        "last_come_first_served",
+        "a full expert keeps the tokens that come last: it keeps those that come first",
+        _turned("    if capacity is not None:\n        kept = _places(experts[..., ::-1, ::-1], router.shape[-1])[..., ::-1, ::-1] < capacity\n"),
+    ),
+    Mutant(
+        "moe",
+        "capacity_off_by_one",
+        "an expert takes capacity + 1 tokens: places are counted from 0",
+        edited(mo.moe, (_KEPT, _KEPT.replace("< capacity", "<= capacity"))),
+    ),
+    Mutant(
+        "moe",
+        "renormalised_after_dropping",
+        "the weights of the experts that kept a token are raised to sum to 1: what is dropped is missing from the sum",
+        _turned("    left = np.sum(np.where(kept, weights, 0 * weights), axis=-1, keepdims=True)\n    weights = weights * np.where(left == 0, 1, np.sum(weights, axis=-1, keepdims=True) / np.where(left == 0, 1, left))\n"),
+    ),
+    Mutant(
+        "moe",
+        "one_expert_for_all",
+        "every token is seen by expert 0, weighted as if by its own: a grouped product that reads the first group's weights",
+        edited(mo.moe, ("_expert(x, w_in[e], w_out[e], None", "_expert(x, w_in[0], w_out[e], None")),
+    ),
+    Mutant(
+        "moe",
+        "sorted_back_wrongly",
+        "the pairs sorted by expert are put back with the permutation instead of its inverse",
+        edited(mo.moe_gathered, ("[np.argsort(by_expert)]", "[by_expert]")),
+    ),
+    Mutant(
+        "moe",
+        "router_learns_nothing",
+        "the router has no gradient: it learns through the weights, dw_e = F_e(x)·dy",
+        edited(mo.moe_vjp, ("[\"logits\"].reshape(-1, E)", "[\"logits\"].reshape(-1, E) * 0")),
+        of_gradient=True,
+    ),
+    Mutant(
+        "moe",
+        "token_learns_nothing_of_the_router",
+        "dx lacks what comes through the router: dl W_rᵀ",
+        edited(mo.moe_vjp, ("    dx = dx + dlogits @ router.T\n", "")),
+        of_gradient=True,
+    ),
+    Mutant(
+        "moe",
+        "gradient_without_weight",
+        "the experts' gradients lack the weight of the token: do = w_e dy",
+        edited(mo.moe_vjp, ("weights[rows, choice][:, None] * dy[rows]  #", "dy[rows]  #")),
+        of_gradient=True,
+    ),
+    Mutant(
+        "moe",
+        "gate_has_the_other_gradient",
+        "the gradients of gate and input are exchanged: da = dh act(g), dg = dh a act'(g)",
+        edited(mo.moe_vjp, ("da, dg = dh * act(g), dh * a * slope(g)", "dg, da = dh * act(g), dh * a * slope(g)")),
+        of_gradient=True,
+    ),
+)
+
+MUTANTS = _ROUTE + _MOE

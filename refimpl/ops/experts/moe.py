@@ -83,8 +83,8 @@ def moe(
         Experts per token, 1 to E.
     activation : {"silu", "gelu", "relu"}
         gelu is the exact one, with erf.
-    order, renormalize
-        As in `refimpl.route`.
+    order, renormalize : see `refimpl.route`
+        How weights come from logits.
     capacity : int, optional
         Pairs that an expert takes, per entry of the batch; without it, all.
     return_stats : bool
@@ -340,7 +340,7 @@ def _sample(rng, *, T=7, d=6, E=4, f=5, batch=()):
 def _with(change, **options):
     def draw(rng, **sizes):
         call = _sample(rng, **sizes)
-        return call | change(rng, **call) | options
+        return call | change(rng, **call) | {"k": min(2, call["router"].shape[-1])} | options
 
     return draw
 
@@ -406,7 +406,7 @@ OPS = (
             "a router that says nothing": _with(lambda rng, router, **_: {"router": 0 * router}),
             "tokens of zero": _with(_some_zero),
             "large experts": _with(lambda rng, w_in, **_: {"w_in": 30 * w_in}),
-            "one token": lambda rng, **sizes: _sample(rng, **{**sizes, "T": 1}),
+            "one token, all experts": lambda rng, **sizes: _sample(rng, **(sizes | {"T": 1})) | {"k": sizes.get("E", 4)},
         },
         error_bound=error_bound,
         references=("lepikhin2021, section 3.2", "shazeer2017, section 2", "fedus2022, section 2", "gale2023, section 5"),
