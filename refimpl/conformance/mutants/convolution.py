@@ -1,6 +1,7 @@
 """Mistakes in convolutions: which sample meets which tap, and what falls off the ends."""
 
 from refimpl.conformance.mutants import Mutant, edited
+from refimpl.ops.recurrence import causal_conv1d as cc
 from refimpl.ops.recurrence import long_conv as lc
 from refimpl.ops.recurrence import monarch as mo
 
@@ -149,4 +150,100 @@ _MONARCH_MATMUL = (
     ),
 )
 
-MUTANTS = _LONG_CONV + _MONARCH_MATMUL
+_TAPS = "z = sum(weight[:, j] * seen[..., j : j + T, :] for j in range(W))"
+_END = """y = silu(z) if activation == "silu" else z"""
+_LAST = "return (y, memory.copy()) if return_state else y"
+
+_CAUSAL_CONV1D = (
+    Mutant(
+        "causal_conv1d",
+        "weight_reversed",
+        "weight_0 meets the newest sample: the last tap does, as in torch's layout",
+        edited(cc.causal_conv1d, (_TAPS, "z = sum(weight[:, W - 1 - j] * seen[..., j : j + T, :] for j in range(W))")),
+    ),
+    Mutant(
+        "causal_conv1d",
+        "looks_ahead",
+        "the window is centred (padding on both sides, cut at the start): a step sees only the past, so all W - 1 rows of padding stand before the input",
+        edited(
+            cc.causal_conv1d,
+            (
+                _TAPS,
+                "seen = np.concatenate([seen[..., W // 2 :, :], 0 * seen[..., : W // 2, :]], axis=-2)\n    z = sum(weight[:, j] * seen[..., j : j + T, :] for j in range(W))",
+            ),
+        ),
+    ),
+    Mutant(
+        "causal_conv1d",
+        "state_ignored",
+        "the inputs before the first step are taken as zeros though a state is given",
+        edited(cc.causal_conv1d, ("if state is None else state\n    batch", "if True else state\n    batch")),
+    ),
+    Mutant(
+        "causal_conv1d",
+        "state_newest_first",
+        "the state's rows are used newest first: they stand as the inputs did, oldest first",
+        edited(cc.causal_conv1d, ("if state is None else state\n    batch", "if state is None else state[..., ::-1, :]\n    batch")),
+    ),
+    Mutant(
+        "causal_conv1d",
+        "final_state_newest_first",
+        "the final state has the newest input first: oldest first, so that it can be put before the next inputs",
+        edited(cc.causal_conv1d, (_LAST, "return (y, memory[..., ::-1, :].copy()) if return_state else y")),
+    ),
+    Mutant(
+        "causal_conv1d",
+        "final_state_forgets_the_old_one",
+        "after fewer than W - 1 steps the final state is padded with zeros: what is left of the state before belongs there",
+        edited(
+            cc.causal_conv1d,
+            (
+                _LAST,
+                "memory = memory.copy()\n    memory[..., : max(memory.shape[-2] - y.shape[-2], 0), :] = 0\n    return (y, memory) if return_state else y",
+            ),
+        ),
+    ),
+    Mutant(
+        "causal_conv1d",
+        "final_state_is_filtered",
+        "the final state holds the last outputs: it holds the last inputs",
+        edited(
+            cc.causal_conv1d,
+            (
+                _LAST,
+                "rows = np.concatenate([memory, y], axis=-2)\n    return (y, rows[..., rows.shape[-2] - memory.shape[-2] :, :]) if return_state else y",
+            ),
+        ),
+    ),
+    Mutant(
+        "causal_conv1d",
+        "bias_after_activation",
+        "the bias is added after the activation: silu acts on the sum with it",
+        edited(
+            cc.causal_conv1d,
+            ("    z = z if bias is None else z + bias\n", ""),
+            (_END, "y = silu(z) if activation == 'silu' else z\n    y = y if bias is None else y + bias"),
+        ),
+    ),
+    Mutant(
+        "causal_conv1d",
+        "bias_forgotten",
+        "bias is ignored",
+        edited(cc.causal_conv1d, ("    z = z if bias is None else z + bias\n", "")),
+    ),
+    Mutant(
+        "causal_conv1d",
+        "sigmoid_for_silu",
+        "the activation is a sigmoid: silu is x·σ(x)",
+        edited(cc.causal_conv1d, (_END, "y = 1 / (1 + np.exp(-z)) if activation == 'silu' else z")),
+    ),
+    Mutant(
+        "causal_conv1d",
+        "final_state_has_no_gradient",
+        "dstate is dropped: the last W - 1 inputs are part of the result",
+        edited(cc.causal_conv1d_vjp, ("        dseen[..., T:, :] += dstate\n", "        pass\n")),
+        of_gradient=True,
+    ),
+)
+
+MUTANTS = _LONG_CONV + _MONARCH_MATMUL + _CAUSAL_CONV1D
