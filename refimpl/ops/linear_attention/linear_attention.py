@@ -52,54 +52,19 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import Contract, one_of, positive_int
+from refimpl.core.contract import positive_int
 from refimpl.core.linalg import solve_unit_lower
-from refimpl.core.numerics import constant, gate_exponents, masked_matmul, sqrt_of, times_exp
+from refimpl.core.numerics import gate_exponents, masked_matmul, times_exp
 from refimpl.core.parallel import over_threads
 from refimpl.laws import causal, hand_off, linear
 from refimpl.op import Cost, Form, Op
 from refimpl.ops.linear_attention import linear_attention_cases as cases
-from refimpl.ops.linear_attention.feature_maps import MAPS, feature_map_of, map_error, width
+from refimpl.ops.linear_attention.feature_maps import map_error
 from refimpl.ops.linear_attention.linear_attention_bound import bound
-from refimpl.ops.linear_attention.linear_attention_laws import ADDS, OVERWRITES, PLAIN, SCALE_CANCELS, unless
+from refimpl.ops.linear_attention.linear_attention_contract import CONTRACT, grouped, prepare, ungrouped
+from refimpl.ops.linear_attention.linear_attention_gradient import linear_attention_vjp
+from refimpl.ops.linear_attention.linear_attention_laws import ADDS, DECAYS, MEAN, OVERWRITES, UNITS, unless
 from refimpl.ops.linear_attention.state import State
-
-
-def _check(arguments, sizes):
-    for name in ("q", "k", "v", "decay", "beta"):
-        if arguments.get(name) is not None and arguments[name].dtype.kind == "c":
-            raise TypeError(f"linear_attention: {name} must be real, got dtype {arguments[name].dtype}")
-    if "feature_map" not in arguments:
-        return
-    option, normalize, scale, state = (arguments[n] for n in ("feature_map", "normalize", "scale", "state"))
-    if option is not None and not callable(option):
-        one_of("linear_attention", "feature_map", option, (None, *MAPS, "a callable"))
-    one_of("linear_attention", "normalize", normalize, (False, True))
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float | np.floating) or not np.isfinite(scale)):
-        raise ValueError(f"linear_attention: scale must be a finite number, got {scale!r}")
-    if normalize and arguments["beta"] is not None:
-        raise ValueError("linear_attention: normalize must be False with beta: the delta rule has no normaliser")
-    if state is not None and isinstance(state, tuple) != bool(normalize):
-        kind = "a tuple (S, z) with normalize" if normalize else "one array, S, without normalize"
-        raise TypeError(f"linear_attention: state must be {kind}, got {type(state).__name__}")
-    decay, q, k = (arguments[n] for n in ("decay", "q", "k"))
-    if decay is not None and not (
-        (decay.ndim == q.ndim - 1 and decay.shape[-2:] == k.shape[-3:-1]) or (decay.ndim == q.ndim and decay.shape[-3:-1] == k.shape[-3:-1])
-    ):
-        raise ValueError(f"linear_attention: decay must have as many axes as q, or one less, with batch axes of 1 written out, got {decay.shape}")
-    m = width(option, arguments["k"])
-    if sizes.setdefault("m", m) != m:
-        raise ValueError(f"linear_attention: state and a decay per channel must have the keys' {m} features (after the feature map), got {sizes['m']}")
-
-
-CONTRACT = Contract(
-    "linear_attention",
-    takes="q (..., Hq?, T, d); k (..., Hkv?, T, d); v (..., Hkv?, T, e); decay (..., Hkv?, T) | (..., Hkv?, T, m); beta (..., Hkv?, T);"
-    "state (..., Hkv?, m, e); state.z (..., Hkv?, m)",
-    gives="o (..., Hq?, T, e)",
-    rules=("Hkv divides Hq",),
-    check=_check,
-)
 
 
 @CONTRACT.form
@@ -159,7 +124,7 @@ def linear_attention(
     >>> linear_attention(key, key, v, scale=1.0)[:, 0]
     array([3., 8.])
     """
-    q, k, v, g, beta, S, z, scale = _prepare(q, k, v, decay, beta, feature_map, normalize, scale, state)
+    q, k, v, g, beta, S, z, scale = prepare(q, k, v, decay, beta, feature_map, normalize, scale, state)
     outputs = []
     for t in range(k.shape[-2]):
         k_t, v_t = k[..., t, :], v[..., t, :]  # (..., Hkv, m), (..., Hkv, e)
@@ -171,7 +136,7 @@ def linear_attention(
             z = np.exp(g[..., t, :]) * z + k_t
             o = o / (q[..., t, :] @ z[..., None])
         outputs.append(o if normalize else scale * o)
-    o = _heads(np.stack(outputs, axis=-2)) if outputs else _nothing(q, v)
+    o = ungrouped(np.stack(outputs, axis=-2)) if outputs else _nothing(q, v)
     return (o, State(S, z) if normalize else S) if return_state else o
 
 
@@ -184,7 +149,7 @@ def linear_attention_parallel(
     2 T² (m + e) operations a head and T² memory, twice that and T² e more for the triangular system, and T² m memory for a decay per
     channel. Exponents are sums of log-decays, so that a decay of 0 is no hindrance. The normaliser is the memory of the value 1.
     """
-    q, k, v, g, beta, S, z, scale = _prepare(q, k, v, decay, beta, feature_map, normalize, scale, state)
+    q, k, v, g, beta, S, z, scale = prepare(q, k, v, decay, beta, feature_map, normalize, scale, state)
     if k.shape[-2] == 0:
         return (_nothing(q, v), State(S, z) if normalize else S) if return_state else _nothing(q, v)
     if normalize:
@@ -197,7 +162,7 @@ def linear_attention_parallel(
     k_shared, A_shared, u_shared, since_shared, S_shared = k[..., None, :, :], A[..., None, :, :, :], u[..., None, :, :], since[..., None, :, :], S_peak[..., None, :, :]
     match = _match(q, k_shared, A_shared)  # (..., Hkv, group, T, T)
     read = masked_matmul(match, u_shared, _causal(match)) + (q * since_shared) @ S_shared
-    o = _heads(read[..., :-1] / read[..., -1:] if normalize else scale * read)
+    o = ungrouped(read[..., :-1] / read[..., -1:] if normalize else scale * read)
     if not return_state:
         return o
     S = since[..., -1, :, None] * S_peak + _transposed(_kept(k, A)) @ u
@@ -215,17 +180,17 @@ def linear_attention_chunkwise(
     remain sequential. 2 T (chunk (m + e) + 2 m e) operations a head, and T (chunk (2 m + e) + 2 m e) more for the delta rule.
     """
     positive_int("linear_attention", "chunk", chunk)
-    q, k, v, g, beta, S, z, scale = _prepare(q, k, v, decay, beta, feature_map, normalize, scale, state)
+    q, k, v, g, beta, S, z, scale = prepare(q, k, v, decay, beta, feature_map, normalize, scale, state)
     T, batch = k.shape[-2], k.shape[:-2]
     if T == 0 or k.size == 0 or q.size == 0:
-        empty = _heads(np.zeros_like(v, shape=(*q.shape[:-1], v.shape[-1])))
+        empty = ungrouped(np.zeros_like(v, shape=(*q.shape[:-1], v.shape[-1])))
         return (empty, State(S, z) if normalize else S) if return_state else empty
     if normalize:
         v, S = _with_ones(v), np.concatenate([S, z[..., None]], axis=-1)
     heads = [x if x is None else x.reshape(-1, *x.shape[len(batch) :]) for x in (q, k, v, g, beta, S)]
     done = over_threads(lambda h: _one_head(*(x if x is None else x[h] for x in heads), min(chunk, T)), range(len(heads[1])), q, k, v)
     read, S = (np.stack(x).reshape(*batch, *x[0].shape) for x in zip(*done, strict=True))
-    o = _heads(read[..., :-1] / read[..., -1:] if normalize else scale * read)
+    o = ungrouped(read[..., :-1] / read[..., -1:] if normalize else scale * read)
     return (o, State(S[..., :-1], S[..., -1]) if normalize else S) if return_state else o
 
 
@@ -252,104 +217,6 @@ def _one_head(q, k, v, g, beta, S, L):
     return read.reshape(len(read), -1, e)[:, :T], S
 
 
-@CONTRACT.gradient
-def linear_attention_vjp(dy, q, k, v, *, decay=None, beta=None, feature_map=None, normalize=False, scale=None, state=None, dstate=None):
-    """Gradient of `linear_attention`: (4), (3), (2) and (1) transposed, last step first.
-
-    With dS, dz the cotangents of the state after step t, r = v - S'ᵀk, and sums over the queries that share the head:
-
-        (4)  dq = scale S do,    dS += scale q doᵀ;      normalised, with D = q·z and dD = -o·do / D:
-             dq = S do / D + dD z,    dS += q doᵀ / D,    dz += dD q
-        (3)  dk = dS u,    du = dSᵀ k,    dS' = dS;      dz' = dz,    dk += dz
-        (2)  dv = du;      with the delta rule:  dβ = du·r,    dv = β du,    dk -= S' dv,    dS' -= k dvᵀ
-        (1)  dg = Σ_e dS' S' (+ dz' z'), summed over the channels that share it,    dS_{t-1} = e^g dS',    dz_{t-1} = e^g dz'
-
-    and last the feature map's own adjoint, for q and k. At its kink relu has the slope 0.
-
-    Parameters
-    ----------
-    dy : ndarray, shape (..., Hq, T, e)
-        Cotangent of o.
-    dstate : ndarray, shape (..., Hkv, m, e), or State, optional
-        Cotangent of the final state.
-
-    Returns
-    -------
-    dict
-        "q", "k", "v", and "decay", "beta", "state" where they were given.
-
-    Raises
-    ------
-    TypeError
-        If the feature map is a callable without `vjp`, or dstate is not of the state's kind.
-
-    Notes
-    -----
-    Keeps all T states, T m e elements a head. 14 T m e operations or so.
-    """
-    phi = feature_map_of(feature_map)
-    if phi is not None and not callable(getattr(phi, "vjp", None)):
-        raise TypeError(f"linear_attention: feature_map must have a method vjp(dphi, x) for the gradient (see FeatureMap), got {phi!r}")
-    if dstate is not None and isinstance(dstate, tuple) != bool(normalize):
-        raise TypeError(f"linear_attention: dstate must be {'a tuple (dS, dz)' if normalize else 'one array'}, as the state is")
-    raw_q, raw_k, per_channel = q, k, decay is not None and decay.ndim == q.ndim
-    q, k, v, g, beta, S, z, scale = _prepare(q, k, v, decay, beta, feature_map, normalize, scale, state)
-    T = k.shape[-2]
-    dy = _grouped(dy, k.shape[-3])
-    states = [(S, z)]
-    for t in range(T):
-        S = np.exp(g[..., t, :, None]) * S
-        u = v[..., t, :] if beta is None else beta[..., t, :] * (v[..., t, :] - _recall(S, k[..., t, :]))
-        S = S + k[..., t, :, None] * u[..., None, :]
-        z = np.exp(g[..., t, :]) * z + k[..., t, :] if normalize else z
-        states.append((S, z))
-    if dstate is None:
-        dS, dz = np.zeros_like(S), np.zeros_like(z)
-    else:
-        dS, dz = dstate if normalize else (dstate, np.zeros_like(z))
-    steps = []
-    for t in reversed(range(T)):
-        (S, z), (S_before, z_before) = states[t + 1], states[t]
-        q_t, k_t, v_t, do = q[..., t, :], k[..., t, :], v[..., t, :], dy[..., t, :]  # (..., Hkv, group, m or e) and (..., Hkv, m or e)
-        a = np.exp(g[..., t, :])  # (..., Hkv, 1 or m)
-        S_old, z_old = a[..., None] * S_before, a * z_before
-        dN = scale * do
-        if normalize:
-            D = q_t @ z[..., None]  # (..., Hkv, group, 1)
-            dN = do / D
-            dD = -(dN * (q_t @ S)).sum(axis=-1, keepdims=True) / D
-        dq = dN @ _transposed(S)
-        dS = dS + _transposed(q_t) @ dN
-        if normalize:
-            dq = dq + dD * z[..., None, :]
-            dz = dz + (dD * q_t).sum(axis=-2)
-        u = v_t
-        if beta is not None:
-            residual = v_t - _recall(S_old, k_t)
-            u = beta[..., t, :] * residual
-        dk = (dS @ u[..., None])[..., 0] + dz  # (..., Hkv, m)
-        dv = _recall(dS, k_t)
-        dbeta = None
-        if beta is not None:
-            dbeta = (dv * residual).sum(axis=-1)  # (..., Hkv)
-            dv = beta[..., t, :] * dv
-            dk = dk - (S_old @ dv[..., None])[..., 0]
-            dS = dS - k_t[..., :, None] * dv[..., None, :]
-        dg = (dS * S_old).sum(axis=-1) + dz * z_old  # (..., Hkv, m)
-        dS, dz = a[..., None] * dS, a * dz
-        steps.append((dq, dk, dv, dg if per_channel else dg.sum(axis=-1), dbeta))
-    gradients = {"state": State(dS, dz) if normalize else dS}
-    if not steps:
-        empty = {"q": raw_q, "k": raw_k, "v": v, "decay": decay, "beta": None if beta is None else beta[..., 0]}
-        return gradients | {name: x for name, x in empty.items() if x is not None}
-    dq, dk, dv, dg, dbeta = zip(*steps[::-1], strict=True)
-    dq, dk, dv = _heads(np.stack(dq, axis=-2)), np.stack(dk, axis=-2), np.stack(dv, axis=-2)
-    if phi is not None:
-        dq, dk = phi.vjp(dq, np.broadcast_to(raw_q, (*dq.shape[:-1], raw_q.shape[-1]))), phi.vjp(dk, np.broadcast_to(raw_k, (*dk.shape[:-1], raw_k.shape[-1])))
-    gradients |= {"q": dq, "k": dk, "v": dv, "decay": np.stack(dg, axis=-2 if per_channel else -1)}
-    return gradients if beta is None else gradients | {"beta": np.stack(dbeta, axis=-1)}
-
-
 @CONTRACT.form
 def error_bound(
     q, k, v, *, unit, store=0.0, decay=None, beta=None, feature_map=None, normalize=False, scale=None, state=None, return_state=False
@@ -359,47 +226,18 @@ def error_bound(
     Without the delta rule a recurrence of absolute values; with it one of the lengths of the error's columns, which a step
     multiplies by at most max(1, |1 - β |k|²|) times its largest decay.
     """
-    prepared = _prepare(q, k, v, decay, beta, feature_map, normalize, scale, state)
-    dq, dk = _grouped(map_error(feature_map, q, unit), k.shape[-3]), map_error(feature_map, k, unit)
+    prepared = prepare(q, k, v, decay, beta, feature_map, normalize, scale, state)
+    dq, dk = grouped(map_error(feature_map, q, unit), k.shape[-3]), map_error(feature_map, k, unit)
     E, (E_S, E_z) = bound(*prepared, dq, dk, normalize=normalize, unit=unit, store=store)
-    o = _heads(E) if k.shape[-2] else _nothing(prepared[0], prepared[2])
+    o = ungrouped(E) if k.shape[-2] else _nothing(prepared[0], prepared[2])
     return (o, State(E_S, E_z) if normalize else E_S) if return_state else o
 
 
 # -- what the forms share --------------------------------------------------------------------------------------------
 
 
-def _prepare(q, k, v, decay, beta, feature_map, normalize, scale, state):
-    """Features mapped, q grouped by head of k, log-decays and beta as (..., Hkv, T, 1 or m), a state; one batch shape."""
-    phi = feature_map_of(feature_map)
-    if scale is None:
-        scale = 1 / sqrt_of(q.shape[-1], q) if phi is None else 1
-    scale = constant(scale, q)
-    if phi is not None:
-        q, k = phi(q), phi(k)
-    g = np.zeros_like(k[..., :1]) if decay is None else decay if decay.ndim == q.ndim else decay[..., None]
-    S, z = state if normalize and state is not None else (state, None)
-    own = {"q": q, "k": k, "v": v, "g": g, "beta": None if beta is None else beta[..., None], "S": S, "z": None if z is None else z[..., None]}
-    batch = np.broadcast_shapes(*(x.shape[:-3] for x in own.values() if x is not None))
-    q, k, v, g, beta, S, z = (None if x is None else np.broadcast_to(x, (*batch, *x.shape[-3:])) for x in own.values())
-    if S is None:
-        S = np.zeros_like(k, shape=(*k.shape[:-2], k.shape[-1], v.shape[-1]))
-    z = np.zeros_like(k, shape=(*k.shape[:-2], k.shape[-1])) if z is None else z[..., 0]
-    return _grouped(q, k.shape[-3]), k, v, g, beta, S, z, scale
-
-
-def _grouped(x, heads):
-    """(..., Hq, T, m) as (..., Hkv, group, T, m): head h of q reads head h // group of k."""
-    return x.reshape(*x.shape[:-3], heads, x.shape[-3] // max(heads, 1), *x.shape[-2:])
-
-
-def _heads(x):
-    """(..., Hkv, group, T, e) as (..., Hq, T, e)."""
-    return x.reshape(*x.shape[:-4], x.shape[-4] * x.shape[-3], *x.shape[-2:])
-
-
 def _nothing(q, v):
-    return _heads(np.zeros_like(v, shape=(*q.shape[:-1], v.shape[-1])))
+    return ungrouped(np.zeros_like(v, shape=(*q.shape[:-1], v.shape[-1])))
 
 
 def _recall(S, k):
@@ -512,10 +350,11 @@ OPS = (
             causal(CONTRACT, "q", "k", "v", "decay", "beta"),
             hand_off(CONTRACT),
             unless("normalize", linear(CONTRACT, "v", "state")),
-            PLAIN,
+            DECAYS,
+            unless("normalize", UNITS),
             OVERWRITES,
             ADDS,
-            SCALE_CANCELS,
+            MEAN,
         ),
     ),
 )

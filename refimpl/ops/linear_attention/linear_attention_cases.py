@@ -24,7 +24,7 @@ def arrange(call):
     """A call whose arrays fit its options.
 
     With a feature map the state and a decay per channel get its width, and beta is small enough for the longer keys not to
-    make the memory explode; with `normalize` there is no beta, the state is (S, z), and q·z is not near 0.
+    make the memory explode; with `normalize` there is no beta, the state is (S, z), q·z is not near 0 and does not grow on and on.
     """
     call, option = dict(call), call.get("feature_map")
     if call.get("normalize"):
@@ -35,6 +35,9 @@ def arrange(call):
             positive = x.copy()
             positive[..., channels] = abs(x[..., channels]) + x.dtype.type(0.125)
             call[name] = positive
+        if call.get("decay") is not None:
+            g, time = call["decay"], -2 if call["decay"].ndim == call["k"].ndim else -1
+            call["decay"] = np.where(np.cumsum(g, axis=time) > 60, np.minimum(g, 0), g)
     if option is not None and call.get("beta") is not None:
         phi = feature_map_of(option)(call["k"])
         call["beta"] = np.minimum(call["beta"], 1.5 / ((phi * phi).sum(axis=-1) + 2.0**-20)).astype(call["beta"].dtype)

@@ -3,17 +3,35 @@
 import numpy as np
 
 from refimpl.op import Law
+from refimpl.ops.linear_attention.feature_maps import width
 
 
-def _plain(f, call, bound, rng):
-    """A log-decay of zero, per head or per channel, is no decay: retention and GLA without forgetting are linear attention."""
-    call = {n: x for n, x in call.items() if n != "decay"}
-    call["return_state"] = False
-    k, state = call["k"], call.get("state")
+def _decays(f, call, bound, rng):
+    """A log-decay of 0 is no decay: retention and GLA are linear attention then; and channels that decay alike are a head that does."""
+    call = {n: x for n, x in call.items() if n != "decay"} | {"return_state": False}
+    k, g, many = call["k"], rng.uniform(-0.7, 0.1, call["k"].shape[:-1]).astype(call["k"].dtype), np.ones(width(call.get("feature_map"), call["k"]))
+    g_many = g[..., None] * many.astype(k.dtype)
     want, limit = f(**call), 2 * bound(**call)
-    yield "o with a log-decay of 0", f(**call, decay=np.zeros_like(k[..., 0])), want, limit
-    if call.get("feature_map") is None and (state is None or isinstance(state, tuple) or state.shape[-2] == k.shape[-1]):
-        yield "o with log-decays of 0 per channel", f(**call, decay=np.zeros_like(k)), want, limit
+    yield "o with a log-decay of 0", f(**call, decay=0 * g), want, limit
+    yield "o with log-decays of 0 in all channels", f(**call, decay=0 * g_many), want, limit
+    call["decay"] = g
+    yield "o with the head's log-decay in all channels", f(**call | {"decay": g_many}), f(**call), 2 * bound(**call)
+
+
+def _units(f, call, bound, rng):
+    """A decay is a change of units: with F_t the sum of log-decays so far, v and decay give e^F_t times what v_t e^-F_t gives without."""
+    call = {n: x for n, x in call.items() if n != "decay"} | {"return_state": False}
+    k, like = call["k"], call["v"].dtype
+    if like.itemsize < 4 or not k.shape[-2]:
+        return  # a multiple of log 2 is too far from a half-precision number
+    F = rng.integers(-3, 4, k.shape[:-1])
+    g = np.diff(F, axis=-1, prepend=0) * np.log(np.asarray(2, dtype=like))
+    unit, other = np.ldexp(np.ones((), dtype=like), F)[..., None], dict(call)
+    other["v"] = call["v"] / unit
+    group = call["q"].shape[-3] // k.shape[-3] if k.ndim > 2 else 1
+    unit = np.repeat(unit, group, axis=-3) if group > 1 else unit
+    call["decay"] = g.astype(like)
+    yield "o in units that decay", f(**call), unit * f(**other), 2 * bound(**call) + 2 * unit * bound(**other)
 
 
 def _memory(call, rng):
@@ -45,10 +63,14 @@ def _added(f, call, bound, rng):
     yield "what orthonormal keys recall", f(**call)[..., -d:, :], total, 2 * bound(**call)[..., -d:, :]
 
 
-def _scale_cancels(f, call, bound, rng):
-    """Normalised, o is a weighted mean: queries twice as long give the same, bit by bit."""
-    call = {"q": abs(call["q"]) + 1, "k": abs(call["k"]) + 1, "v": call["v"], "normalize": True}
-    yield "o of twice the queries", f(**call | {"q": 2 * call["q"]}), f(**call), 2 * bound(**call)
+def _mean(f, call, bound, rng):
+    """Normalised, o is a weighted mean: values that are all alike are what it is, whatever the weights and their decay."""
+    keep = {n: call[n] for n in ("decay",) if call.get(n) is not None and call[n].ndim < call["k"].ndim}
+    q, k, v = abs(call["q"]) + 1, abs(call["k"]) + 1, call["v"]
+    value = rng.uniform(1, 2, v.shape[-1]).astype(v.dtype)
+    call = keep | {"q": q, "k": k, "v": np.broadcast_to(value, v.shape).copy(), "normalize": True}
+    o = f(**call)
+    yield "o of equal values", o, np.broadcast_to(value, o.shape), 2 * bound(**call)
 
 
 def unless(option, law):
@@ -56,7 +78,8 @@ def unless(option, law):
     return Law(law.name, lambda f, call, bound, rng: () if call.get(option) else law.holds(f, call, bound, rng), law.arguments)
 
 
-PLAIN = Law("no_decay", _plain, ("decay",))
+DECAYS = Law("decays", _decays, ("decay",))
+UNITS = Law("units", _units, ("decay",))
 OVERWRITES = Law("overwrites", _overwrites, ("beta",))
 ADDS = Law("adds", _added, ("q", "k", "v"))
-SCALE_CANCELS = Law("scale_cancels", _scale_cancels, ("normalize",))
+MEAN = Law("weighted_mean", _mean, ("normalize",))
