@@ -86,7 +86,7 @@ def factors(op: Op, support: Support, domain: Domain) -> dict[str, tuple]:
     found: dict[str, tuple] = {}
     for name in optional:
         if support.takes(name):
-            found[name] = (False, True)
+            found[name] = tuple(domain.options.get(name, (False, True)))
     if op.stateful:
         if support.takes("state"):
             found["state"] = (False, True)

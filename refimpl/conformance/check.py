@@ -567,7 +567,10 @@ def _validate(op, candidate, dtypes, level, domain, gradients, candidate_vjp, fr
         raise ValueError(f"check: gradients=True needs candidate_vjp for framework {framework!r}, which cannot differentiate by itself")
     if not timeout > 0:
         raise ValueError(f"check: timeout must be positive, got {timeout!r}")
-    domain.check_names(op.name, (k for k in default_sizes(op) if k != "batch"), parameters(op)[2])
+    domain.check_names(op.name, (k for k in default_sizes(op) if k != "batch"), (*parameters(op)[1], *parameters(op)[2]))
+    for name in parameters(op)[1]:
+        if not all(isinstance(v, bool) for v in domain.options.get(name, ())):
+            raise TypeError(f"Domain: options[{name!r}] is of an optional array: [True] if it is always given, [False] if never, got {domain.options[name]!r}")
 
 
 def _not_checked(op: Op, subject: Candidate, domain: Domain) -> list[str]:

@@ -25,7 +25,7 @@ class Domain:
     ----------
     options : dict of str to list, optional
         Values that each option may take. One value fixes the option: the truth uses it, and a candidate without the
-        keyword is not passed it.
+        keyword is not passed it. For an optional array, [True] says that it is always given, [False] that it never is.
     batch : list of tuple, optional
         Batch shapes that are supported; all by default.
     **sizes : int, list of int, range, `multiple_of` or callable

@@ -226,6 +226,7 @@ def _mambapy(method: str) -> Callable:
 SIGMOID = {"options": {"forget": ["sigmoid"]}}
 SQUARE = {"d": 8, "e": 8}
 MASKED_ROWS = "transformers masks with the most negative number, so that a row with nothing allowed gives the mean of v"
+DELTA_RULE = {"Hq": 2, "Hkv": 2, "options": {"feature_map": [None], "normalize": [False], "beta": [True]}}
 PLAIN = {"options": {"feature_map": [None], "normalize": [False]}}
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
@@ -493,7 +494,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         build=lambda: adapters.gated_delta_rule(_from("opengdn.reference", "gated_delta"), alpha=True),
         needs=("opengdn",),
         gradients=True,
-        domain=PLAIN,
+        domain=DELTA_RULE,
     ),
     Implementation(
         operator="linear_attention",
@@ -501,7 +502,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         function="gated_delta_chunkwise",
         build=lambda: adapters.gated_delta_rule(_from("opengdn.chunkwise", "gated_delta_chunkwise"), alpha=True),
         needs=("opengdn",),
-        domain=PLAIN,
+        domain=DELTA_RULE,
     ),
     Implementation(
         operator="linear_attention",
@@ -509,7 +510,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         function="torch_recurrent_gated_delta_rule",
         build=lambda: adapters.gated_delta_rule(_from("transformers.models.qwen3_next.modeling_qwen3_next", "torch_recurrent_gated_delta_rule")),
         needs=("transformers",),
-        domain=PLAIN,
+        domain=DELTA_RULE,
     ),
     Implementation(
         operator="linear_attention",
@@ -517,7 +518,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         function="torch_chunk_gated_delta_rule",
         build=lambda: adapters.gated_delta_rule(_from("transformers.models.qwen3_next.modeling_qwen3_next", "torch_chunk_gated_delta_rule")),
         needs=("transformers",),
-        domain=PLAIN,
+        domain=DELTA_RULE,
     ),
     Implementation(
         operator="linear_attention",
@@ -525,6 +526,6 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         function="fused_recurrent_gated_delta_rule",
         build=lambda: adapters.gated_delta_rule(_from("fla.ops.gated_delta_rule", "fused_recurrent_gated_delta_rule")),
         needs=("fla.ops",),
-        domain=PLAIN,
+        domain=DELTA_RULE,
     ),
 )
