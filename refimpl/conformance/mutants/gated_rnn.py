@@ -1,7 +1,7 @@
 """Mistakes in gated recurrent networks: mLSTM, sLSTM, LSTM, GRU."""
 
 from refimpl.conformance.mutants import Mutant, edited
-from refimpl.ops.gated_rnn import mlstm
+from refimpl.ops.gated_rnn import gru, lstm, mlstm, slstm
 
 _MLSTM = (
     Mutant(
@@ -33,7 +33,10 @@ _MLSTM = (
         edited(
             mlstm.mlstm,
             ("k = k / sqrt_of(k.shape[-1], k)", "k = k + 0"),
-            ("numerator = (q[..., t, None, :] @ C)[..., 0, :]  # (..., H, e)", "q_t = q[..., t, :] / sqrt_of(q.shape[-1], q); numerator = (q_t[..., None, :] @ C)[..., 0, :]"),
+            (
+                "numerator = (q[..., t, None, :] @ C)[..., 0, :]  # (..., H, e)",
+                "q_t = q[..., t, :] / sqrt_of(q.shape[-1], q); numerator = (q_t[..., None, :] @ C)[..., 0, :]",
+            ),
             ("overlap = (n * q[..., t, :]).sum(axis=-1)  # (..., H)", "overlap = (n * q_t).sum(axis=-1)"),
         ),
         variant=True,
@@ -54,7 +57,13 @@ _MLSTM = (
         "mlstm",
         "eps_inside_max",
         "eps is added to e^-m inside the maximum; the contract adds it to the maximum: max(|n·q|, e^-m) + eps",
-        edited(mlstm.mlstm, ("np.maximum(abs(overlap), _lower_bound(m)) + constant(eps, m)", "np.maximum(abs(overlap), _lower_bound(m) + constant(eps, m))")),
+        edited(
+            mlstm.mlstm,
+            (
+                "np.maximum(abs(overlap), _lower_bound(m)) + constant(eps, m)",
+                "np.maximum(abs(overlap), _lower_bound(m) + constant(eps, m))",
+            ),
+        ),
     ),
     Mutant(
         "mlstm",
@@ -73,7 +82,9 @@ _MLSTM = (
         "stabiliser_not_undone",
         "the old state is multiplied by f and not by f' = exp(log f + m_{t-1} - m_t): what was stored stays in the units of the "
         "old m, so the stabiliser changes the result",
-        edited(mlstm.mlstm, ("np.exp(decayed - finite_or_zero(m)), np.exp(i - finite_or_zero(m))", "np.exp(F), np.exp(i - finite_or_zero(m))")),
+        edited(
+            mlstm.mlstm, ("np.exp(decayed - finite_or_zero(m)), np.exp(i - finite_or_zero(m))", "np.exp(F), np.exp(i - finite_or_zero(m))")
+        ),
     ),
     Mutant(
         "mlstm",
@@ -140,7 +151,10 @@ _MLSTM = (
         "mlstm",
         "decay_one_step_late",
         "the forget gate of step t acts on what is stored after step t is read: log f_j + ... + log f_{t-1} for log f_{j+1} + ... + log f_t",
-        edited(mlstm.mlstm_parallel, ("A = gate_exponents(F, i)  # (..., H, T, T)", "A = gate_exponents(np.concatenate([0 * F[..., :1], F[..., :-1]], axis=-1), i)")),
+        edited(
+            mlstm.mlstm_parallel,
+            ("A = gate_exponents(F, i)  # (..., H, T, T)", "A = gate_exponents(np.concatenate([0 * F[..., :1], F[..., :-1]], axis=-1), i)"),
+        ),
     ),
     Mutant(
         "mlstm",
@@ -152,7 +166,13 @@ _MLSTM = (
         "mlstm",
         "memory_transposed",
         "the query is multiplied to the value side, C q for Cᵀ q (rows of C follow k, columns follow v)",
-        edited(mlstm.mlstm, ("numerator = (q[..., t, None, :] @ C)[..., 0, :]", "numerator = (q[..., t, None, :] @ (_transposed(C) if q.shape[-1] == v.shape[-1] else C))[..., 0, :]")),
+        edited(
+            mlstm.mlstm,
+            (
+                "numerator = (q[..., t, None, :] @ C)[..., 0, :]",
+                "numerator = (q[..., t, None, :] @ (_transposed(C) if q.shape[-1] == v.shape[-1] else C))[..., 0, :]",
+            ),
+        ),
     ),
     Mutant(
         "mlstm",
@@ -161,7 +181,10 @@ _MLSTM = (
         edited(
             mlstm.mlstm,
             ("        C, n, m = _step(k[..., t, :]", "        after = _step(k[..., t, :]"),
-            ("hs.append(numerator / _denominator(overlap, m, eps)[..., None])", "hs.append(numerator / _denominator(overlap, m, eps)[..., None])\n        C, n, m = after"),
+            (
+                "hs.append(numerator / _denominator(overlap, m, eps)[..., None])",
+                "hs.append(numerator / _denominator(overlap, m, eps)[..., None])\n        C, n, m = after",
+            ),
         ),
     ),
     Mutant(
@@ -215,9 +238,464 @@ _MLSTM = (
         "mlstm",
         "grad_final_state_ignored",
         "the cotangent of the final state is not used",
-        edited(mlstm.mlstm_vjp, ("(np.zeros_like(x) for x in (C, n, m)) if dstate is None else dstate", "(np.zeros_like(x) for x in (C, n, m))")),
+        edited(
+            mlstm.mlstm_vjp,
+            ("(np.zeros_like(x) for x in (C, n, m)) if dstate is None else dstate", "(np.zeros_like(x) for x in (C, n, m))"),
+        ),
         of_gradient=True,
     ),
 )
 
-MUTANTS = (*_MLSTM,)
+_SLSTM = (
+    Mutant(
+        "slstm",
+        "R_transposed",
+        "the recurrent matrices act from the right, h R; the contract's (R h)_i is the sum over j of R_ij h_j",
+        edited(
+            slstm.slstm,
+            ("return (R @ h[..., None, :, :, None])[..., 0]", "return (np.swapaxes(R, -1, -2) @ h[..., None, :, :, None])[..., 0]"),
+        ),
+    ),
+    Mutant(
+        "slstm",
+        "gates_in_order_ifzo",
+        "R is read in the order i, f, z, o, as xlstm stores it; the contract's order is z, i, f, o",
+        edited(slstm.slstm, ("a = x + _recurrent(R, h)", "a = x + _recurrent(R[[2, 0, 1, 3]], h)")),
+    ),
+    Mutant(
+        "slstm",
+        "recurrence_reads_c",
+        "R is multiplied to the cell state c; the contract's recurrence reads h",
+        edited(slstm.slstm, ("a = x + _recurrent(R, h)", "a = x + _recurrent(R, c)")),
+    ),
+    Mutant(
+        "slstm",
+        "gates_not_recurrent",
+        "only z reads h; the contract gives each of the four gates a recurrent matrix",
+        edited(slstm.slstm, ("a = x + _recurrent(R, h)", "a = x + _recurrent(R * (np.arange(4) == 0)[:, None, None, None], h)")),
+    ),
+    Mutant(
+        "slstm",
+        "reads_another_head",
+        "a head's recurrence reads h of its neighbour; R is block diagonal, each head reads its own",
+        edited(slstm.slstm, ("a = x + _recurrent(R, h)", "a = x + _recurrent(R, np.roll(h, 1, axis=-2))")),
+    ),
+    Mutant(
+        "slstm",
+        "reads_h_late",
+        "the recurrence reads h_{t-2}: h is stored one step too late",
+        edited(
+            slstm.slstm,
+            (
+                "    hs = []\n    for t in range(x.shape[-2]):\n        c, n, h, m = _step(x[..., t, :], R, forget, c, n, h, m)[0]",
+                "    hs, late = [], h\n    for t in range(x.shape[-2]):\n        late, (c, n, h, m) = h, _step(x[..., t, :], R, forget, c, n, late, m)[0]",
+            ),
+        ),
+    ),
+    Mutant(
+        "slstm",
+        "tanh_of_cell",
+        "h = o tanh(c/n), as in an LSTM; c/n is a mean of values in (-1, 1) and needs no tanh",
+        edited(slstm.slstm, ("o * (c / n), m)", "o * np.tanh(c / n), m)")),
+    ),
+    Mutant(
+        "slstm",
+        "normaliser_at_least_1",
+        "h = o c / max(n, 1); the contract divides by n",
+        edited(slstm.slstm, ("o * (c / n), m)", "o * (c / np.maximum(n, 1)), m)")),
+    ),
+    Mutant(
+        "slstm",
+        "normaliser_forgotten",
+        "h = o c: the division by n is missing",
+        edited(slstm.slstm, ("o * (c / n), m)", "o * c, m)")),
+    ),
+    Mutant(
+        "slstm",
+        "n_does_not_decay",
+        "n <- n + i: the normaliser is not multiplied by the forget gate",
+        edited(slstm.slstm, ("c, n = f_prime * c + i_prime * z, f_prime * n + i_prime", "c, n = f_prime * c + i_prime * z, n + i_prime")),
+    ),
+    Mutant(
+        "slstm",
+        "stabiliser_not_undone",
+        "the old state is multiplied by f and not by f' = exp(log f + m_{t-1} - m_t): the stabiliser changes the result",
+        edited(
+            slstm.slstm, ("np.exp(decayed - finite_or_zero(m)), np.exp(i - finite_or_zero(m))", "np.exp(F), np.exp(i - finite_or_zero(m))")
+        ),
+    ),
+    Mutant(
+        "slstm",
+        "m_without_log_f",
+        "m_t = max(m_{t-1}, ĩ_t) leaves out log f_t; h survives it, but m is not the running maximum of the exponents",
+        edited(slstm.slstm, ("m = np.maximum(decayed, i)", "m = np.maximum(m, i)")),
+    ),
+    Mutant(
+        "slstm",
+        "not_stabilised",
+        "gates are exponentiated as they are (m = 0): overflows for large pre-activations, and 0/0 for very negative ones",
+        edited(slstm.slstm_naive),
+    ),
+    Mutant(
+        "slstm",
+        "m_starts_at_0",
+        "the stabiliser starts at m = 0; the contract starts at -∞, and then m is the largest exponent seen",
+        edited(
+            slstm.slstm, ("return x, zeros, zeros, zeros, np.full_like(x, -np.inf, shape=heads)", "return x, zeros, zeros, zeros, zeros")
+        ),
+        variant=True,
+    ),
+    Mutant(
+        "slstm",
+        "forget_always_sigmoid",
+        'forget="exp" is not seen: the forget gate is σ(f̃) whatever was asked for',
+        edited(
+            slstm.slstm,
+            ('F = log_sigmoid(a[..., 2, :, :]) if forget == "sigmoid" else a[..., 2, :, :]', "F = log_sigmoid(a[..., 2, :, :])"),
+        ),
+    ),
+    Mutant(
+        "slstm",
+        "forget_always_exp",
+        'the forget gate is exp(f̃) where forget="sigmoid" wants σ(f̃)',
+        edited(slstm.slstm, ('F = log_sigmoid(a[..., 2, :, :]) if forget == "sigmoid" else a[..., 2, :, :]', "F = a[..., 2, :, :]")),
+    ),
+    Mutant(
+        "slstm",
+        "input_gate_sigmoid",
+        "the input gate is σ(ĩ), as in an LSTM; here it is exp(ĩ)",
+        edited(
+            slstm.slstm,
+            (
+                "z, i, o = np.tanh(a[..., 0, :, :]), a[..., 1, :, :], sigmoid",
+                "z, i, o = np.tanh(a[..., 0, :, :]), log_sigmoid(a[..., 1, :, :]), sigmoid",
+            ),
+        ),
+    ),
+    Mutant(
+        "slstm",
+        "bias_ignored",
+        "the bias is not added",
+        edited(slstm.slstm, ("x = x if bias is None else x + bias[..., None, :]", "x = x + 0")),
+    ),
+    Mutant(
+        "slstm",
+        "initial_h_ignored",
+        "the first step does not read the state's h: hand-off loses the recurrent part",
+        edited(
+            slstm.slstm,
+            (
+                "    x, c, n, h, m = _prepare(z, i, f, o, R, bias, state)\n    hs = []\n    for t in range(x.shape[-2]):\n        c, n, h, m = _step",
+                "    x, c, n, h, m = _prepare(z, i, f, o, R, bias, state)\n    hs, h = [], 0 * h\n    for t in range(x.shape[-2]):\n        c, n, h, m = _step",
+            ),
+        ),
+    ),
+    Mutant(
+        "slstm",
+        "grad_recurrence_cut",
+        "the gradient does not go back through R h (truncated backpropagation)",
+        edited(slstm.slstm_vjp, ("[..., 0].sum(axis=-3)  # Σ Rᵀ da", "[..., 0].sum(axis=-3) * 0")),
+        of_gradient=True,
+    ),
+    Mutant(
+        "slstm",
+        "grad_through_R_transposed",
+        "the gradient goes back through R in place of Rᵀ",
+        edited(slstm.slstm_vjp, ("dh = (np.swapaxes(R, -1, -2) @ da[..., None])", "dh = (R @ da[..., None])")),
+        of_gradient=True,
+    ),
+    Mutant(
+        "slstm",
+        "grad_stabiliser_detached",
+        "the stabiliser is held constant in the gradient: wrong for cotangents of the final state, whose c, n and m depend on it",
+        edited(slstm.slstm_vjp, ("dm = dm - d_decayed - d_i", "dm = 0 * dm")),
+        of_gradient=True,
+    ),
+    Mutant(
+        "slstm",
+        "grad_normaliser_detached",
+        "the normaliser is held constant in the gradient: -dh h/n is missing",
+        edited(slstm.slstm_vjp, ("dc, dn = dc + dh * o_t / n, dn - dh * h / n", "dc = dc + dh * o_t / n")),
+        of_gradient=True,
+    ),
+    Mutant(
+        "slstm",
+        "grad_final_state_ignored",
+        "the cotangent of the final state is not used",
+        edited(slstm.slstm_vjp, ("(np.zeros_like(s) for s in first) if dstate is None else dstate", "(np.zeros_like(s) for s in first)")),
+        of_gradient=True,
+    ),
+)
+
+_LSTM_GATES = "i, f, g, o = (x[..., t, :] @ W[gate] + h @ R[gate] + b[gate] for gate in range(4))  # (..., d)"
+
+
+def _lstm_gates(new: str):
+    return edited(lstm.lstm, (_LSTM_GATES, f"i, f, g, o = ({new})"))
+
+
+_LSTM = (
+    Mutant(
+        "lstm",
+        "gates_in_order_iofg",
+        "weights are read in ONNX's order i, o, f, g; the contract's order is i, f, g, o",
+        _lstm_gates("x[..., t, :] @ W[gate] + h @ R[gate] + b[gate] for gate in (0, 2, 3, 1)"),
+    ),
+    Mutant(
+        "lstm",
+        "gates_in_order_igfo",
+        "weights are read in the order i, g, f, o of early TensorFlow; the contract's order is i, f, g, o",
+        _lstm_gates("x[..., t, :] @ W[gate] + h @ R[gate] + b[gate] for gate in (0, 2, 1, 3)"),
+    ),
+    Mutant(
+        "lstm",
+        "R_transposed",
+        "the recurrent weights are transposed: the contract's rows are multiplied from the right, h R",
+        _lstm_gates("x[..., t, :] @ W[gate] + h @ R[gate].T + b[gate] for gate in range(4)"),
+    ),
+    Mutant(
+        "lstm",
+        "W_transposed",
+        "the input weights are transposed (seen where c = d): the contract has x W",
+        _lstm_gates("x[..., t, :] @ (W[gate].T if W.shape[1] == W.shape[2] else W[gate]) + h @ R[gate] + b[gate] for gate in range(4)"),
+    ),
+    Mutant(
+        "lstm",
+        "recurrence_reads_c",
+        "the recurrence reads the cell state; the contract's gates read h",
+        _lstm_gates("x[..., t, :] @ W[gate] + c @ R[gate] + b[gate] for gate in range(4)"),
+    ),
+    Mutant(
+        "lstm",
+        "bias_ignored",
+        "the bias is not added",
+        _lstm_gates("x[..., t, :] @ W[gate] + h @ R[gate] for gate in range(4)"),
+    ),
+    Mutant(
+        "lstm",
+        "bias_twice",
+        "the bias is added twice, for the input and for the recurrence; the contract's b is the sum of both",
+        _lstm_gates("x[..., t, :] @ W[gate] + h @ R[gate] + 2 * b[gate] for gate in range(4)"),
+    ),
+    Mutant(
+        "lstm",
+        "forget_bias_1",
+        "1 is added to the forget gate's pre-activation, as early TensorFlow did; the contract adds b only",
+        _lstm_gates("x[..., t, :] @ W[gate] + h @ R[gate] + b[gate] + (gate == 1) for gate in range(4)"),
+    ),
+    Mutant(
+        "lstm",
+        "gates_coupled",
+        "the input gate is 1 - f (the coupled variant); the contract has an input gate of its own",
+        edited(lstm.lstm, ("c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)", "c = sigmoid(f) * c + sigmoid(-f) * np.tanh(g)")),
+    ),
+    Mutant(
+        "lstm",
+        "tanh_of_cell_missing",
+        "h = o c: the tanh of the cell is missing",
+        edited(lstm.lstm, ("return sigmoid(o) * np.tanh(c), c", "return sigmoid(o) * c, c")),
+    ),
+    Mutant(
+        "lstm",
+        "cell_input_sigmoid",
+        "g = σ(g̃): the cell input is a tanh in the contract",
+        edited(lstm.lstm, ("sigmoid(i) * np.tanh(g)\n", "sigmoid(i) * sigmoid(g)\n")),
+    ),
+    Mutant(
+        "lstm",
+        "output_of_old_cell",
+        "h_t = o tanh(c_{t-1}): the output reads the cell before it was written",
+        edited(
+            lstm.lstm,
+            (
+                "    c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)\n    return sigmoid(o) * np.tanh(c), c",
+                "    return sigmoid(o) * np.tanh(c), sigmoid(f) * c + sigmoid(i) * np.tanh(g)",
+            ),
+        ),
+    ),
+    Mutant(
+        "lstm",
+        "state_swapped",
+        "the state is read and returned as (c, h); the contract's order is (h, c)",
+        edited(
+            lstm.lstm,
+            (
+                "        hs.append(h)\n    y = np.stack(hs, axis=-2) if hs else _nothing(x, h)  # (..., T, d)\n    return (y, State(h, c)) if return_state else y\n\n\ndef _cell",
+                "        hs.append(h)\n    y = np.stack(hs, axis=-2) if hs else _nothing(x, h)\n    return (y, State(c, h)) if return_state else y\n\n\ndef _cell",
+            ),
+            (
+                "    b, h, c = _prepare(x, R, b, state)\n    hs = []\n    for t in range(x.shape[-2]):\n        i, f,",
+                "    b, c, h = _prepare(x, R, b, state)\n    hs = []\n    for t in range(x.shape[-2]):\n        i, f,",
+            ),
+        ),
+    ),
+    Mutant(
+        "lstm",
+        "grad_recurrence_cut",
+        "the gradient does not go back through h R (truncated backpropagation)",
+        edited(lstm.lstm_vjp, ("[..., 0, :].sum(axis=-2)  # Σ da Rᵀ", "[..., 0, :].sum(axis=-2) * 0")),
+        of_gradient=True,
+    ),
+    Mutant(
+        "lstm",
+        "grad_cell_cut",
+        "the gradient does not go back along the cell: f dc is missing",
+        edited(lstm.lstm_vjp, ("dc, c = sigmoid(f) * dc, c_before", "dc, c = 0 * dc, c_before")),
+        of_gradient=True,
+    ),
+    Mutant(
+        "lstm",
+        "grad_reads_new_h",
+        "the gradient of R uses h_t; the recurrence read h_{t-1}",
+        edited(
+            lstm.lstm_vjp,
+            ("h_before = np.stack([s.h for s in before], axis=-2)", "h_before = np.stack([s.h for s in before[1:]] + [h], axis=-2)"),
+        ),
+        of_gradient=True,
+    ),
+    Mutant(
+        "lstm",
+        "grad_final_cell_ignored",
+        "the cotangent of the final cell state is not used",
+        edited(
+            lstm.lstm_vjp,
+            (
+                "(np.zeros_like(h), np.zeros_like(c)) if dstate is None else dstate",
+                "(np.zeros_like(h) if dstate is None else dstate[0], np.zeros_like(c))",
+            ),
+        ),
+        of_gradient=True,
+    ),
+)
+
+_GRU = (
+    Mutant(
+        "gru",
+        "reset_always_after",
+        "the reset gate acts on h R_n + b'_n also with linear_before_reset=False, which asks for (r h) R_n + b'_n",
+        edited(
+            gru.gru,
+            (
+                "    hs = []\n    for t in range(x.shape[-2]):\n        h = _step",
+                "    hs, linear_before_reset = [], True\n    for t in range(x.shape[-2]):\n        h = _step",
+            ),
+        ),
+    ),
+    Mutant(
+        "gru",
+        "reset_always_before",
+        "the reset gate acts on h before R_n; with linear_before_reset (the default, as in torch) it acts on h R_n + b'_n",
+        edited(
+            gru.gru,
+            (
+                "    hs = []\n    for t in range(x.shape[-2]):\n        h = _step",
+                "    hs, linear_before_reset = [], False\n    for t in range(x.shape[-2]):\n        h = _step",
+            ),
+        ),
+    ),
+    Mutant(
+        "gru",
+        "reset_outside_bias",
+        "b'_n is added outside the reset gate: n = tanh(x W + b + r (h R) + b'); the contract has r (h R + b')",
+        edited(
+            gru.gru,
+            ("past = h @ R[2] + b_recurrent[2] if linear_before_reset else", "past = h @ R[2] if linear_before_reset else"),
+            (
+                "n = x @ W[2] + b[2] + (sigmoid(r) * past if linear_before_reset else past)",
+                "n = x @ W[2] + b[2] + (sigmoid(r) * past + b_recurrent[2] if linear_before_reset else past)",
+            ),
+        ),
+    ),
+    Mutant(
+        "gru",
+        "z_swapped",
+        "h <- z n + (1 - z) h, the convention of the later literature; the contract has (1 - z) n + z h",
+        edited(
+            gru.gru,
+            (
+                "return sigmoid(-z) * np.tanh(n) + sigmoid(z) * h, (r, z, n, past)",
+                "return sigmoid(z) * np.tanh(n) + sigmoid(-z) * h, (r, z, n, past)",
+            ),
+        ),
+    ),
+    Mutant(
+        "gru",
+        "gates_in_order_zrn",
+        "weights are read in the order z, r, n of ONNX and Keras; the contract's order is r, z, n",
+        edited(gru.gru, ("for gate in (0, 1))  # (..., d)", "for gate in (1, 0))")),
+    ),
+    Mutant(
+        "gru",
+        "R_transposed",
+        "the recurrent weights are transposed: the contract's rows are multiplied from the right, h R",
+        edited(
+            gru.gru,
+            (
+                "+ h @ R[gate] + b_recurrent[gate] for gate in (0, 1))  # (..., d)",
+                "+ h @ R[gate].T + b_recurrent[gate] for gate in (0, 1))",
+            ),
+            (
+                "past = h @ R[2] + b_recurrent[2] if linear_before_reset else (sigmoid(r) * h) @ R[2]",
+                "past = h @ R[2].T + b_recurrent[2] if linear_before_reset else (sigmoid(r) * h) @ R[2].T",
+            ),
+        ),
+    ),
+    Mutant(
+        "gru",
+        "recurrent_bias_ignored",
+        "b_recurrent is not added",
+        edited(
+            gru.gru,
+            (
+                "    b, b_recurrent, h = _prepare(x, R, b, b_recurrent, state)\n    hs = []\n    for t in range(x.shape[-2]):\n        h = _step",
+                "    b, b_recurrent, h = _prepare(x, R, b, None, state)\n    hs = []\n    for t in range(x.shape[-2]):\n        h = _step",
+            ),
+        ),
+    ),
+    Mutant(
+        "gru",
+        "reset_ignored",
+        "the candidate reads h whole: r is computed and not used",
+        edited(
+            gru.gru,
+            ("if linear_before_reset else (sigmoid(r) * h) @ R[2]", "if linear_before_reset else h @ R[2]"),
+            ("(sigmoid(r) * past if linear_before_reset else past)", "past"),
+        ),
+    ),
+    Mutant(
+        "gru",
+        "candidate_reads_input_only",
+        "n = tanh(x W + b): the candidate does not read h",
+        edited(gru.gru, ("n = x @ W[2] + b[2] + (sigmoid(r) * past if linear_before_reset else past)", "n = x @ W[2] + b[2]")),
+    ),
+    Mutant(
+        "gru",
+        "grad_recurrence_cut",
+        "the gradient does not go back through h R (truncated backpropagation)",
+        edited(gru.gru_vjp, ("dh = dh + d_r @ R[0].T + d_z @ R[1].T", "dh = dh + 0 * d_r")),
+        of_gradient=True,
+    ),
+    Mutant(
+        "gru",
+        "grad_biases_equal",
+        "b_recurrent is given the gradient of b; inside the reset gate it is r times that",
+        edited(gru.gru_vjp, ('"b_recurrent": dp.sum(axis=-2)', '"b_recurrent": da.sum(axis=-2)')),
+        of_gradient=True,
+    ),
+    Mutant(
+        "gru",
+        "grad_z_sign",
+        "the gradient of z has the wrong sign: dz = dh (h - n)",
+        edited(gru.gru_vjp, ("d_z = dh * (h - np.tanh(n))", "d_z = dh * (np.tanh(n) - h)")),
+        of_gradient=True,
+    ),
+    Mutant(
+        "gru",
+        "grad_final_state_ignored",
+        "the cotangent of the final state is not used",
+        edited(gru.gru_vjp, ("dh = np.zeros_like(h) if dstate is None else dstate", "dh = np.zeros_like(h)")),
+        of_gradient=True,
+    ),
+)
+
+MUTANTS = (*_MLSTM, *_SLSTM, *_LSTM, *_GRU)

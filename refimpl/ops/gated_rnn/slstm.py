@@ -303,7 +303,7 @@ def _sample(rng, *, H=2, T=7, d=3, batch=()):
         "bias": rng.standard_normal((4, H, d)) / 2,
         "state": State(
             rng.uniform(-1, 1, (*heads, d)),
-            rng.uniform(1, 2, (*heads, d)),
+            rng.uniform(0.3, 2, (*heads, d)),
             rng.uniform(-1, 1, (*heads, d)),
             rng.uniform(-1, 1, (*heads, d)),
         ),
