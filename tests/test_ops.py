@@ -428,6 +428,14 @@ def shifted(value, direction, t):
         return np.where(np.isfinite(value), value + t * direction, value)
 
 
+def shift_rounding(gradient, value, direction) -> np.longdouble:
+    """What rounding value + h direction, divided by h = 2^-20, does to a quotient; and rounding the sums of both sides."""
+    with quiet():
+        size = _mapped(np.abs, gradient)
+        shifts = inner(size, _mapped(lambda v: np.where(np.isfinite(v), abs(v), 0), value)) * np.longdouble(2) ** -43
+        return shifts + inner(size, _mapped(np.abs, direction)) * np.longdouble(2) ** -60
+
+
 def inner(gradient, direction) -> np.longdouble:
     with quiet():
         return sum(
@@ -477,7 +485,7 @@ def compare_gradient(op, call, rng, where, smooth=True):
                 assert all(np.all(np.isfinite(g)) for g in leaves(gradient)), f"{where}: the gradient of {argument} is not finite"
                 continue  # differences do not resolve it, or several kinks meet and each may take its own branch
             product = inner(gradient, direction)
-            allowed = 4 * off
+            allowed = 4 * off + shift_rounding(gradient, call[argument], direction)
             assert abs(product - quotient) <= allowed, (
                 f"{where}: <gradient, d{argument}> = {product}, the difference quotient is {quotient} ± {allowed:.2g}"
             )

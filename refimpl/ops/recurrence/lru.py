@@ -148,7 +148,7 @@ def lru_vjp(dy, u, nu_log, theta_log, B, C, D, gamma=None, *, state=None, dstate
     """
     lam = _eigenvalues(nu_log, theta_log)
     scale = _normaliser(nu_log) if gamma is None else gamma
-    v = u @ B.T  # (..., T, n)
+    v = np.broadcast_to(u @ B.T, (*dy.shape[:-1], len(lam)))  # (..., T, n), or the recurrence would sum what is missing
     first = np.zeros_like(lam * v[..., :0, :].sum(axis=-2)) if state is None else state
     x = lr.linear_recurrence(lam, scale * v, state=first)
     through = lr.linear_recurrence_vjp(dy @ np.conj(C), lam, scale * v, state=first, dstate=dstate)

@@ -28,7 +28,7 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import Contract
+from refimpl.core.contract import Contract, positive_int
 from refimpl.laws import causal, hand_off, linear
 from refimpl.op import Cost, Form, Law, Op
 from refimpl.ops.recurrence import linear_recurrence as lr
@@ -113,6 +113,7 @@ def rg_lru_scan(x, r, i, log_a, *, exponent=8.0, reset=None, state=None, return_
 @CONTRACT.form
 def rg_lru_chunked(x, r, i, log_a, *, exponent=8.0, reset=None, state=None, return_state=False, chunk=64):
     """The same in chunks, all chunks at once and then their carries: the form of kernels. 2 (chunk + T/chunk) deep."""
+    positive_int("rg_lru", "chunk", chunk)
     a, b = _gated(x, r, i, log_a, exponent, reset)
     return lr.linear_recurrence_chunked(a, b, state=state, return_state=return_state, chunk=chunk)
 
@@ -140,7 +141,8 @@ def rg_lru_vjp(dy, x, r, i, log_a, *, exponent=8.0, reset=None, state=None, dsta
         "x", "r", "i", "log_a", and "state" where one was given.
     """
     a, m = _decay_and_factor(r, log_a, exponent, reset)
-    through = lr.linear_recurrence_vjp(dy, a, m * i * x, state=_initial(state, x, a), dstate=dstate)
+    a, b = (np.broadcast_to(v, dy.shape) for v in (a, m * i * x))  # or the recurrence would sum what is missing
+    through = lr.linear_recurrence_vjp(dy, a, b, state=_initial(state, b), dstate=dstate)
     db = through["b"]
     flat = (m == 0) if reset is None else (m == 0) | reset[..., None]
     slope = np.where(flat, np.zeros_like(m), -a * a / np.where(flat, np.ones_like(m), m))  # dm/dw; at a reset a = 0
@@ -192,9 +194,9 @@ def _decay_and_factor(r, log_a, exponent, reset):
     return a, m
 
 
-def _initial(state, x, a):
+def _initial(state, b):
     """The state, for a gradient that is asked for one."""
-    return np.zeros_like(x[..., :0, :].sum(axis=-2) * a[..., :0, :].sum(axis=-2)) if state is None else state
+    return np.zeros_like(b, shape=(*b.shape[:-2], b.shape[-1])) if state is None else state
 
 
 def _closed_and_open():
