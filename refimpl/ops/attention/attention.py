@@ -188,7 +188,7 @@ def _softmax(s, sink):
 @_as_data
 def attention_tiled(
     q, k, v, *, causal=False, offset=None, window=None, mask=None, bias=None, scale=None, softcap=None, sink=None, return_lse=False,
-    block_q=128, block_k=512
+    block_q=192, block_k=512
 ):
     """The same, key block by key block: rule (4) with everything kept relative to the maximum so far [3, algorithm 1].
 
@@ -340,7 +340,7 @@ def attention_vjp(
 @_as_data
 def attention_tiled_vjp(
     dy, q, k, v, *, causal=False, offset=None, window=None, mask=None, bias=None, scale=None, softcap=None, sink=None, return_lse=False,
-    block_q=128, block_k=512
+    block_q=192, block_k=512
 ):
     """The same gradient without the map: weights are made again, tile by tile, as e^{s - lse} [3, algorithm 2].
 
@@ -555,7 +555,7 @@ OPS = (
             ),
             "tiled": Form(
                 attention_tiled,
-                lambda n, m, d, e, Hq, Hkv, batch=1, block_q=128, block_k=512: Cost(
+                lambda n, m, d, e, Hq, Hkv, batch=1, block_q=192, block_k=512: Cost(
                     batch * Hq * n * m * (2 * d + 2 * e + 5) + batch * Hq * n * (m / block_k) * (2 * e + 4),
                     np.ceil(m / block_k) * (log2_ceil(d) + 3 * log2_ceil(min(m, block_k)) + 10),
                     batch * Hq * n * (e + 1) + min(n, block_q) * (2 * min(m, block_k) + 2 * e),
