@@ -1,5 +1,9 @@
-"""Finds every operator in `refimpl.ops`: a chapter is any module there with a tuple `OPS`. There is no second list."""
+"""Finds every operator in `refimpl.ops`: a chapter is any module there with a tuple `OPS`. There is no second list.
 
+A form that fills a chapter of its own is found there: ``FORMS = {"attention": {"block_sparse": Form(...)}}``.
+"""
+
+import dataclasses
 import functools
 import importlib
 import pkgutil
@@ -21,12 +25,18 @@ def chapters() -> Iterator[str]:
 def catalogue() -> Mapping[str, Op]:
     """Every operator by name."""
     found: dict[str, Op] = {}
-    for name in chapters():
-        module = importlib.import_module(name)
+    modules = {name: importlib.import_module(name) for name in chapters()}
+    for name, module in modules.items():
         for op in getattr(module, "OPS", ()):
             if op.name in found:
                 raise ValueError(f"catalogue: {op.name} is defined twice, the second time in {name}")
             found[op.name] = op
+    for name, module in modules.items():
+        for operator_name, forms in getattr(module, "FORMS", {}).items():
+            op = found[operator_name]
+            if twice := op.forms.keys() & forms.keys():
+                raise ValueError(f"catalogue: {op.name} has the form {min(twice)} twice, the second time in {name}")
+            found[operator_name] = dataclasses.replace(op, forms={**op.forms, **forms})
     return found
 
 
