@@ -44,12 +44,16 @@ class Form:
         Runs unchanged on object arrays of intervals.
     stops : str
         Where the form stops being valid ("|a| > 1", "non-finite data"); empty where it never does.
+    stabilised : bool
+        False for an equation as the textbook writes it, in true units: equal to the definition where it is finite, and its
+        state is another (the same times e^m).
     """
 
     function: Callable
     cost: Callable[..., Cost]
     on_balls: bool = True
     stops: str = ""
+    stabilised: bool = True
 
 
 @dataclass(frozen=True)

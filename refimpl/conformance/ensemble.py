@@ -21,7 +21,7 @@ def ensemble(op: Op, call: dict, to: Precision) -> list[np.ndarray]:
     results: list[np.ndarray] = []
     functions = []
     for form in op.forms.values():
-        first = _first(op, form.function, compute, to)
+        first = _first(op, form.function, compute, to) if form.stabilised else None
         if first is not None:
             results.append(first)
             functions.append(form.function)

@@ -148,7 +148,7 @@ def slstm_naive(z, i, f, o, R, bias=None, *, forget="sigmoid", state=None, retur
         f_gate = sigmoid(f_pre) if forget == "sigmoid" else np.exp(f_pre)
         c = f_gate * c + np.exp(i_pre) * np.tanh(z_pre)
         n = f_gate * n + np.exp(i_pre)
-        h = sigmoid(o_pre) * (c / n)
+        h = sigmoid(o_pre) * (c / n) + 0 * n  # NaN where n has overflowed: c/∞ = 0 would be a wrong number
         hs.append(h)
     y = np.stack(hs, axis=-2) if hs else x[..., 0, :, :, :]  # (..., H, T, d)
     return (y, State(c, n, h, m)) if return_state else y
@@ -344,7 +344,10 @@ OPS = (
         forms={
             "stabilized": Form(slstm, _cost),
             "naive": Form(
-                slstm_naive, _cost, stops="unstabilised: exp(ĩ) or a product of exp(f̃) overflows, or all of them underflow; returns m = 0"
+                slstm_naive,
+                _cost,
+                stabilised=False,
+                stops="unstabilised: exp(ĩ) or a product of exp(f̃) overflows, or all of them underflow; returns m = 0",
             ),
         },
         gradient=slstm_vjp,
