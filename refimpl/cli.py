@@ -8,7 +8,7 @@ import ast
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -260,7 +260,7 @@ def heading(text: str) -> None:
         print(text)
 
 
-def table(rows: list[tuple[str, ...]], indent: str = "") -> None:
+def table(rows: Sequence[tuple[str, ...]], indent: str = "") -> None:
     """Columns as wide as they need to be; the last one wraps at the terminal's width, below a cell that is too long."""
     if not rows:
         return

@@ -114,7 +114,7 @@ def pairwise(choices: dict[str, tuple], rng: np.random.Generator) -> list[dict[s
 
     left -= covered(combos[0])
     while left:
-        best = None
+        best: dict[str, int] = {}
         for _ in range(12):
             seed = sorted(left)[int(rng.integers(len(left)))]
             combo = dict(seed)
@@ -122,7 +122,7 @@ def pairwise(choices: dict[str, tuple], rng: np.random.Generator) -> list[dict[s
                 gain = [sum(_pair(name, i, o, combo[o], names) in left for o in combo) for i in index[name]]
                 top = [i for i in index[name] if gain[i] == max(gain)]
                 combo[str(name)] = int(rng.choice(top))
-            if best is None or len(covered(combo) & left) > len(covered(best) & left):
+            if not best or len(covered(combo) & left) > len(covered(best) & left):
                 best = combo
         combos.append(best)
         left -= covered(best)
@@ -218,7 +218,7 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
         if level != "quick":
             yield from case("options", {letter: 70 for letter in op.lengths} | small, combo)
     for sizes in op.sizes:
-        yield from case("shapes", sizes, plain)
+        yield from case("shapes", dict(sizes), plain)
         yield from case("shapes", {**middle, **sizes}, next(turn))
     for batch in ((), (2,), (2, 3)) if level != "quick" else ((), (3,)):
         yield from case("shapes", {**middle, "batch": batch}, next(turn))

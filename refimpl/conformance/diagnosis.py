@@ -8,6 +8,7 @@ of a lesser precision, are recognised from the numbers.
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,6 @@ from refimpl.conformance.mutants import Mutant, mutants
 from refimpl.conformance.precision import Precision, widened
 from refimpl.conformance.truth import gradient_names
 from refimpl.op import Op
-
 
 _GLANCE = 4  # failing cases that decide whether a mutant is worth trying on all
 
@@ -84,7 +84,7 @@ def _equals(name: str, got, wrong, lesser, e: Evidence) -> bool | None:
     ours = got.astype(wrong.dtype)
     if not _same_places(ours, wrong):
         return None
-    limit = e.limits.get(name)
+    limit: Any = e.limits.get(name)
     limit = np.zeros(got.shape) if np.shape(limit) != got.shape else limit
     unit = e.to.unit if not name.startswith("state") else e.to.compute_unit
     scale = np.max(abs(wrong)[np.isfinite(wrong)], initial=0.0)
@@ -92,7 +92,7 @@ def _equals(name: str, got, wrong, lesser, e: Evidence) -> bool | None:
     allowed = 2 * limit + unit * abs(np.nan_to_num(wrong)) + 64 * e.to.compute_unit * scale + 8 * noise
     if np.any(error_ratio(ours, wrong, allowed) > 1):
         return None
-    right = e.right.get(name)
+    right: Any = e.right.get(name)
     if np.shape(right) != got.shape:
         return True
     right = np.asarray(right).astype(wrong.dtype)

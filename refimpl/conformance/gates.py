@@ -58,7 +58,7 @@ def exact(name: str, got, right: np.ndarray, to: Precision, wanted: np.dtype, st
     return None
 
 
-def result_dtype(right: np.ndarray, compute: np.dtype, out: np.dtype, state: bool) -> np.dtype:
+def result_dtype(right: np.ndarray, compute: np.dtype | None, out: np.dtype | None, state: bool) -> np.dtype:
     """The dtype of a result whose truth is `right`, in a call computed in one precision and given back in another."""
     if right.dtype.kind in "iub":
         return right.dtype
@@ -99,7 +99,8 @@ def like_peers(name: str, got: np.ndarray, right: np.ndarray, peers: list[np.nda
     if error is None:
         return None
     floors = _slices(floor)
-    worst = np.maximum(np.max(base, axis=0), np.median(np.max(base, axis=0)))
+    peak = np.max([b for b in base if b is not None], axis=0)
+    worst = np.maximum(peak, np.median(peak))
     with np.errstate(all="ignore"):
         ratio = np.where(error == 0, 0.0, error / (PEERS_FACTOR * worst + floors))
     if not np.any(ratio > 1):

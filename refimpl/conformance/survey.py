@@ -4,6 +4,7 @@
 what is expected of it. A deviation that its authors document is expected, with the reason; anything else is news.
 """
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -210,6 +211,10 @@ def _compiled(module: str, name: str, *options: str) -> Callable:
     return jax.jit(_from(module, name), static_argnames=options)
 
 
+def _mlstm_kernel(path: str, name: str, options: dict[str, Any]) -> Callable:
+    return adapters.mlstm_kernels(_from(f"mlstm_kernels.torch.{path}", name), **options)
+
+
 def _mambapy(method: str) -> Callable:
     """A method of MambaBlock that needs no more of its block than two sizes."""
     import types
@@ -393,7 +398,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
             operator="mlstm",
             package="mlstm_kernels",
             function=name,
-            build=lambda path=path, name=name, options=options: adapters.mlstm_kernels(_from(f"mlstm_kernels.torch.{path}", name), **options),
+            build=functools.partial(_mlstm_kernel, path, name, options),
             needs=("mlstm_kernels",),
             dtypes=dtypes,
             gradients=gradients,

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from refimpl.conformance import wire
 from refimpl.conformance.frameworks import framework
@@ -127,6 +128,17 @@ class Child:
 class _Process:
     """A running worker: streams to and from it."""
 
+    to: Any
+    back: Any
+
+    def wait(self, seconds: float) -> int | None:
+        """Its exit status, or None while it runs."""
+        raise NotImplementedError
+
+    def end(self, kill: bool) -> None:
+        """Let it end, or end it."""
+        raise NotImplementedError
+
     def answers_within(self, seconds: float) -> bool:
         return bool(select.select([self.back], [], [], seconds)[0])
 
@@ -185,13 +197,15 @@ class _Forked(_Process):
             status = 1
             try:
                 os.setsid()
-                os.close(ask_write), os.close(reply_read)
+                os.close(ask_write)
+                os.close(reply_read)
                 with os.fdopen(ask_read, "rb", 0) as requests, os.fdopen(reply_write, "wb", 0) as answers:
                     serve(requests, answers, Invoker(function, framework(framework_name, device), vjp))
                 status = 0
             finally:
                 os._exit(status)
-        os.close(ask_read), os.close(reply_write)
+        os.close(ask_read)
+        os.close(reply_write)
         self.to, self.back = os.fdopen(ask_write, "wb", 0), os.fdopen(reply_read, "rb", 0)
         self._code: int | None = None
 
