@@ -714,7 +714,7 @@ def onnx_linear_attention(f: Callable) -> Callable:
 
     def linear_attention(q, k, v, *, decay=None, beta=None, scale=None, state=None, return_state=False):
         one_head = q.ndim == 2
-        arrays = [None if x is None else x[None] if one_head else x for x in (q, k, v, decay, beta, state)]
+        arrays: list[Any] = [None if x is None else x[None] if one_head else x for x in (q, k, v, decay, beta, state)]
         q, k, v, decay, beta, state = arrays
         per_channel = decay is not None and decay.ndim == k.ndim
         cores = (3, 3, 3, 3 if per_channel else 2, 2, 3)
@@ -760,9 +760,10 @@ def gated_delta_rule(f: Callable, *, alpha: bool = False) -> Callable:
         _refuse(decay is not None and decay.ndim == k.ndim, "one decay per head")
         _refuse(q.shape[-2] == 0, "needs a step")
         one_head = q.ndim == 2
-        q, k, v, decay, beta, state = (None if x is None else x[None] if one_head else x for x in (q, k, v, decay, beta, state))
+        given: list[Any] = [None if x is None else x[None] if one_head else x for x in (q, k, v, decay, beta, state)]
+        q, k, v, decay, beta, state = given
         _refuse(q.shape[-3] != k.shape[-3], "q has k's heads")
-        lead = _lead(*((x, core) for x, core in zip((q, k, v, decay, beta, state), (3, 3, 3, 2, 2, 3), strict=True) if x is not None))
+        lead = _lead(*((x, core) for x, core in zip(given, (3, 3, 3, 2, 2, 3), strict=True) if x is not None))
         decay = beta * 0 if decay is None else decay
         d = q.shape[-1]
         arrays = [_fold(x, 3, lead).transpose(1, 2) for x in (q, k, v)] + [_fold(x, 2, lead).transpose(1, 2) for x in (decay, beta)]

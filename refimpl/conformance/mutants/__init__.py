@@ -7,6 +7,7 @@ the kit's own tests demand that every one is caught. A file per part of the book
 import functools
 import importlib
 import pkgutil
+import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,23 +50,49 @@ class Mutant:
 def edited(function: Callable, *edits: tuple[str, str]) -> Callable[[], Callable]:
     """A chapter's function after edits of the chapter's source, each ``(old, new)``; built when first used.
 
-    Every `old` must occur in the chapter exactly once, so that a mutant cannot silently become the original.
+    The source is the chapter's file, or, for what does not occur there, those beside it whose functions it uses. Every
+    `old` must occur exactly once, so that a mutant cannot silently become the original.
     """
 
     def build() -> Callable:
-        module = importlib.import_module(function.__module__)
-        with open(module.__file__, encoding="utf-8") as file:
-            source = file.read()
+        chapter = importlib.import_module(function.__module__)
+        modules = [chapter, *_companions(chapter)]
+        sources = {}
+        for module in modules:
+            with open(str(module.__file__), encoding="utf-8") as file:
+                sources[module] = file.read()
+        changed = {chapter}
         for old, new in edits:
-            if source.count(old) != 1:
-                raise ValueError(f"mutant of {function.__name__}: {old!r} occurs {source.count(old)} times in {module.__name__}, expected once")
-            source = source.replace(old, new)
-        mutated = types.ModuleType(module.__name__ + "__mutant")
-        mutated.__file__ = module.__file__
-        exec(compile(source, module.__file__, "exec"), mutated.__dict__)
-        return getattr(mutated, function.__name__)
+            places = [chapter] if old in sources[chapter] else modules
+            count = sum(sources[module].count(old) for module in places)
+            if count != 1:
+                raise ValueError(f"mutant of {function.__name__}: {old!r} occurs {count} times in {chapter.__name__}, expected once")
+            where = next(module for module in places if old in sources[module])
+            sources[where] = sources[where].replace(old, new)
+            changed.add(where)
+        mutated = {module: _executed(module, sources[module]) for module in changed}
+        for module, other in mutated.items():
+            if module is not chapter:
+                theirs = {id(value): name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+                ours = vars(mutated[chapter])
+                ours |= {name: getattr(other, theirs[id(value)]) for name, value in ours.items() if id(value) in theirs}
+        return getattr(mutated[chapter], function.__name__)
 
     return build
+
+
+def _companions(chapter: types.ModuleType) -> list[types.ModuleType]:
+    """The modules in a chapter's folder whose functions it uses."""
+    folder = chapter.__name__.rpartition(".")[0] + "."
+    names = {getattr(value, "__module__", None) or "" for value in vars(chapter).values()}
+    return [sys.modules[name] for name in sorted(names) if name.startswith(folder) and name != chapter.__name__ and name in sys.modules]
+
+
+def _executed(module: types.ModuleType, source: str) -> types.ModuleType:
+    mutated = types.ModuleType(module.__name__ + "__mutant")
+    mutated.__file__ = module.__file__
+    exec(compile(source, str(module.__file__), "exec"), mutated.__dict__)
+    return mutated
 
 
 @functools.cache
