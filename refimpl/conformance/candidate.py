@@ -32,12 +32,10 @@ class Candidate:
     def __init__(self, op: Op, function: Callable | str, *, framework="numpy", device=None, vjp=None, layout=None, timeout=60.0, fixed=None, isolate=False):
         self.op, self.layout = op, Layout(op, layout) if layout else None
         self.fixed = fixed or {}
-        self.support = Support() if isinstance(function, str) and isolate else _support(function)
+        self.support = _support(load(function) if isinstance(function, str) else function)
         self.can_differentiate = vjp is not None or framework != "numpy"
         if isolate:
             self._invoke: Any = Child(function, framework, device, vjp, timeout)
-            if isinstance(function, str):
-                self.support = _support(load(function))
         else:
             function = load(function) if isinstance(function, str) else function
             vjp = load(vjp) if isinstance(vjp, str) else vjp
@@ -80,8 +78,6 @@ class Candidate:
         return Request([call[n] for n in required], keywords, required, **more)
 
     def _back(self, result):
-        if isinstance(result, list):
-            result = tuple(result)
         return self.layout.results_back(result) if self.layout and result is not None else result
 
 

@@ -3,9 +3,12 @@
 A candidate's output flows one way: cases -> truth and bounds -> the candidate's results -> gates -> diagnosis -> report.
 """
 
+import copy
+import functools
 import importlib.util
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +27,7 @@ from refimpl.conformance.pattern import describe
 from refimpl.conformance.precision import Precision, precision, rounded
 from refimpl.conformance.report import Report, Result
 from refimpl.conformance.snippet import snippet
+from refimpl.conformance.traits import COMPLEX, excuse, real_parts, traits
 from refimpl.op import Op
 
 _EVIDENCE = 20
@@ -102,7 +106,7 @@ def check(
     'conforms'
     """
     op = operator(op) if isinstance(op, str) else op
-    domain = domain or Domain()
+    domain = copy.copy(domain) if domain is not None else Domain()
     _validate(op, candidate, dtypes, level, domain, gradients, candidate_vjp, framework, timeout)
     precisions = [precision(name) for name in dtypes]
     fixed = {name: values[0] for name, values in domain.options.items() if len(values) == 1}
@@ -113,22 +117,23 @@ def check(
         "level": level, "isolate": isolate, "seed": seed,
     }  # fmt: skip
     report = Report(op.name, str(name), settings=settings, not_checked=_not_checked(op, subject, domain))
-    if not isolate:
-        report.notes.append("the candidate ran in this process: results are as honest as it is (isolate=True runs it in its own)") if gradients is None else None
     session = _Session(op, subject, report, level, seed, domain, gradients, fail_fast)
     start = time.perf_counter()
     try:
+        session.settle_batch(precisions[0])
         jobs: Iterable = (job for p in precisions for job in session.jobs(p))
+        total = 0
         if progress:
-            jobs = list(jobs)  # to know how many there are
+            jobs = list(jobs)
+            total = len(jobs)
         for done, (label, run) in enumerate(jobs):
             if progress:
-                progress(done, len(jobs), label)
+                progress(done, total, label)
             run()
             if fail_fast and report.failures:
                 break
         if progress:
-            progress(len(jobs), len(jobs), "diagnosis" if report.failures else "done")
+            progress(total, total, "diagnosis" if report.failures else "done")
         session.conclude()
     except KeyboardInterrupt:
         report.interrupted = True
@@ -152,10 +157,10 @@ class _Session:
 
     # -- what is to be done ------------------------------------------------------------------------------------------
 
-    def jobs(self, to: Precision) -> Iterator[tuple[str, Callable[[], None]]]:
+    def jobs(self, to: Precision) -> Iterator[tuple[str, Callable[[], Any]]]:
         """Everything to be done in one precision, each a label and a thunk."""
         for case in cases(self.op, level=self.level, seed=self.seed, support=self.subject.support, domain=self.domain):
-            yield f"{to.name} {case.klass}", lambda case=case: self._results(case, to)
+            yield f"{to.name} {case.klass}", functools.partial(self._results, case, to)
         yield from self._hygiene_jobs(to)
         yield from self._law_jobs(to)
         if self.gradients and self.op.gradient is not None:
@@ -164,6 +169,7 @@ class _Session:
     def conclude(self) -> None:
         """After all cases: the smallest failure, the diagnosis, the gates' own test."""
         report = self.report
+        excuse(report)
         if report.failures:
             if not self.fail_fast:
                 self._shrink()
@@ -192,9 +198,54 @@ class _Session:
         answer = self.subject.call(call, view=case.view, poison=[v.nbytes for v in right.values()])
         seconds = time.perf_counter() - start
         result = self._judge(case, call, to, right, answer)
-        result.seconds = seconds
+        result.seconds, result.traits = seconds, traits(self.op, call)
+        if result.status not in ("PASS", "NOT_APPLICABLE"):
+            result.excusable = self._excusable(result, call, to, right, answer)
         self.report.cases.append(result)
         return result
+
+    def _excusable(self, result: Result, call: dict, to: Precision, right: dict, answer: Answer) -> bool:
+        """The candidate raised; or has no notion of complex numbers: drops imaginary parts, or returns them."""
+        if result.status == "ERROR":
+            return True
+        if COMPLEX not in result.traits or answer.status != "OK":
+            return False
+        got = answer.result[0] if isinstance(answer.result, tuple) and answer.result else answer.result
+        first = next(iter(right.values()))
+        if not isinstance(got, np.ndarray):
+            return False
+        if got.dtype.kind == "c" and first.dtype.kind != "c":
+            return True
+        try:
+            real = next(iter(truth.truth(self.op, real_parts(call), to).values()))
+        except (ValueError, TypeError):
+            return False
+        return got.dtype.kind != "c" and got.shape == real.shape and bool(np.allclose(got.astype(np.float64), real.real.astype(np.float64), rtol=64 * to.unit, atol=1e-6))
+
+    def settle_batch(self, to: Precision) -> None:
+        """Find how many batch axes the candidate takes, where it does not take none: a layout or a trial says."""
+        if self.subject.layout is not None and "b" in self.subject.layout.order:
+            self.domain.batch_rank = 1
+        if self.domain.batch is not None or self.domain.batch_rank is not None or "batch" not in default_sizes(self.op):
+            return
+        for rank in (0, 1, 2):
+            sizes = self.domain.fit({**default_sizes(self.op), "batch": (2,) * rank})
+            if sizes is None:
+                return
+            chosen = factors(self.op, self.subject.support, self.domain)
+            combo = {name: values[0] for name, values in chosen.items()}
+            try:
+                call = rounded(self.op.contract, choose(self.op, self.op.sample(np.random.default_rng(0), **sizes), sizes, combo), to)
+                if call is None:
+                    return
+                truth.truth(self.op, call, to)
+            except ValueError:
+                return
+            if self.subject.call(call).status != "ERROR":
+                if rank:
+                    self.domain.batch_rank = rank
+                    self.report.not_checked.append(f"other than {rank} batch {'axis' if rank == 1 else 'axes'} (it raises)")
+                return
 
     def _judge(self, case: Case, call: dict, to: Precision, right: dict, answer: Answer) -> Result:
         trouble = _trouble(answer)
@@ -242,7 +293,6 @@ class _Session:
     def _failure(self, case: Case, to: Precision, finding: Finding, call: dict) -> Result:
         pattern = ""
         if finding.bad is not None:
-            axes = next((a.rstrip("?") for r in self.op.contract.results if r.name == finding.output for a in ()), None)
             axes = tuple(a.rstrip("?") for r in (*self.op.contract.results, *self.op.contract.states) if r.name == finding.output for a in r.shapes[0].axes)
             pattern = describe(finding.bad, axes)
         recall = f"{self.op.name!r}, {case.id!r}, dtype={to.name!r}, level={self.level!r}, seed={self.seed}"
@@ -272,6 +322,8 @@ class _Session:
         try:
             a = rounded(self.op.contract, choose(self.op, self.op.sample(rng, **sizes), sizes, combo), to)
             b = rounded(self.op.contract, choose(self.op, self.op.sample(rng, **sizes), sizes, combo), to)
+            if a is None or b is None:
+                return
             right = [truth.truth(self.op, call, to) for call in (a, b)]
         except (ValueError, TypeError):
             return
@@ -357,7 +409,7 @@ class _Session:
         def bound(**call):
             right = truth.truth(self.op, call, to)
             limits = truth.tolerance(self.op, call, to, right)
-            parts = [v for n, v in limits.items() if not n.startswith("state")]
+            parts: list[Any] = [v for n, v in limits.items() if not n.startswith("state")]
             states = [v for n, v in limits.items() if n.startswith("state")]
             if call.get("return_state"):
                 parts.append(tuple(states) if len(states) > 1 or "." in self.op.contract.states[0].name else states[0])
@@ -438,6 +490,7 @@ class _Session:
         except ValueError:
             return
         case = Case(self.op.name, "gradients", ", ".join(filter(None, [hard, kind if kind != "random" else "", _described(self.op, sizes, call), f"#{number}"])), call, sizes)
+        marks = traits(self.op, call)
         dy, dstate = _cotangents(self.op, shape, rng, kind, call)
         right = truth.gradient_truth(self.op, call, dy, dstate, to)
         flat_right = _flat_gradient(right)
@@ -448,8 +501,8 @@ class _Session:
         seconds = time.perf_counter() - start
         trouble = _trouble(answer)
         if trouble is not None:
-            status = "GRADIENT" if trouble[0] == "ERROR" else trouble[0]
-            self.report.cases.append(Result(case.id, case.klass, to.name, status, trouble[1], seconds=seconds))
+            status, excusable = ("GRADIENT", True) if trouble[0] == "ERROR" else (trouble[0], False)
+            self.report.cases.append(Result(case.id, case.klass, to.name, status, trouble[1], seconds=seconds, traits=marks, excusable=excusable))
             return
         got = _flat_gradient(answer.result) if isinstance(answer.result, dict) else {}
         limits = _flat_gradient(truth.gradient_tolerance(self.op, call, dy, dstate, to, right, shape))
@@ -461,6 +514,8 @@ class _Session:
         else:
             result = self._failure(case, to, finding, call)
             result.snippet, result.pattern = "", describe(finding.bad, ()) if finding.bad is not None else ""
+            result.excusable = COMPLEX in marks
+        result.traits = marks
         self.report.cases.append(result)
 
     def _gate_gradient(self, got: dict, right: dict, limits: dict, call: dict, to: Precision) -> Finding | None:
@@ -496,7 +551,8 @@ class _Session:
 
     def _shrink(self) -> None:
         """Draw the first numerical failure again at smaller sizes, and keep the smallest that still fails."""
-        numerical = [f for f in self.failed_cases if f[2].status in ("NUMERIC", "NONFINITE", "SHAPE") and f[0].recipe]
+        failed = {c.id for c in self.report.failures}
+        numerical = [f for f in self.failed_cases if f[2].status in ("NUMERIC", "NONFINITE", "SHAPE") and f[0].recipe and f[0].id in failed]
         if not numerical:
             return
         case, to, finding = min(numerical, key=lambda f: (sum(np.size(v) for v in f[0].call.values() if isinstance(v, np.ndarray)), -f[2].ratio))
@@ -510,7 +566,7 @@ class _Session:
                 best = smaller
                 break
         case, finding = best
-        call = rounded(self.op.contract, case.call, to)
+        call = rounded(self.op.contract, case.call, to) or case.call
         self.report.smallest = self._failure(case, to, finding, call)
 
     def _again(self, case: Case, to: Precision, sizes: dict) -> tuple[Case, Finding] | None:
@@ -613,7 +669,7 @@ def _repeated(call: dict) -> dict:
 
 
 def _flat_gradient(gradients: dict) -> dict[str, np.ndarray]:
-    flat = {}
+    flat: dict[str, np.ndarray] = {}
     for name, g in gradients.items():
         if isinstance(g, tuple):
             flat |= {f"{name}[{i}]": v for i, v in enumerate(g)}

@@ -6,7 +6,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class multiple_of:  # noqa: N801  (reads as a function: Domain(T=multiple_of(64)))
+class multiple_of:
     """Sizes that are positive multiples of a number."""
 
     factor: int
@@ -40,6 +40,7 @@ class Domain:
     def __init__(self, *, options: dict[str, Iterable] | None = None, batch: Iterable[tuple] | None = None, **sizes):
         self.options = {name: _listed(f"options[{name!r}]", values) for name, values in (options or {}).items()}
         self.batch = None if batch is None else [tuple(b) for b in batch]
+        self.batch_rank: int | None = None  # found by trying, or given by a layout
         self.sizes = {letter: _rule(letter, rule) for letter, rule in sizes.items()}
 
     def __repr__(self) -> str:
@@ -60,6 +61,8 @@ class Domain:
         fitted = dict(sizes)
         for letter, size in sizes.items():
             if letter == "batch":
+                if self.batch_rank is not None and len(size) != self.batch_rank:
+                    fitted[letter] = size = (*size[: self.batch_rank], *(2,) * (self.batch_rank - len(size)))
                 if self.batch is not None and size not in self.batch:
                     same = [b for b in self.batch if len(b) == len(size)]
                     fitted[letter] = (same or self.batch)[0]

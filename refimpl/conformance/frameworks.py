@@ -122,9 +122,9 @@ class Torch(Numpy):
         given = dict(zip(names, positional, strict=True)) | keywords
         leaves = [x for x in flat(list(given.values())) if isinstance(x, torch.Tensor) and x.requires_grad]
         pairs = [(o, c) for o, c in zip(outputs, flat(cotangents), strict=False) if o.requires_grad and c is not None]
-        if not pairs:
-            return {}
-        grads = torch.autograd.grad([o for o, _ in pairs], leaves, [c.to(o.dtype) for o, c in pairs], allow_unused=True)
+        grads = [None] * len(leaves)  # of results that depend on nothing: zeros
+        if pairs:
+            grads = torch.autograd.grad([o for o, _ in pairs], leaves, [c.to(o.dtype) for o, c in pairs], allow_unused=True)
         grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
         found = {id(x): g for x, g in zip(leaves, grads, strict=True)}
 

@@ -86,7 +86,7 @@ class Invoker:
         """Results for other values in the very same buffers, and then for the first ones again: a cached answer shows."""
         found = []
         first = dict(zip(request.names, request.positional, strict=True)) | request.keywords
-        for values in (request.second, first):
+        for values in (request.second or {}, first):
             for name, x in inputs.items():
                 self._overwrite(x, values[name])
             found.append(self._out(self.function(*positional, **keywords)))
@@ -121,8 +121,7 @@ class Invoker:
         if isinstance(y, dict):
             return {str(k): self._out(v) for k, v in y.items()}
         if isinstance(y, tuple | list):
-            parts = [self._out(v) for v in y]
-            return parts if isinstance(y, list) else tuple(parts)
+            return tuple(self._out(v) for v in y)
         return None if y is None else self.arrays.numpy(y)
 
     def _back(self, x):

@@ -26,6 +26,10 @@ class Result:
     output, index, got, expected, bound, ratio, pattern, snippet
         Of a numerical failure: the worst element, its error over the bound, where the wrong elements are, and Python
         that reproduces it.
+    traits : tuple of str
+        What is unusual about the call: complex arrays, a second shape of an argument, the number of batch axes.
+    excusable : bool
+        The candidate raised, or plainly has no notion of complex numbers: not applicable if no call of that trait works.
     seconds : float
         The candidate's time.
     """
@@ -44,10 +48,11 @@ class Result:
     pattern: str = ""
     snippet: str = ""
     seconds: float = 0.0
-    note: str = ""
+    traits: tuple[str, ...] = ()
+    excusable: bool = False
 
     def to_dict(self) -> dict:
-        plain = {k: v for k, v in vars(self).items() if v not in ("", (), None)}
+        plain = {k: v for k, v in vars(self).items() if v not in ("", (), None) and k != "excusable"}
         for key in ("got", "expected"):
             if key in plain:
                 plain[key] = str(plain[key])

@@ -6,6 +6,7 @@ distance allowed is the chapter's error bound, for the arithmetic in which the c
 
 import inspect
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 
@@ -55,9 +56,15 @@ def smallest(to: Precision) -> float:
     return max(float(np.finfo(to.compute).tiny), float(info.smallest_subnormal) if to.dtype != to.compute else 0.0)
 
 
+def _adjoint(op: Op) -> Callable:
+    if op.gradient is None:
+        raise ValueError(f"check: {op.name} has no gradient")
+    return op.gradient
+
+
 def gradient_names(op: Op, call: dict) -> list[str]:
     """Arguments of a call that the contract's vjp takes."""
-    accepted = inspect.signature(op.gradient).parameters
+    accepted = inspect.signature(_adjoint(op)).parameters
     return [n for n in call if n in accepted]
 
 
@@ -68,7 +75,7 @@ def gradient_truth(op: Op, call: dict, dy, dstate, to: Precision) -> dict:
     extra = {} if dstate is None else {"dstate": _widen(dstate, to.truth)}
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return op.gradient(_widen(dy, to.truth), **wide, **extra)
+        return _adjoint(op)(_widen(dy, to.truth), **wide, **extra)
 
 
 def gradient_tolerance(op: Op, call: dict, dy, dstate, to: Precision, right: dict, results: dict, draws: int = 4) -> dict:
@@ -76,7 +83,8 @@ def gradient_tolerance(op: Op, call: dict, dy, dstate, to: Precision, right: dic
 
     A backward-stable algorithm is the exact gradient of inputs changed by a few roundoffs; so the spread of the exact
     gradients of such inputs, times a small factor, is what right algorithms show; with it the error of the chapter's own
-    gradient in the candidate's arithmetic, and the roundoff of sums as large as the largest entry, or as |dy| |y| / |x|, which is what cancels where a gradient is exactly zero.
+    gradient in the candidate's arithmetic, the roundoff of sums as large as the largest entry, and |dy| |error of y| / |x|,
+    which is what is left where a gradient is exactly zero.
     """
     rng = np.random.default_rng(7)
     unit = to.unit
@@ -94,13 +102,14 @@ def gradient_tolerance(op: Op, call: dict, dy, dstate, to: Precision, right: dic
             spread[name] = _tree3(lambda s, m, r: np.maximum(s, np.nan_to_num(abs(m - r).astype(np.float64)) / 2), spread[name], ours[name], right[name])
     longest = max((max(v.shape, default=1) for v in base.values() if isinstance(v, np.ndarray)), default=1)
 
-    product = max((_largest(c) * _largest(y) for c, y in zip(_leaves((dy, dstate)), results.values(), strict=False)), default=0.0)
+    bounds = tolerance(op, call, to, results)
+    product = max((_largest(c) * _largest(bounds[n]) for c, n in zip(_leaves((dy, dstate)), results, strict=False)), default=0.0)
 
     def limit(s, r, x):
         size = _largest(x)
-        largest = max(_largest(r), product / size if size else 0.0)
         smooth = np.broadcast_to(s.max(axis=-1, keepdims=True), s.shape) if s.ndim and s.size else s
-        return 8 * smooth + 4 * unit * (np.sqrt(longest) if not to.half else 1.0) * largest + unit * abs(r).astype(np.float64) + smallest(to)
+        sums = 4 * unit * (np.sqrt(longest) if not to.half else 1.0) * _largest(r) + (product / size if size else 0.0)
+        return (8 if to.half else 16) * smooth + sums + unit * abs(r).astype(np.float64) + smallest(to)
 
     with np.errstate(all="ignore"):
         return {n: _tree3(limit, spread[n], right[n], base[n]) for n in right}
@@ -112,7 +121,7 @@ def _own_gradient(op: Op, call: dict, dy, dstate, to: Precision) -> dict:
     extra = {} if dstate is None else {"dstate": _widen(dstate, to.compute)}
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return op.gradient(_widen(dy, to.compute), **{n: compute[n] for n in gradient_names(op, compute)}, **extra)
+        return _adjoint(op)(_widen(dy, to.compute), **{n: compute[n] for n in gradient_names(op, compute)}, **extra)
 
 
 def _shake(x, unit: float, rng):

@@ -197,6 +197,10 @@ class Contract:
         seen = self._see(arguments)
         return seen.compute, seen.out
 
+    def layout(self, **arguments) -> dict[str, tuple[str, ...]]:
+        """The named axes of each array of a call: which of its alternative shapes it has."""
+        return self._see(arguments).layout
+
     def axis(self, letter: str, **arguments) -> dict[str, int]:
         """Where a letter's axis stands, counted from the end, in each array of a call that has it."""
         layout = self._see(arguments).layout

@@ -1,0 +1,62 @@
+"""What is unusual about a call, and whether a candidate that fails on it simply does not do such calls.
+
+A kernel may be written for real arrays, for one batch axis, for one of the shapes that an argument may have. Where every
+call of such a trait makes it raise, and others pass, the trait is not applicable and is said to be; a wrong number is
+never excused.
+"""
+
+import functools
+
+import numpy as np
+
+from refimpl.conformance.cases import default_sizes
+from refimpl.conformance.report import Report
+from refimpl.op import Op
+
+COMPLEX = "complex arrays"
+
+
+@functools.cache
+def _usual(op_name: str) -> tuple[dict, frozenset]:
+    from refimpl.catalogue import operator
+
+    op = operator(op_name)
+    call = op.sample(np.random.default_rng(0), **default_sizes(op))
+    arrays = {a.name.partition(".")[0] for a in op.contract.arrays}
+    call = {n: v for n, v in call.items() if n in arrays}
+    return op.contract.layout(**call), frozenset(n for n, v in call.items() if _complex(v))
+
+
+def traits(op: Op, call: dict) -> tuple[str, ...]:
+    """The unusual things about a call, in words."""
+    arrays = {n: v for n, v in call.items() if n in {a.name.partition(".")[0] for a in op.contract.arrays}}
+    layout, complex_names = _usual(op.name)
+    found = []
+    if any(_complex(v) and n not in complex_names for n, v in arrays.items()):
+        found.append(COMPLEX)
+    for name, axes in op.contract.layout(**arrays).items():
+        if axes != layout.get(name, axes):
+            found.append(f"{name} of shape ({', '.join(['...', *axes]) if axes else ''})")
+    _, batch = op.contract.sizes(**arrays)
+    found.append({0: "no batch axis", 1: "one batch axis"}.get(len(batch), f"{len(batch)} batch axes"))
+    return tuple(found)
+
+
+def real_parts(call: dict) -> dict | None:
+    """The call with imaginary parts dropped, as code does that has no notion of them."""
+    return {n: np.ascontiguousarray(v.real) if _complex(v) else v for n, v in call.items()}
+
+
+def excuse(report: Report) -> None:
+    """Turn failures that share a trait, of which no call works, into "not applicable"."""
+    for trait in dict.fromkeys(t for c in report.failures for t in c.traits):
+        having = [c for c in report.cases if trait in c.traits and c.status != "NOT_APPLICABLE"]
+        lacking = [c for c in report.cases if trait not in c.traits]
+        if having and all(c.excusable for c in having) and any(c.status == "PASS" for c in lacking):
+            for c in having:
+                c.status, c.message = "NOT_APPLICABLE", f"does not take {trait}: {c.message}"
+            report.not_checked.append(trait)
+
+
+def _complex(value) -> bool:
+    return any(isinstance(v, np.ndarray) and v.dtype.kind == "c" for v in (value if isinstance(value, tuple) else (value,)))
