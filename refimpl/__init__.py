@@ -22,7 +22,9 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
+    if name == "adapters":
+        value: Any = importlib.import_module("refimpl.conformance.adapters")
+    elif name in _LAZY:
         value = getattr(importlib.import_module(_LAZY[name]), name)
     elif name.startswith("_"):
         raise AttributeError(f"module 'refimpl' has no attribute {name!r}")
@@ -46,4 +48,4 @@ def _from_the_book(name: str) -> Any:
 def __dir__() -> list[str]:
     from refimpl.catalogue import public_names
 
-    return sorted({*globals(), *_LAZY, "OPS", *public_names()})
+    return sorted({*globals(), *_LAZY, "OPS", "adapters", *public_names()})

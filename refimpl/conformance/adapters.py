@@ -5,7 +5,7 @@ the contract's names, and translates conventions that both sides document (where
 It never repairs a result. What a signature cannot express, its adapter leaves out of its own, or refuses with
 NotImplementedError: not applicable, and counted as such.
 
-    refimpl.check("attention", adapters.flash_attn(my_kernel), framework="torch", device="cuda", dtypes=["bfloat16"])
+    refimpl.check("attention", refimpl.adapters.flash_attn(my_kernel), framework="torch", device="cuda", dtypes=["bfloat16"])
 
 `refimpl.conformance.survey` holds the public functions themselves against the reference by these.
 """
@@ -75,24 +75,7 @@ def _stock(array, like):
     return array
 
 
-def _where(condition, a, b):
-    if _is_torch(condition):
-        import torch
-
-        return torch.where(condition, a, b)
-    if _is_jax(condition):
-        import jax.numpy as jnp
-
-        return jnp.where(condition, a, b)
-    return np.where(condition, a, b)
-
-
-def _times(x, number: float):
-    """A product in the array's own precision."""
-    return x * number if _is_torch(x) or _is_jax(x) else x * x.dtype.type(number)
-
-
-def _like_operator(operator: str, *names: str) -> Callable:
+def _like_operator(operator: str) -> Callable:
     """Name an adapter's result after the operator and the function adapted, for reports."""
 
     def name(adapter: Callable) -> Callable:
@@ -366,14 +349,12 @@ def pscan(f: Callable) -> Callable:
 
 
 @_like_operator("linear_recurrence")
-def gates_and_tokens(f: Callable, *, powers_of_two: bool = False) -> Callable:
+def gates_and_tokens(f: Callable) -> Callable:
     """``f(gates, tokens, reverse=)`` on (batch, features, time), as accelerated-scan's."""
 
     def linear_recurrence(a, b, *, reverse=False):
         a, b, lead = _scanned(a, b)
-        T = b.shape[-2]
-        _refuse(T < 2, "needs two steps")
-        _refuse(powers_of_two and bool(T & (T - 1)), "lengths are powers of two")
+        _refuse(b.shape[-2] < 2, "needs two steps")
         h = f(a.swapaxes(-1, -2).contiguous(), b.swapaxes(-1, -2).contiguous(), reverse=reverse)
         return _unfold(h.swapaxes(-1, -2), lead)
 
