@@ -109,10 +109,10 @@ _WINDOW = "left, right = (None, None) if window is None else window"
 _CAP_THEN_BIAS = """    if pairs.softcap is not None:
         s = pairs.softcap * np.tanh(s / pairs.softcap)
     if pairs.bias is not None:
-        s = s + _tile(pairs.bias, rows, keys)
+        s = s + tile(pairs.bias, rows, keys)
 """
 _BIAS_THEN_CAP = """    if pairs.bias is not None:
-        s = s + np.where(np.isneginf(_tile(pairs.bias, rows, keys)), 0 * s, _tile(pairs.bias, rows, keys))
+        s = s + np.where(np.isneginf(tile(pairs.bias, rows, keys)), 0 * s, tile(pairs.bias, rows, keys))
     if pairs.softcap is not None:
         s = pairs.softcap * np.tanh(s / pairs.softcap)
     if pairs.bias is not None:
@@ -239,7 +239,7 @@ MUTANTS = (
     _mutant(
         "bias_scaled",
         "the bias is multiplied by the scale; it is added to scaled scores as it is",
-        ("s = s + _tile(pairs.bias, rows, keys)", "s = s + pairs.scale * _tile(pairs.bias, rows, keys)"),
+        ("s = s + tile(pairs.bias, rows, keys)", "s = s + pairs.scale * tile(pairs.bias, rows, keys)"),
     ),
     _mutant(
         "bias_of_first_head",
@@ -262,7 +262,7 @@ MUTANTS = (
     _mutant(
         "lse_in_log2",
         "lse is in base 2; the contract's is the natural logarithm: multiply by log 2",
-        (_LSE, "    lse = (shift + np.log(total)) / np.log(constant(2, total))\n"),
+        (_LSE, "    lse = (shift + np.log(total)) / np.log(2 * np.ones_like(total))\n"),
     ),
     _mutant(
         "lse_without_sink",
@@ -307,7 +307,7 @@ MUTANTS = (
     _tiled(
         "tail_block_dropped",
         "the last, partial block of keys is never visited",
-        ("for keys in _blocks(*part, size)]", "for keys in _blocks(*part, size) if keys.stop - keys.start == size or keys.start == 0]"),
+        ("for keys in blocks(*part, size)]", "for keys in blocks(*part, size) if keys.stop - keys.start == size or keys.start == 0]"),
     ),
     _tiled(
         "sum_not_rescaled",
@@ -341,7 +341,7 @@ MUTANTS = (
     _mutant(
         "output_off_by_0.2_percent",
         "the output is 1.002 times what it should be",
-        ("    o = masked_matmul(p, v, s)  # (..., Hkv, G, n, e)\n", "    o = constant(1.002, v) * masked_matmul(p, v, s)\n"),
+        ("    o = masked_matmul(p, v, s)  # (..., Hkv, G, n, e)\n", "    o = 1.002 * masked_matmul(p, v, s)\n"),
     ),
     Mutant(
         "attention",
@@ -378,7 +378,7 @@ MUTANTS = (
     _gradient(
         "gradient_of_q_unscaled",
         "dq lacks the scale: dq = scale ds k",
-        ('"q": _join(pairs.scale * masked_matmul(draw, k, s))', '"q": _join(masked_matmul(draw, k, s))'),
+        ('"q": join(pairs.scale * masked_matmul(draw, k, s))', '"q": join(masked_matmul(draw, k, s))'),
     ),
     _gradient(
         "gradient_without_softcap",
@@ -388,11 +388,11 @@ MUTANTS = (
     _gradient(
         "gradient_of_bias_capped",
         "the bias comes after the softcap, so its gradient has no factor 1 - tanh²",
-        ('        "bias": _join(ds),\n        "sink": _join(p_sink', '        "bias": _join(draw),\n        "sink": _join(p_sink'),
+        ('        "bias": join(ds),\n        "sink": join(p_sink', '        "bias": join(draw),\n        "sink": join(p_sink'),
     ),
     _gradient(
         "gradient_of_sink_positive",
         "the sink's gradient has the wrong sign: it is -p_sink·delta",
-        ("_join(p_sink * (dlse - delta))", "_join(p_sink * (dlse + delta))"),
+        ("join(p_sink * (dlse - delta))", "join(p_sink * (dlse + delta))"),
     ),
 )

@@ -43,55 +43,21 @@ References
     [6] G. Xiao et al., "Efficient streaming language models with attention sinks", ICLR 2024, section 3.
 """
 
-from typing import Any, NamedTuple
-
 import numpy as np
 
 from refimpl.core.contract import Contract, positive_int, unbroadcast
 from refimpl.core.costs import log2_ceil
-from refimpl.core.numerics import constant, finite_or_zero, masked_matmul, sqrt_of, tanh_derivative
+from refimpl.core.numerics import finite_or_zero, masked_matmul, tanh_derivative
 from refimpl.core.parallel import over_threads
 from refimpl.op import Cost, Form, Op
 from refimpl.ops.attention.attention_bound import bound
 from refimpl.ops.attention.attention_cases import HARD, sample
 from refimpl.ops.attention.attention_laws import attention_laws
+from refimpl.ops.attention.attention_pairs import blocks, check_options, cotangents, join, prepare, products, scores, seen_blocks, tile
 
 __all__ = ["attention_tiled_vjp", "merge_by_lse"]
 
 _MAP = "(..., Hq?, n, m) | (..., 1, n, m) | (..., Hq, 1, m) | (..., 1, 1, m) | (..., Hq, n, 1) | (..., 1, n, 1) | (n, m) | (1, m) | (n, 1)"
-
-
-def _check(arguments, sizes):
-    """What shapes cannot say; negative windows are refused because to flash-attn they mean "unbounded"."""
-    for name in ("q", "k", "v", "bias", "sink"):
-        value = arguments.get(name)
-        if value is not None and value.dtype.kind == "c":
-            raise TypeError(f"attention: {name} must be real, got dtype {value.dtype}")
-    causal, offset, window = arguments.get("causal", False), arguments.get("offset"), arguments.get("window")
-    if not isinstance(causal, bool):
-        raise TypeError(f"attention: causal must be True or False, got {causal!r}")
-    if offset is not None and not _is_integer(offset):
-        raise TypeError(f"attention: offset must be an integer or None (aligned ends, m - n), got {offset!r}")
-    if window is not None:
-        if not isinstance(window, tuple | list) or len(window) != 2:
-            raise ValueError(f"attention: window must be a pair (left, right) or None, got {window!r}")
-        if not all(side is None or (_is_integer(side) and side >= 0) for side in window):
-            raise ValueError(f"attention: window must hold integers of at least 0, or None for unbounded, got {window!r}")
-    for name in ("scale", "softcap"):
-        value = arguments.get(name)
-        try:
-            finite = value is None or (np.ndim(value) == 0 and not isinstance(value, bool | str) and bool(np.isfinite(value)))
-        except TypeError:
-            raise TypeError(f"attention: {name} must be a real number, got {value!r}") from None
-        if not finite:
-            raise ValueError(f"attention: {name} must be a finite number, got {value!r}")
-    softcap = arguments.get("softcap")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"attention: softcap must be positive, got {softcap!r}")
-
-
-def _is_integer(x) -> bool:
-    return isinstance(x, int | np.integer) and not isinstance(x, bool)
 
 
 CONTRACT = Contract(
@@ -99,7 +65,7 @@ CONTRACT = Contract(
     takes=f"q (..., Hq?, n, d); k (..., Hkv?, m, d); v (..., Hkv?, m, e); mask:bool {_MAP}; bias {_MAP}; sink () | (Hq)",
     gives="o (..., Hq?, n, e); lse (..., Hq?, n)",
     rules=("Hkv divides Hq", "d at least 1"),
-    check=_check,
+    check=check_options,
 )
 _as_data = np.errstate(all="ignore")  # infinities and NaN are data here, and masked ones must pass in silence
 
@@ -166,8 +132,8 @@ def attention(
     >>> attention(q, k, np.array([[8.0], [16.0]]), causal=True)[:, 0]
     array([ 8., 14.])
     """
-    q, k, v, sink, pairs = _prepare(q, k, v, causal, offset, window, mask, bias, scale, softcap, sink)
-    s = _scores(_products(q, k, pairs), pairs)  # (..., Hkv, G, n, m)
+    q, k, v, sink, pairs = prepare(q, k, v, causal, offset, window, mask, bias, scale, softcap, sink)
+    s = scores(products(q, k, pairs), pairs)  # (..., Hkv, G, n, m)
     p, lse, _ = _softmax(s, sink)
     o = masked_matmul(p, v, s)  # (..., Hkv, G, n, e)
     return _finish(o, lse, return_lse)
@@ -199,7 +165,7 @@ def attention_tiled(
     """
     positive_int("attention", "block_q", block_q)
     positive_int("attention", "block_k", block_k)
-    q, k, v, sink, pairs = _prepare(q, k, v, causal, offset, window, mask, bias, scale, softcap, sink)
+    q, k, v, sink, pairs = prepare(q, k, v, causal, offset, window, mask, bias, scale, softcap, sink)
     o, lse = _per_head(_tiled_head, (q, k, v, sink), pairs, block_q, block_k)
     return _finish(o, lse, return_lse)
 
@@ -207,12 +173,12 @@ def attention_tiled(
 def _tiled_head(q, k, v, sink, pairs, block_q, block_k):
     """One head: q (n, d), k (m, d), v (m, e), sink (1, 1)."""
     o, lse = [], []
-    for rows in _blocks(0, q.shape[-2], block_q) or [slice(0, 0)]:
+    for rows in blocks(0, q.shape[-2], block_q) or [slice(0, 0)]:
         top = np.zeros_like(q[rows, :1]) + sink  # the sink is the first key: weight 1 and no value
         total = np.exp(sink - finite_or_zero(top))
         acc = np.zeros_like(q, shape=(rows.stop - rows.start, v.shape[-1]))
-        for keys in _seen_blocks(pairs, rows, k.shape[-2], block_k):
-            s = _scores(_products(q[rows], k[keys], pairs), pairs, rows, keys)  # (block_q, block_k)
+        for keys in seen_blocks(pairs, rows, k.shape[-2], block_k):
+            s = scores(products(q[rows], k[keys], pairs), pairs, rows, keys)  # (block_q, block_k)
             larger = np.maximum(top, np.max(s, axis=-1, keepdims=True))
             shift = finite_or_zero(larger)
             s -= shift  # in place: what is made anew for each tile should stay in the cache
@@ -237,15 +203,15 @@ def attention_split_kv(
     operations as `dense`, and its memory. The sink is one more part, with o = 0 and lse = sink.
     """
     positive_int("attention", "splits", splits)
-    q, k, v, sink, pairs = _prepare(q, k, v, causal, offset, window, mask, bias, scale, softcap, sink)
+    q, k, v, sink, pairs = prepare(q, k, v, causal, offset, window, mask, bias, scale, softcap, sink)
     n, m = q.shape[-2], k.shape[-2]
 
     def part(keys):
-        s = _scores(_products(q, k[..., keys, :], pairs), pairs, slice(0, n), keys)  # (..., Hkv, G, n, m / splits)
+        s = scores(products(q, k[..., keys, :], pairs), pairs, slice(0, n), keys)  # (..., Hkv, G, n, m / splits)
         p, lse, _ = _softmax(s, np.full_like(sink, -np.inf))
         return masked_matmul(p, v[..., keys, :], s), lse[..., 0]
 
-    parts = over_threads(part, _blocks(0, m, max(1, -(-m // splits))) or [slice(0, 0)], q, k, v)
+    parts = over_threads(part, blocks(0, m, max(1, -(-m // splits))) or [slice(0, 0)], q, k, v)
     outputs, logs = zip(*parts, strict=True)
     outputs, logs = (*outputs, np.zeros_like(outputs[0])), (*logs, np.zeros_like(logs[0]) + sink[..., 0])
     o, lse = merge_by_lse(outputs, logs)
@@ -320,19 +286,19 @@ def attention_vjp(
     dict
         "q", "k", "v", and "bias", "sink" where given.
     """
-    q, k, v, sink, pairs = _prepare(q, k, v, causal, offset, window, mask, bias, scale, softcap, sink)
-    do, dlse = _cotangents(dy, q)
-    raw = _products(q, k, pairs)
-    s = _scores(raw, pairs)  # (..., Hkv, G, n, m)
+    q, k, v, sink, pairs = prepare(q, k, v, causal, offset, window, mask, bias, scale, softcap, sink)
+    do, dlse = cotangents(dy, q)
+    raw = products(q, k, pairs)
+    s = scores(raw, pairs)  # (..., Hkv, G, n, m)
     p, _, p_sink = _softmax(s, sink)
     delta = (do * masked_matmul(p, v, s)).sum(axis=-1, keepdims=True)  # (..., n, 1)
     ds, draw = _score_gradients(p, s, raw, do @ v.mT, dlse - delta, pairs)
     return {
-        "q": _join(pairs.scale * masked_matmul(draw, k, s)),
+        "q": join(pairs.scale * masked_matmul(draw, k, s)),
         "k": (pairs.scale * masked_matmul(draw.mT, q, s.mT)).sum(axis=-3),  # over the G heads that read it
         "v": masked_matmul(p.mT, do, s.mT).sum(axis=-3),
-        "bias": _join(ds),
-        "sink": _join(p_sink * (dlse - delta)).sum(axis=(-2, -1)),
+        "bias": join(ds),
+        "sink": join(p_sink * (dlse - delta)).sum(axis=(-2, -1)),
     }
 
 
@@ -349,10 +315,10 @@ def attention_tiled_vjp(
     """
     positive_int("attention", "block_q", block_q)
     positive_int("attention", "block_k", block_k)
-    q, k, v, sink, pairs = _prepare(q, k, v, causal, offset, window, mask, bias, scale, softcap, sink)
-    do, dlse = _cotangents(dy, q)
+    q, k, v, sink, pairs = prepare(q, k, v, causal, offset, window, mask, bias, scale, softcap, sink)
+    do, dlse = cotangents(dy, q)
     dq, dk, dv, ds, dsink = _per_head(_tiled_head_vjp, (q, k, v, sink, do, dlse), pairs, block_q, block_k)
-    return {"q": _join(dq), "k": dk.sum(axis=-3), "v": dv.sum(axis=-3), "bias": _join(ds), "sink": _join(dsink)[..., 0, 0]}
+    return {"q": join(dq), "k": dk.sum(axis=-3), "v": dv.sum(axis=-3), "bias": join(ds), "sink": join(dsink)[..., 0, 0]}
 
 
 def _tiled_head_vjp(q, k, v, sink, do, dlse, pairs, block_q, block_k):
@@ -361,18 +327,18 @@ def _tiled_head_vjp(q, k, v, sink, do, dlse, pairs, block_q, block_k):
     across = dlse - (do * o).sum(axis=-1, keepdims=True)  # (n, 1)
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     dbias = None if pairs.bias is None else np.zeros_like(q, shape=pairs.bias.shape)
-    for rows in _blocks(0, q.shape[-2], block_q):
-        for keys in _seen_blocks(pairs, rows, k.shape[-2], block_k):
-            raw = _products(q[rows], k[keys], pairs)
-            s = _scores(raw, pairs, rows, keys)  # (block_q, block_k)
+    for rows in blocks(0, q.shape[-2], block_q):
+        for keys in seen_blocks(pairs, rows, k.shape[-2], block_k):
+            raw = products(q[rows], k[keys], pairs)
+            s = scores(raw, pairs, rows, keys)  # (block_q, block_k)
             p = np.exp(s - finite_or_zero(lse[rows]))
             ds, draw = _score_gradients(p, s, raw, do[rows] @ v[keys].mT, across[rows], pairs)
             dq[rows] += pairs.scale * masked_matmul(draw, k[keys], s)
             dk[keys] += pairs.scale * masked_matmul(draw.mT, q[rows], s.mT)
             dv[keys] += masked_matmul(p.mT, do[rows], s.mT)
             if dbias is not None:
-                tile = _tile(dbias, rows, keys)
-                tile += unbroadcast(ds, tile.shape)
+                there = tile(dbias, rows, keys)
+                there += unbroadcast(ds, there.shape)
     return dq, dk, dv, dbias, (np.exp(sink - finite_or_zero(lse)) * across).sum(axis=-2, keepdims=True)
 
 
@@ -392,9 +358,9 @@ def error_bound(
     return_lse=False
 ):
     """|computed - exact|, elementwise, of any form in arithmetic of unit roundoff `unit` (derived in `attention_bound`)."""
-    q, k, v, sink, pairs = _prepare(q, k, v, causal, offset, window, mask, bias, scale, softcap, sink)
-    raw = _products(q, k, pairs)
-    s = _scores(raw, pairs)  # (..., Hkv, G, n, m)
+    q, k, v, sink, pairs = prepare(q, k, v, causal, offset, window, mask, bias, scale, softcap, sink)
+    raw = products(q, k, pairs)
+    s = scores(raw, pairs)  # (..., Hkv, G, n, m)
     p, lse, p_sink = _softmax(s, sink)
     E, E_lse = bound(q, k, v, raw, s, p, lse, sink, p_sink, pairs.scale, pairs.softcap, pairs.bias, unit=unit, store=store)
     return _finish(E, E_lse, return_lse)
@@ -403,140 +369,23 @@ def error_bound(
 # -- what the forms share --------------------------------------------------------------------------------------------
 
 
-class _Pairs(NamedTuple):
-    """All that decides a pair's score beside q and k."""
-
-    scale: Any
-    softcap: Any
-    bias: np.ndarray | None  # broadcasts to (..., Hkv, G, n, m)
-    mask: np.ndarray | None
-    left: int | None
-    right: int | None
-    offset: int
-
-
-def _prepare(q, k, v, causal, offset, window, mask, bias, scale, softcap, sink):
-    """Arrays with axes (Hkv, G) for heads, so that key heads broadcast over their group; sink (..., 1, 1)."""
-    Hq, Hkv, n, m = q.shape[-3], k.shape[-3], q.shape[-2], k.shape[-2]
-    G = Hq // max(Hkv, 1)
-    left, right = (None, None) if window is None else window
-    pairs = _Pairs(
-        scale=1 / sqrt_of(q.shape[-1], q) if scale is None else constant(scale, q),
-        softcap=None if softcap is None else constant(softcap, q),
-        bias=_grouped(bias, Hkv, G),
-        mask=_grouped(mask, Hkv, G),
-        left=left,
-        right=0 if causal else right,  # causal is the window (None, 0), and both hold
-        offset=m - n if offset is None else offset,
-    )
-    logit = np.full_like(q, -np.inf, shape=(1,)) if sink is None else np.atleast_1d(sink)
-    sink = _grouped(logit[:, None, None], Hkv, G)  # (Hkv or 1, G or 1, 1, 1)
-    q = q.reshape(*q.shape[:-3], Hkv, G, *q.shape[-2:])  # (..., Hkv, G, n, d)
-    return q, k[..., None, :, :], v[..., None, :, :], sink, pairs
-
-
-def _grouped(x, Hkv, G):
-    """(..., Hq, n, m) -> (..., Hkv, G, n, m); heads of size 1, or none, broadcast."""
-    if x is None or x.ndim < 3:
-        return x
-    heads = (Hkv, G) if x.shape[-3] == Hkv * G else (1, 1)
-    return x.reshape(*x.shape[:-3], *heads, *x.shape[-2:])
-
-
-def _join(x):
-    """(..., Hkv, G, a, b) -> (..., Hq, a, b)."""
-    return None if x is None else x.reshape(*x.shape[:-4], x.shape[-4] * x.shape[-3], *x.shape[-2:])
-
-
 def _finish(o, lse, return_lse):
-    return (_join(o), _join(lse)[..., 0]) if return_lse else _join(o)
+    return (join(o), join(lse)[..., 0]) if return_lse else join(o)
 
 
-def _cotangents(dy, q):
-    """do (..., Hkv, G, n, e) and dlse (..., Hkv, G, n, 1)."""
-    do, *rest = dy if isinstance(dy, tuple) else (dy,)
-    dlse = rest[0] if rest else np.zeros_like(do[..., 0])
-    heads = q.shape[-4:-2]
-    do = do.reshape(*do.shape[:-3], *heads, *do.shape[-2:])
-    return do, dlse.reshape(*dlse.shape[:-2], *heads, dlse.shape[-1], 1)
-
-
-def _products(q, k, pairs):
-    """scale q·k, scaled on the side where it cannot overflow if the result does not."""
-    return (pairs.scale * q) @ k.mT if abs(pairs.scale) <= 1 else pairs.scale * (q @ k.mT)
-
-
-def _scores(raw, pairs, rows=None, keys=None):
-    """(1) from the scaled products of `rows` and `keys`: capped, biased, and -∞ where the pair is not allowed."""
-    n, m = raw.shape[-2:]
-    rows, keys = rows or slice(0, n), keys or slice(0, m)
-    s = raw
-    if pairs.softcap is not None:
-        s = pairs.softcap * np.tanh(s / pairs.softcap)
-    if pairs.bias is not None:
-        s = s + _tile(pairs.bias, rows, keys)
-        s = np.where(np.isneginf(_tile(pairs.bias, rows, keys)), -np.inf, s)  # also where s is NaN
-    allowed = _allowed(pairs, rows, keys)
-    return s if allowed is None else np.where(allowed, s, -np.inf)
-
-
-def _allowed(pairs, rows, keys):
-    """Mask of a tile by position and by `mask`; None where all is allowed."""
-    inside = _in_window(pairs, rows, keys)
-    if pairs.mask is None:
-        return inside
-    mask = _tile(pairs.mask, rows, keys)
-    return mask if inside is None else mask & inside
-
-
-def _in_window(pairs, rows, keys):
-    """P - left <= j <= P + right; None where that holds throughout."""
-    first, last = rows.start + pairs.offset, rows.stop - 1 + pairs.offset
-    before = pairs.left is None or keys.start >= last - pairs.left
-    after = pairs.right is None or keys.stop - 1 <= first + pairs.right
-    if before and after:
-        return None
-    P, j = np.arange(first, last + 1)[:, None], np.arange(keys.start, keys.stop)  # (rows, 1), (keys)
-    inside = np.full((P.size, j.size), True)
-    if pairs.left is not None:
-        inside = inside & (j >= P - pairs.left)
-    if pairs.right is not None:
-        inside = inside & (j <= P + pairs.right)
-    return inside
-
-
-def _blocks(start, stop, size):
-    return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
-
-
-def _seen_blocks(pairs, rows, m, size):
-    """Blocks of the keys that some row of the tile can see; those that all rows see are apart, as they need no mask."""
-    first, last = rows.start + pairs.offset, rows.stop - 1 + pairs.offset
-    start, inner = (0, 0) if pairs.left is None else (max(0, first - pairs.left), max(0, last - pairs.left))
-    stop, outer = (m, m) if pairs.right is None else (min(m, last + pairs.right + 1), min(m, first + pairs.right + 1))
-    parts = ((start, inner), (inner, outer), (outer, stop)) if start <= inner <= outer <= stop else ((start, stop),)
-    blocks = [keys for part in parts for keys in _blocks(*part, size)]
-    return [keys for keys in blocks if pairs.mask is None or _tile(pairs.mask, rows, keys).any()]
-
-
-def _tile(x, rows, keys):
-    """Rows and keys of an array whose axes may be of size 1."""
-    return x[..., rows if x.shape[-2] != 1 else slice(None), keys if x.shape[-1] != 1 else slice(None)]
-
-
-def _per_head(function, arrays, pairs, *blocks):
+def _per_head(function, arrays, pairs, *sizes):
     """function of each head, on threads; its results stacked to (..., Hkv, G, rows, columns), None staying None."""
     heads = np.broadcast_shapes(*(x.shape[:-2] for x in (*arrays, pairs.bias, pairs.mask) if x is not None))
     *arrays, bias, mask = [None if x is None else np.broadcast_to(x, heads + x.shape[-2:]) for x in (*arrays, pairs.bias, pairs.mask)]
 
     def one(head):
         of_head = lambda x: None if x is None else x[head]
-        return function(*map(of_head, arrays), pairs._replace(bias=of_head(bias), mask=of_head(mask)), *blocks)
+        return function(*map(of_head, arrays), pairs._replace(bias=of_head(bias), mask=of_head(mask)), *sizes)
 
     results = over_threads(one, np.ndindex(heads), *arrays)
     if not results:  # no heads or an empty batch: the shapes of one, zero times
         *nothing, no_bias = [None if x is None else np.zeros_like(x, shape=x.shape[-2:]) for x in (*arrays, bias)]
-        shapes = function(*nothing, pairs._replace(bias=no_bias, mask=None), *blocks)
+        shapes = function(*nothing, pairs._replace(bias=no_bias, mask=None), *sizes)
         return [None if x is None else np.zeros_like(x, shape=heads + x.shape) for x in shapes]
     return [None if parts[0] is None else np.stack(parts).reshape(heads + parts[0].shape) for parts in zip(*results, strict=True)]
 

@@ -72,7 +72,7 @@ def attention_block_sparse(
     """
     positive_int("attention", "block_q", block_q)
     positive_int("attention", "block_k", block_k)
-    q, k, v, sink, pairs = chapter._prepare(q, k, v, causal, offset, window, mask, bias, scale, softcap, sink)
+    q, k, v, sink, pairs = chapter.prepare(q, k, v, causal, offset, window, mask, bias, scale, softcap, sink)
     o, lse = chapter._per_head(_head, (q, k, v, sink), pairs, block_q, block_k)
     return chapter._finish(o, lse, return_lse)
 
@@ -84,12 +84,12 @@ def _head(q, k, v, sink, pairs, block_q, block_k):
         if pairs.mask is None or q.shape[-2] == 0
         else block_map(np.broadcast_to(pairs.mask, (q.shape[-2], k.shape[-2])), block_q, block_k)
     )
-    blocks = chapter._blocks(0, k.shape[-2], block_k)
+    blocks = chapter.blocks(0, k.shape[-2], block_k)
     o, lse = [], []
-    for i, rows in enumerate(chapter._blocks(0, q.shape[-2], block_q) or [slice(0, 0)]):
+    for i, rows in enumerate(chapter.blocks(0, q.shape[-2], block_q) or [slice(0, 0)]):
         in_window = _in_window(pairs, rows, blocks)
         visible = [keys for j, keys in enumerate(blocks) if in_window[j] and (layout is None or layout[i, j])] or [slice(0, 0)]
-        tiles = [chapter._scores(chapter._products(q[rows], k[keys], pairs), pairs, rows, keys) for keys in visible]
+        tiles = [chapter.scores(chapter.products(q[rows], k[keys], pairs), pairs, rows, keys) for keys in visible]
         s = np.concatenate(tiles, axis=-1)  # (block_q, keys of all visible blocks)
         p, log, _ = chapter._softmax(s, sink)
         o.append(masked_matmul(p, np.concatenate([v[keys] for keys in visible]), s))
