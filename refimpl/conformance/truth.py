@@ -84,7 +84,7 @@ def gradient_tolerance(op: Op, call: dict, dy, dstate, to: Precision, right: dic
     A backward-stable algorithm is the exact gradient of inputs changed by a few roundoffs; so the spread of the exact
     gradients of such inputs, times a small factor, is what right algorithms show; with it the error of the chapter's own
     gradient in the candidate's arithmetic, the roundoff of sums as large as the largest entry, and |dy| |error of y| / |x|,
-    which is what is left where a gradient is exactly zero.
+    which is what is left where a gradient is exactly zero; and the relative error that the results themselves may have.
     """
     rng = np.random.default_rng(7)
     unit = to.unit
@@ -103,13 +103,15 @@ def gradient_tolerance(op: Op, call: dict, dy, dstate, to: Precision, right: dic
     longest = max((max(v.shape, default=1) for v in base.values() if isinstance(v, np.ndarray)), default=1)
 
     bounds = tolerance(op, call, to, results)
+    relative = max((_largest(bounds[n]) / _largest(y) for n, y in results.items() if _largest(y)), default=0.0)
     product = max((_largest(c) * _largest(bounds[n]) for c, n in zip(_leaves((dy, dstate)), results, strict=False)), default=0.0)
 
     def limit(s, r, x):
         size = _largest(x)
         smooth = np.broadcast_to(s.max(axis=-1, keepdims=True), s.shape) if s.ndim and s.size else s
         sums = 4 * unit * (np.sqrt(longest) if not to.half else 1.0) * _largest(r) + (product / size if size else 0.0)
-        return (8 if to.half else 16) * smooth + sums + unit * abs(r).astype(np.float64) + smallest(to)
+        share = relative * (abs(r).astype(np.float64) + 0.05 * _largest(r))
+        return (8 if to.half else 16) * smooth + sums + share + unit * abs(r).astype(np.float64) + smallest(to)
 
     with np.errstate(all="ignore"):
         return {n: _tree3(limit, spread[n], right[n], base[n]) for n in right}
