@@ -1,0 +1,252 @@
+"""What the relatives of attention have to do with it, and with each other: identities between chapters.
+
+Each is checked on the definitions and, where there are any, on the other forms; tolerances are error bounds.
+"""
+
+import functools
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import refimpl
+from refimpl import (
+    alibi_bias,
+    attention,
+    bigbird_mask,
+    block_map,
+    fixed_mask,
+    longformer_mask,
+    rope,
+    segment_mask,
+    sliding_window_mask,
+    strided_mask,
+)
+
+OPS = refimpl.OPS
+UNIT = 2.0**-53
+ATTENTION_FORMS = pytest.mark.parametrize("form", list(OPS["attention"].forms))
+
+
+def within(got, want, bound):
+    assert got.shape == want.shape
+    assert np.all(abs(got - want) <= bound), f"{np.max(abs(got - want) / np.maximum(bound, 1e-300)):.3g} times the bound"
+
+
+def attention_bound(*args, **options):
+    return OPS["attention"].error_bound(*args, unit=UNIT, **options)
+
+
+def qkv(rng, n=11, m=None, heads=3, d=4):
+    m = n if m is None else m
+    return rng.standard_normal((heads, n, d)), rng.standard_normal((heads, m, d)), rng.standard_normal((heads, m, d))
+
+
+def patterns(n):
+    rng = np.random.default_rng(n)
+    return {
+        "sliding": sliding_window_mask(n, window=(3, 0)),
+        "strided": strided_mask(n, stride=4),
+        "fixed": fixed_mask(n, stride=4),
+        "longformer": longformer_mask(n, window=(2, 2), global_tokens=[0]),
+        "bigbird": bigbird_mask(n, block=2, random_blocks=1, rng=rng),
+        "segments": segment_mask([n // 3, n // 4, n - n // 3 - n // 4], causal=True),
+    }
+
+
+# -- masks -----------------------------------------------------------------------------------------------------------
+
+
+@ATTENTION_FORMS
+@pytest.mark.parametrize("n", [1, 6, 11])
+def test_a_window_as_wide_as_the_sequence_is_dense(form, n, rng):
+    q, k, v = qkv(rng, n)
+    function = OPS["attention"].forms[form].function
+    dense, limit = attention(q, k, v), 2 * attention_bound(q, k, v)
+    within(function(q, k, v, window=(n - 1, n - 1)), dense, limit)
+    within(function(q, k, v, mask=sliding_window_mask(n, window=(n - 1, n - 1))), dense, limit)
+    within(
+        function(q, k, v, mask=strided_mask(n, stride=n)), attention(q, k, v, causal=True), limit + attention_bound(q, k, v, causal=True)
+    )
+    within(function(q, k, v, mask=longformer_mask(n, window=(0, 0), global_tokens=range(n))), dense, limit)
+    if n > 1:
+        narrower = attention(q, k, v, window=(n - 2, n - 2))
+        assert np.any(abs(narrower - dense) > limit), "and one narrower is not"
+
+
+@ATTENTION_FORMS
+@pytest.mark.parametrize(("n", "m"), [(9, 9), (4, 9)])
+@pytest.mark.parametrize("window", [(2, 0), (1, 3), (None, 1)])
+def test_a_window_is_its_mask(form, n, m, window, rng):
+    q, k, v = qkv(rng, n, m)
+    mask = sliding_window_mask(n, m, window=window)
+    within(
+        OPS["attention"].forms[form].function(q, k, v, mask=mask),
+        attention(q, k, v, window=window),
+        2 * attention_bound(q, k, v, mask=mask),
+    )
+
+
+@ATTENTION_FORMS
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_sequences_equal_separate_calls(form, causal, rng):
+    lengths, key_lengths = [3, 1, 0, 5, 2], [4, 2, 3, 5, 0]
+    q, k, v = qkv(rng, sum(lengths) + 2, sum(key_lengths) + 1)  # the rest is padding
+    mask = segment_mask(lengths, key_lengths, n=q.shape[-2], m=k.shape[-2], causal=causal)
+    packed = OPS["attention"].forms[form].function(q, k, v, mask=mask)
+    i = j = 0
+    for n, m in zip(lengths, key_lengths, strict=True):
+        one = (q[:, i : i + n], k[:, j : j + m], v[:, j : j + m])
+        within(packed[:, i : i + n], attention(*one, causal=causal), 2 * attention_bound(*one, causal=causal))
+        i, j = i + n, j + m
+    assert not packed[:, i:].any(), "padding sees nothing"
+
+
+def test_gradients_of_packed_sequences_equal_separate_calls(rng):
+    lengths = [3, 4]
+    q, k, v = qkv(rng, 7)
+    do = rng.standard_normal(v.shape)
+    packed = refimpl.attention_vjp(do, q, k, v, mask=segment_mask(lengths, causal=True))
+    for part in (slice(0, 3), slice(3, 7)):
+        alone = refimpl.attention_vjp(do[:, part], q[:, part], k[:, part], v[:, part], causal=True)
+        for name in "qkv":
+            np.testing.assert_allclose(packed[name][:, part], alone[name], rtol=0, atol=64 * UNIT * np.max(abs(alone[name])))
+
+
+# -- blocks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", patterns(23))
+@pytest.mark.parametrize("block", [1, 4, 7, 64])
+def test_skipping_blocks_changes_nothing(pattern, block, rng):
+    q, k, v = qkv(rng, 23)
+    mask = patterns(23)[pattern]
+    got = refimpl.attention_block_sparse(q, k, v, mask=mask, return_lse=True, block_q=block, block_k=block)
+    want, limit = (f(q, k, v, mask=mask, return_lse=True) for f in (attention, attention_bound))
+    for g, w, e in zip(got, want, limit, strict=True):
+        within(g, w, 2 * e)
+
+
+class Counted(np.ndarray):
+    """An array that counts the operations of the matrix products, and the exponentials, of which it is a part."""
+
+    products = exponentials = 0
+
+    def __array_ufunc__(self, ufunc, method, *inputs, out=(), **kwargs):
+        plain = [x.view(np.ndarray) if isinstance(x, Counted) else x for x in inputs]
+        targets = {"out": tuple(x.view(np.ndarray) if isinstance(x, Counted) else x for x in out)} if out else {}
+        result = getattr(ufunc, method)(*plain, **targets, **kwargs)
+        if ufunc is np.matmul:
+            Counted.products += 2 * result.size * plain[0].shape[-1]
+        Counted.exponentials += result.size * (ufunc is np.exp)
+        return out[0] if out else _counted(result)
+
+    def __array_function__(self, function, types, args, kwargs):
+        return _counted(super().__array_function__(function, types, args, kwargs))
+
+
+def _counted(x):
+    return x.view(Counted) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x
+
+
+def work(function, *arrays, **options):
+    """(operations in matrix products, exponentials) of a call."""
+    Counted.products = Counted.exponentials = 0
+    function(*map(_counted, arrays), **options)
+    return Counted.products, Counted.exponentials
+
+
+@pytest.mark.parametrize("pattern", patterns(24))
+def test_skipped_blocks_are_not_computed(pattern, rng):
+    heads, n, d, block = 3, 24, 4, 4
+    q, k, v = qkv(rng, n, heads=heads, d=d)
+    mask = patterns(n)[pattern]
+    visible = int(block_map(mask, block, block).sum())
+    assert visible < (n // block) ** 2
+    products, exponentials = work(refimpl.attention_block_sparse, q, k, v, mask=mask, block_q=block, block_k=block)
+    assert products == heads * visible * block**2 * 2 * (d + d)
+    assert exponentials == heads * (visible * block**2 + n), "and one for the sink of each row"
+    assert work(attention, q, k, v, mask=mask) == (heads * n * n * 2 * (d + d), heads * (n * n + n))
+
+
+@pytest.mark.parametrize("form", ["tiled", "block_sparse"])
+def test_work_and_memory_under_a_window_grow_with_the_length(form, rng):
+    """Twice the length is twice the work and twice the bytes, where the whole map takes four times as much."""
+    function = functools.partial(OPS["attention"].forms[form].function, window=(15, 0), block_q=16, block_k=16)
+
+    def peak(f, arrays):
+        tracemalloc.start()
+        f(*arrays)
+        bytes_ = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return bytes_
+
+    short, long = (qkv(rng, n, heads=1, d=4) for n in (256, 512))
+    for f, growth in ((function, 2), (functools.partial(attention, window=(15, 0)), 4)):
+        assert work(f, *long)[0] / work(f, *short)[0] == pytest.approx(growth, rel=0.05)
+        more = peak(f, long) / peak(f, short)
+        assert more <= 2.2 if growth == 2 else more > 3
+
+
+# -- positions -------------------------------------------------------------------------------------------------------
+
+
+@ATTENTION_FORMS
+@pytest.mark.parametrize(("n", "m"), [(6, 6), (2, 6)])
+def test_alibi_is_attention_with_the_bias_written_out(form, n, m, rng):
+    """e^{-slope |P - j|} as a factor of every weight, in plain Python."""
+    heads = 3
+    q, k, v = qkv(rng, n, m, heads=heads)
+    slopes = [2**-4, 2**-8, 2**-2]
+    want = np.zeros(q.shape)
+    for h, i in np.ndindex(heads, n):
+        weights = [float(np.exp(q[h, i] @ k[h, j] / 2 - slopes[h] * abs(i + m - n - j))) for j in range(i + m - n + 1)]
+        want[h, i] = sum(w * v[h, j] for j, w in enumerate(weights)) / sum(weights)
+    bias = alibi_bias(heads, n, m)
+    got = OPS["attention"].forms[form].function(q, k, v, causal=True, bias=bias)
+    within(got, want, 2 * attention_bound(q, k, v, causal=True, bias=bias))
+
+
+@ATTENTION_FORMS
+def test_alibi_of_later_queries_alone(form, rng):
+    """Decoding: the bias of the last queries is the last rows of the bias."""
+    assert np.array_equal(alibi_bias(4, 2, 9), alibi_bias(4, 9, 9)[:, 7:])
+    q, k, v = qkv(rng, 9, heads=4)
+    whole, limit = (f(q, k, v, causal=True, bias=alibi_bias(4, 9, 9)) for f in (attention, attention_bound))
+    last = OPS["attention"].forms[form].function(q[:, 7:], k, v, causal=True, bias=alibi_bias(4, 2, 9))
+    within(last, whole[:, 7:], 2 * limit[:, 7:])
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+@pytest.mark.parametrize("shift", [1, -3, 250])
+def test_attention_under_rope_knows_only_differences(layout, shift, rng):
+    q, k, v = qkv(rng, 7, 9, d=6)
+    at = lambda s: (rope(q, np.arange(2, 9) + s, layout=layout), rope(k, np.arange(9) + s, layout=layout), v)
+    here, there = attention(*at(0)), attention(*at(shift))
+    limit = attention_bound(*at(0)) + attention_bound(*at(shift))
+    # what angles in error do to the scores, as an error of the bias; a weight errs by it twice, in numerator and denominator
+    turned = sum(
+        abs(y) @ e.mT + f @ abs(z).mT
+        for s in (0, shift)
+        for (y, z, _), e, f in [(at(s), _rope_bound(k, np.arange(9) + s, layout), _rope_bound(q, np.arange(2, 9) + s, layout))]
+    )
+    spread = 2 * np.max(turned, axis=-1, keepdims=True) * np.max(abs(v), axis=-2, keepdims=True)
+    within(there, here, limit + 2 * spread)
+    assert np.any(
+        abs(attention(rope(q, np.arange(7), layout=layout), rope(k, np.arange(9), layout=layout), v) - here) > 1e3 * (limit + spread)
+    )
+
+
+def _rope_bound(x, positions, layout):
+    return OPS["rope"].error_bound(x, positions, layout=layout, unit=UNIT)
+
+
+@pytest.mark.parametrize("pairs", [2, 3])
+def test_layouts_are_a_permutation_of_each_other(pairs, rng):
+    x, positions = rng.standard_normal((5, 2 * pairs)), [0, 3, 4, 9, 11]
+    to_half = np.arange(2 * pairs).reshape(pairs, 2).T.reshape(-1)
+    within(
+        rope(x, positions, layout="interleaved")[:, to_half],
+        rope(x[:, to_half], positions),
+        2 * _rope_bound(x[:, to_half], positions, "half"),
+    )
