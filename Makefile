@@ -12,7 +12,7 @@
 PYTHON ?=
 VENV := .venv
 PEERS := .venv-peers
-PIP := -m pip --disable-pip-version-check --quiet
+PIP := -m pip --disable-pip-version-check --quiet --quiet
 ONE_THREAD := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .PHONY: demo test test-peers lint bench clean
