@@ -189,6 +189,22 @@ def _each(change):
     return damage
 
 
+def _each_integer(change):
+    """The same to every result of integers: indices, counts."""
+
+    def damage(f):
+        @functools.wraps(f)
+        def broken(**call):
+            got = f(**call)
+            several = isinstance(got, tuple) and not hasattr(got, "_fields")
+            parts = [change(v) if isinstance(v, np.ndarray) and v.dtype.kind in "iu" else v for v in (got if several else (got,))]
+            return tuple(parts) if several else parts[0]
+
+        return broken
+
+    return damage
+
+
 def _without(argument):
     def damage(f):
         @functools.wraps(f)
@@ -254,6 +270,7 @@ def damages(op, call) -> dict:
         "a ramp over columns": _each(_along(-1)),
         "centred": _each(lambda v: v - v.mean(axis=tuple(range(v.ndim))[-2:], keepdims=True)),
         "transposed columns": _each(lambda v: v[..., ::-1]),
+        "counts of one more": _each_integer(lambda v: v + 1),
     }
     required = {p.name for p in inspect.signature(op.definition).parameters.values() if p.default is p.empty}
     for n, v in call.items():
@@ -268,6 +285,9 @@ def damages(op, call) -> dict:
             found[f"{n} doubled"] = _with(n, lambda u: 2 * u)
             found[f"{n} cut"] = _with(n, lambda u: np.clip(u.real, -0.5, 0.5) if u.dtype.kind == "f" else u / (1 + abs(u)))
             found[f"{n} centred"] = _with(n, lambda u: u - u.mean() if u.size else u)
+            found[f"{n}, a ramp over rows"] = _with(n, _along(-2))
+            found[f"{n}, a ramp over columns"] = _with(n, _along(-1))
+            found[f"{n}, its first axis reversed"] = _with(n, lambda u: u[::-1] if u.ndim else u)
     return found
 
 

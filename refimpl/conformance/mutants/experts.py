@@ -1,6 +1,8 @@
 """Mistakes in mixtures of experts: who is chosen, with what weight, who is dropped, and what the router learns from it."""
 
 from refimpl.conformance.mutants import Mutant, edited
+from refimpl.ops.experts import expert_choice as ec
+from refimpl.ops.experts import losses as lo
 from refimpl.ops.experts import moe as mo
 from refimpl.ops.experts import route as ro
 
@@ -248,4 +250,153 @@ _MOE = (
     ),
 )
 
-MUTANTS = _ROUTE + _MOE
+_BALANCE = "    return np.asanyarray(logits.shape[-1] * np.sum(f * P, axis=-1))\n"
+
+_LOSSES = (
+    Mutant(
+        "load_balance_loss",
+        "factor_of_experts_missing",
+        "the loss is Σ f P, which falls as 1/E with the number of experts: it is E Σ f P, 1 when balanced",
+        edited(lo.load_balance_loss, (_BALANCE, "    return np.asanyarray(np.sum(f * P, axis=-1))\n")),
+    ),
+    Mutant(
+        "load_balance_loss",
+        "probabilities_only",
+        "the loss is E Σ P²: one factor is the share of choices, f",
+        edited(lo.load_balance_loss, (_BALANCE, "    return np.asanyarray(logits.shape[-1] * np.sum(P * P, axis=-1))\n")),
+    ),
+    Mutant(
+        "load_balance_loss",
+        "counts_only",
+        "the loss is E Σ f², which has no gradient: one factor is the mean probability, P",
+        edited(lo.load_balance_loss, (_BALANCE, "    return np.asanyarray(logits.shape[-1] * np.sum(f * f, axis=-1))\n")),
+    ),
+    Mutant(
+        "load_balance_loss",
+        "share_of_tokens",
+        "f is the share of tokens that chose an expert, so that the loss is k when balanced (transformers'): here it is the share of pairs, and the loss 1",
+        edited(lo.load_balance_loss, ("max(experts.shape[-2] * experts.shape[-1], 1)", "max(experts.shape[-2], 1)")),
+        variant=True,
+    ),
+    Mutant(
+        "load_balance_loss",
+        "first_choice_only",
+        "only the first choice of a token is counted: all k are",
+        edited(lo.load_balance_loss, ("P, f = _mean_probability(logits), _shares(experts, logits)", "P, f = _mean_probability(logits), _shares(experts[..., :1], logits)")),
+        variant=True,
+    ),
+    Mutant(
+        "load_balance_loss",
+        "sum_over_tokens",
+        "P is the sum of the probabilities over the tokens: it is their mean",
+        edited(lo.load_balance_loss, ("np.sum(softmax(logits), axis=-2) / max(logits.shape[-2], 1)", "np.sum(softmax(logits), axis=-2)")),
+    ),
+    Mutant(
+        "load_balance_loss",
+        "gradient_not_centred",
+        "dl = p f: the softmax's own denominator gives -p (p·f) more",
+        edited(lo.load_balance_loss_vjp, ("scale * p * (f - np.sum(p * f, axis=-1, keepdims=True))", "scale * p * f")),
+        of_gradient=True,
+    ),
+    Mutant(
+        "load_balance_loss",
+        "router_learns_nothing",
+        "the loss has no gradient: that of P reaches the router's logits",
+        edited(lo.load_balance_loss_vjp, ("{\"logits\": scale * p", "{\"logits\": 0 * scale * p")),
+        of_gradient=True,
+    ),
+    Mutant(
+        "router_z_loss",
+        "not_squared",
+        "the loss is the mean of log Σ e^l: it is the mean of its square",
+        edited(lo.router_z_loss, ("np.sum(lse * lse, axis=-1)", "np.sum(lse, axis=-1)")),
+    ),
+    Mutant(
+        "router_z_loss",
+        "sum_over_tokens",
+        "the loss is the sum over the tokens: it is their mean",
+        edited(lo.router_z_loss, ("np.sum(lse * lse, axis=-1) / max(logits.shape[-2], 1)", "np.sum(lse * lse, axis=-1)")),
+    ),
+    Mutant(
+        "router_z_loss",
+        "square_of_the_mean",
+        "the mean of log Σ e^l is squared: the squares are averaged",
+        edited(lo.router_z_loss, ("np.sum(lse * lse, axis=-1) / max(logits.shape[-2], 1)", "(np.sum(lse, axis=-1) / max(logits.shape[-2], 1)) ** 2")),
+    ),
+    Mutant(
+        "router_z_loss",
+        "squares_of_the_logits",
+        "the loss is the mean square of the logits: it is that of their log-sum-exp",
+        edited(lo.router_z_loss, ("lse = logsumexp(logits)  # (..., T)", "lse = np.sqrt(np.sum(logits * logits, axis=-1))")),
+    ),
+    Mutant(
+        "router_z_loss",
+        "maximum_for_log_sum_exp",
+        "log Σ e^l is replaced by the largest logit, which it exceeds by up to log E",
+        edited(lo.router_z_loss, ("lse = logsumexp(logits)  # (..., T)", "lse = np.max(logits, axis=-1)")),
+    ),
+    Mutant(
+        "router_z_loss",
+        "overflows",
+        "the exponentials overflow: the largest logit is subtracted first",
+        edited(lo.router_z_loss, ("lse = logsumexp(logits)  # (..., T)", "lse = np.log(np.sum(np.exp(logits), axis=-1))")),
+    ),
+    Mutant(
+        "router_z_loss",
+        "gradient_without_2",
+        "the factor 2 of the square's derivative is missing: dl = 2/T lse p",
+        edited(lo.router_z_loss_vjp, ("2 * dy[..., None, None]", "dy[..., None, None]")),
+        of_gradient=True,
+    ),
+    Mutant(
+        "router_z_loss",
+        "gradient_to_all_alike",
+        "every logit of a token gets the same gradient: that of log Σ e^l is softmax(l)",
+        edited(lo.router_z_loss_vjp, ("lse * softmax(logits)", "lse * (0 * logits + 1) / logits.shape[-1]")),
+        of_gradient=True,
+    ),
+)
+
+_EXPERT_CHOICE = (
+    Mutant(
+        "expert_choice",
+        "softmax_over_tokens",
+        "the softmax runs over the tokens: it runs over the experts, for each token",
+        edited(ec.expert_choice, ("p = np.swapaxes(softmax(logits), -1, -2)  # (..., E, T)", "p = softmax(np.swapaxes(logits, -1, -2)) if logits.size else np.swapaxes(logits, -1, -2)")),
+    ),
+    Mutant(
+        "expert_choice",
+        "chosen_by_logits",
+        "the tokens are chosen by their logits: by their probabilities, in which a token's other logits count",
+        edited(ec.expert_choice, ("tokens = np.argsort(-p, axis=-1", "tokens = np.argsort(-np.swapaxes(logits, -1, -2), axis=-1")),
+    ),
+    Mutant(
+        "expert_choice",
+        "ties_to_the_later_token",
+        "among equals the later token is taken: the earlier one comes first",
+        edited(ec.expert_choice, ("tokens = np.argsort(-p, axis=-1, kind=\"stable\")[", "tokens = p.shape[-1] - 1 - np.argsort(-p[..., ::-1], axis=-1, kind=\"stable\")[")),
+        variant=True,
+    ),
+    Mutant(
+        "expert_choice",
+        "by_place",
+        "the tokens come in the order of the sequence: they come by falling weight",
+        edited(ec.expert_choice, ("[..., :capacity]  # (..., E, C)\n    return", "[..., :capacity]\n    tokens = np.sort(tokens, axis=-1)\n    return")),
+        variant=True,
+    ),
+    Mutant(
+        "expert_choice",
+        "renormalised",
+        "the weights of an expert's tokens are divided by their sum: they are probabilities of experts, and stay what they are",
+        edited(ec.expert_choice, ("return np.take_along_axis(p, tokens, axis=-1), tokens\n", "w = np.take_along_axis(p, tokens, axis=-1)\n    return w / np.sum(w, axis=-1, keepdims=True), tokens\n")),
+    ),
+    Mutant(
+        "expert_choice",
+        "gradient_to_the_chosen_only",
+        "only the chosen pairs get a gradient: a chosen probability depends on all logits of its token",
+        edited(ec.expert_choice_vjp, ("p * (dp - np.sum(p * dp, axis=-1, keepdims=True))", "p * (1 - p) * dp")),
+        of_gradient=True,
+    ),
+)
+
+MUTANTS = _ROUTE + _MOE + _LOSSES + _EXPERT_CHOICE
