@@ -30,6 +30,7 @@ class Candidate:
     """
 
     def __init__(self, op: Op, function: Callable | str, *, framework="numpy", device=None, vjp=None, layout=None, timeout=60.0, fixed=None, isolate=False):
+        self.framework = framework
         self.op, self.layout = op, Layout(op, layout) if layout else None
         self.fixed = fixed or {}
         self.support = _support(load(function) if isinstance(function, str) else function)
@@ -40,6 +41,11 @@ class Candidate:
             function = load(function) if isinstance(function, str) else function
             vjp = load(vjp) if isinstance(vjp, str) else vjp
             self._invoke = Invoker(function, make_framework(framework, device), vjp, timeout)
+
+    @property
+    def mutable(self) -> bool:
+        """Whether its framework's arrays can be overwritten, so that other values can stand in the same memory."""
+        return self.framework != "jax"
 
     def close(self) -> None:
         if isinstance(self._invoke, Child):

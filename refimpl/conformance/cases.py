@@ -196,14 +196,14 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
         seen.add(key)
         stream = np.random.default_rng([seed, *repr(key[:5]).encode(), *repr(sorted(sizes.items())).encode()])
         try:
-            call = _hard(op, hard, stream, sizes, combo, support, domain) if hard else draw(op, stream, sizes, combo)
+            call = hard_call(op, hard, stream, sizes, combo, support, domain) if hard else draw(op, stream, sizes, combo)
         except Refused:
             return
         if call is None:
             return
         if scale is not None:
             call = {n: _scaled(v, scale[1]) if n in scale[0] else v for n, v in call.items()}
-        name = ", ".join(filter(None, [hard or label, _described(op, sizes, call)]))
+        name = ", ".join(filter(None, [hard or label, described(op, sizes, call)]))
         yield Case(op.name, klass, name, call, sizes, view, {"sizes": sizes, "combo": combo, "hard": hard})
 
     small = dict(op.sizes[0]) if op.sizes else {}
@@ -286,7 +286,7 @@ def _affordable(op: Op, sizes: dict, level: str) -> bool:
     return work <= {"quick": 2e7, "standard": 2e8, "exhaustive": 2e9}[level]
 
 
-def _hard(op: Op, name: str, rng, sizes: dict, combo: dict, support: Support, domain: Domain) -> dict | None:
+def hard_call(op: Op, name: str, rng, sizes: dict, combo: dict, support: Support, domain: Domain) -> dict | None:
     """A chapter's hard input, with the combination's options where the input leaves them open."""
     try:
         given = op.hard[name](rng, **sizes)
@@ -308,7 +308,8 @@ def _scaled(value, power: int):
     return value * 2.0**power if value is not None else None
 
 
-def _described(op: Op, sizes: dict, call: dict) -> str:
+def described(op: Op, sizes: dict, call: dict) -> str:
+    """A call in words: sizes that are not the usual ones, optional arrays, options."""
     basic = default_sizes(op)
     shown = [f"{k}={v}" for k, v in sizes.items() if k in op.lengths or (v != basic.get(k) and (k != "batch" or v))]
     required = parameters(op)[0]

@@ -15,7 +15,7 @@ import numpy as np
 from refimpl.conformance.gates import error_ratio
 from refimpl.conformance.mutants import Mutant, mutants
 from refimpl.conformance.precision import Precision, widened
-from refimpl.conformance.truth import gradient_names
+from refimpl.conformance.truth import flat, gradient_names
 from refimpl.op import Op
 
 _GLANCE = 4  # failing cases that decide whether a mutant is worth trying on all
@@ -109,11 +109,7 @@ def _run(op: Op, function: Callable, e: Evidence, dtype: np.dtype) -> dict:
         return op.contract.named(function(**wide), e.call.get("return_state", False))
     dy, dstate = (_cast(c, dtype) for c in e.cotangents)
     arguments = {n: wide[n] for n in gradient_names(op, wide)}
-    return _flat(function(dy, **arguments, **({} if dstate is None else {"dstate": dstate})))
-
-
-def _flat(gradients: dict) -> dict:
-    return {k: v for n, g in gradients.items() for k, v in ({f"{n}[{i}]": part for i, part in enumerate(g)} if isinstance(g, tuple) else {n: g}).items()}
+    return flat(function(dy, **arguments, **({} if dstate is None else {"dstate": dstate})))
 
 
 def _cast(x, dtype):

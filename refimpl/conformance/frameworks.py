@@ -12,7 +12,6 @@ class Numpy:
     """NumPy itself; the others have the same methods."""
 
     name = "numpy"
-    mutable = True
 
     def __init__(self, device: str | None = None):
         if device not in (None, "cpu"):
@@ -142,7 +141,6 @@ class Torch(Numpy):
 
 class Jax(Numpy):
     name = "jax"
-    mutable = False
 
     def __init__(self, device: str | None = None):
         import jax

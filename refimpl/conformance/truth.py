@@ -163,3 +163,11 @@ def _leaves(x) -> list:
 def _largest(x) -> float:
     x = abs(np.asarray(x))
     return float(np.max(x[np.isfinite(x)], initial=0.0))
+
+
+def flat(values: dict) -> dict[str, np.ndarray]:
+    """Gradients (or arguments) by name, a state's parts each by a name of its own."""
+    found: dict[str, np.ndarray] = {}
+    for name, value in values.items():
+        found |= {f"{name}[{i}]": part for i, part in enumerate(value)} if isinstance(value, tuple) else {name: value}
+    return found

@@ -1,0 +1,150 @@
+"""One check under way: what all trials of a candidate share - drawing a call, judging results, keeping evidence."""
+
+from collections import namedtuple
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refimpl.conformance import gates, truth
+from refimpl.conformance.candidate import Candidate
+from refimpl.conformance.cases import Case, choose, default_sizes, factors, hard_call, pairwise, parameters
+from refimpl.conformance.diagnosis import Evidence
+from refimpl.conformance.domain import Domain
+from refimpl.conformance.ensemble import ensemble
+from refimpl.conformance.gates import Finding
+from refimpl.conformance.invoke import Answer
+from refimpl.conformance.pattern import describe
+from refimpl.conformance.precision import Precision, rounded
+from refimpl.conformance.report import Report, Result
+from refimpl.conformance.snippet import snippet
+from refimpl.op import Op
+
+KEPT = 80  # failing cases kept as evidence
+_PEERED = ("options", "long", "sizes")  # classes whose inputs are ordinary, so that statistics mean something
+
+
+@dataclass
+class Drawn:
+    """A call in a precision, with the right results."""
+
+    call: dict[str, Any]
+    right: dict[str, np.ndarray]
+    sizes: dict[str, Any]
+
+
+class Trial:
+    """The operator, the candidate, and what has been found so far."""
+
+    def __init__(self, op: Op, subject: Candidate, report: Report, level: str, seed: int, domain: Domain):
+        self.op, self.subject, self.report = op, subject, report
+        self.level, self.seed, self.domain = level, seed, domain
+        self.evidence: list[Evidence] = []
+        self.failed_cases: list[tuple[Case, Precision, Finding]] = []
+        self.broken_laws: list[tuple] = []
+        self.teeth: dict[str, set[str]] = {}
+        self.required = parameters(op)[0]
+
+    def combos(self, salt: int) -> list[dict[str, Any]]:
+        """Combinations of options, optional arrays and states, with every pair among them; the plainest first."""
+        chosen = self.factors()
+        return pairwise(chosen, np.random.default_rng([self.seed, salt])) if chosen else [{}]
+
+    def factors(self) -> dict[str, tuple]:
+        return factors(self.op, self.subject.support, self.domain)
+
+    def draw(self, rng: np.random.Generator, sizes: dict, combo: dict, to: Precision, hard: str = "") -> Drawn | None:
+        """A call and its truth; None where the domain, the precision or the operator itself has no such call."""
+        fitted = self.domain.fit({**default_sizes(self.op), **sizes})
+        if fitted is None:
+            return None
+        try:
+            if hard:
+                call = hard_call(self.op, hard, rng, fitted, combo, self.subject.support, self.domain)
+            else:
+                call = choose(self.op, self.op.sample(rng, **fitted), fitted, combo)
+            call = None if call is None else rounded(self.op.contract, call, to)
+            return None if call is None else Drawn(call, truth.truth(self.op, call, to), fitted)
+        except ValueError:
+            return None
+
+    def named(self, answer: Answer, call: dict) -> dict:
+        """Results by name; empty where they are of another number."""
+        try:
+            return self.op.contract.named(answer.result, call.get("return_state", False))
+        except (ValueError, TypeError, AttributeError, IndexError):
+            return {}
+
+    def gate(self, klass: str, call: dict, to: Precision, got: dict, right: dict, limits: dict) -> Finding | None:
+        """The first gate that does not let a result through."""
+        if set(got) != set(right):
+            return Finding("SHAPE", f"returned {', '.join(got) or 'another number of results'}, expected {', '.join(right)}")
+        first = next(iter(right))
+        compute, out = self.op.contract.precision(**call)
+        for name, exact in right.items():
+            state = name.startswith("state")
+            wanted = gates.result_dtype(exact, compute, out, state)
+            finding = gates.exact(name, got[name], exact, to, wanted, state, secondary=name != first)
+            if finding is not None:
+                return finding
+        findings = [f for name in right if (f := gates.bounded(name, got[name], right[name], limits[name])) is not None]
+        if findings:
+            return max(findings, key=lambda f: f.ratio)
+        if to.half and klass in _PEERED and right[first].size >= 256:
+            return self._statistics(first, got[first], right[first], call, to)
+        return None
+
+    def _statistics(self, name: str, got: np.ndarray, right: np.ndarray, call: dict, to: Precision) -> Finding | None:
+        """G2 and G3, in a half precision, where rounding is so coarse that mistakes hide below the bound."""
+        peers = ensemble(self.op, call, to)
+        if not peers:
+            return None
+        floor = 0.5 * to.unit * np.abs(right).astype(np.float64) + truth.smallest(to)
+        return gates.like_peers(name, got, right, peers, floor) or gates.unbiased(name, got, right, peers, to.unit)
+
+    def failure(self, case: Case, to: Precision, finding: Finding, call: dict) -> Result:
+        """A finding as the report shows it: the place, the pattern in words, Python that reproduces it."""
+        pattern = ""
+        if finding.bad is not None:
+            named = [r for r in (*self.op.contract.results, *self.op.contract.states) if r.name == finding.output]
+            pattern = describe(finding.bad, tuple(a.rstrip("?") for r in named for a in r.shapes[0].axes))
+        recall = f"{self.op.name!r}, {case.id!r}, dtype={to.name!r}, level={self.level!r}, seed={self.seed}"
+        if self.subject.support.keywords is not None:
+            recall += f", keywords={sorted(self.subject.support.keywords & keywords(self.op))!r}"
+        name = self.report.candidate.rpartition(":")[2].rpartition(".")[2] or "candidate"
+        text = snippet(self.op, name, call, self.required, to.name, recall, finding.output or "the result")
+        return Result(
+            case.id, case.klass, to.name, finding.status, finding.message, finding.output, finding.index, finding.got, finding.expected, finding.bound,
+            finding.ratio, pattern, text,
+        )  # fmt: skip
+
+    def keep(self, evidence: Evidence) -> None:
+        """Remember a case for the diagnosis: failures, and a few passes that no explanation may contradict."""
+        alike = [e for e in self.evidence if (e.cotangents is None) == (evidence.cotangents is None) and e.failed == evidence.failed]
+        if len(alike) < (KEPT if evidence.failed else 8):
+            self.evidence.append(evidence)
+
+    def state_of(self, parts: list) -> Any:
+        """A state, or anything in its form, of its parts."""
+        if len(parts) == 1 and "." not in self.op.contract.states[0].name:
+            return parts[0]
+        return namedtuple("State", [s.name.partition(".")[2] or s.name for s in self.op.contract.states])(*parts)
+
+
+def keywords(op: Op) -> set[str]:
+    """Everything that a candidate may be passed by keyword."""
+    _, optional, options = parameters(op)
+    return {*optional, *options, "state", "return_state"}
+
+
+def trouble(answer: Answer) -> tuple[str, str] | None:
+    """Status and message where there is nothing to judge, or nothing more."""
+    if answer.status == "ERROR" and "unexpected keyword argument" in answer.message:
+        return "NOT_APPLICABLE", answer.message
+    if answer.status != "OK":
+        return answer.status, answer.message
+    if answer.mutated:
+        return "MUTATED_INPUT", f"wrote to its input {', '.join(answer.mutated)}"
+    if answer.stale:
+        return "NONDETERMINISTIC", "an earlier result changed when the function was called again: results share memory"
+    return None

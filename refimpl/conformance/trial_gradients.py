@@ -1,0 +1,117 @@
+"""Trials of gradients: the candidate's against the hand-derived one, for cotangents of results and of final states."""
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from refimpl.conformance import gates, truth
+from refimpl.conformance.cases import Case, described
+from refimpl.conformance.diagnosis import Evidence
+from refimpl.conformance.gates import Finding
+from refimpl.conformance.pattern import describe
+from refimpl.conformance.precision import Precision
+from refimpl.conformance.report import Result
+from refimpl.conformance.traits import COMPLEX, traits
+from refimpl.conformance.trial import Drawn, Trial, trouble
+
+_LENGTHS = {"quick": (1, 2, 5, 17, 37, 66), "standard": (0, 1, 2, 3, 4, 5, 9, 17, 33, 37, 64, 65, 70, 130)}
+
+
+def gradient_jobs(trial: Trial, to: Precision) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Lengths, all pairs of options, head ratios, kinds of cotangent, hard inputs."""
+    op, combos = trial.op, trial.combos(5)
+    full = combos[0] | ({"return_state": True} if "return_state" in trial.factors() else {})
+    plans: list[tuple[dict, dict, str, str]] = []
+    for i, T in enumerate(_LENGTHS.get(trial.level, _LENGTHS["standard"]) if op.lengths else (0,)):
+        sizes = dict.fromkeys(op.lengths, T)
+        plans += [(sizes, full, "", ""), (sizes, combos[i % len(combos)], "", "")]
+    middle = dict(zip(op.lengths, (13, 19, 17), strict=False))
+    plans += [(middle, combo, "", "") for combo in combos]
+    plans += [({**middle, **sizes}, combos[i % len(combos)] | full, "", "") for i, sizes in enumerate(op.sizes)]
+    plans += [(middle, full, "", kind) for kind in ("needle", "zero but state", "strided")]
+    if trial.level != "quick":
+        plans += [(middle, full, hard, "") for hard in op.hard]
+    for number, plan in enumerate(plans):
+        yield f"{to.name} gradients", functools.partial(_gradient, trial, to, number, *plan)
+
+
+def _gradient(trial: Trial, to: Precision, number: int, sizes: dict, combo: dict, hard: str, kind: str) -> None:
+    rng = np.random.default_rng([trial.seed, number, 17])
+    drawn = trial.draw(rng, sizes, combo, to, hard)
+    if drawn is None:
+        return
+    call = drawn.call
+    name = ", ".join(filter(None, [hard, kind, described(trial.op, drawn.sizes, call), f"#{number}"]))
+    case = Case(trial.op.name, "gradients", name, call, drawn.sizes)
+    dy, dstate = _cotangents(trial, drawn, rng, kind)
+    gradient = truth.gradient_truth(trial.op, call, dy, dstate, to)
+    right = truth.flat(gradient)
+    if not right or not all(np.all(np.isfinite(v)) for v in right.values()):
+        return
+    start = time.perf_counter()
+    answer = trial.subject.gradient(call, dy, dstate, view="strided" if kind == "strided" else "contiguous")
+    seconds = time.perf_counter() - start
+    marks = traits(trial.op, call)
+    failed = trouble(answer)
+    if failed is not None:
+        raised = failed[0] == "ERROR"
+        result = Result(case.id, case.klass, to.name, "GRADIENT" if raised else failed[0], failed[1], excusable=raised)
+    else:
+        got = truth.flat(answer.result) if isinstance(answer.result, dict) else {}
+        limits = truth.flat(truth.gradient_tolerance(trial.op, call, dy, dstate, to, gradient, drawn.right))
+        finding = _gate(got, right, limits, call, to)
+        if set(right) <= set(got):
+            trial.keep(Evidence(call, to, {n: got[n] for n in right}, right, limits, (dy, dstate), failed=finding is not None))
+        result = Result(case.id, case.klass, to.name, "PASS") if finding is None else trial.failure(case, to, finding, call)
+        if finding is not None:
+            result.snippet, result.pattern = "", describe(finding.bad, ()) if finding.bad is not None else ""
+            result.excusable = COMPLEX in marks
+    result.seconds, result.traits = seconds, marks
+    trial.report.cases.append(result)
+
+
+def _gate(got: dict, right: dict, limits: dict, call: dict, to: Precision) -> Finding | None:
+    """Shape, dtype and finiteness of every gradient, then the worst of those out of bounds."""
+    missing = [n for n in right if not isinstance(got.get(n), np.ndarray)]
+    if missing:
+        return Finding("GRADIENT", f"no gradient of {', '.join(missing)}")
+    arguments = truth.flat(call)
+    findings = []
+    for name, exact in right.items():
+        g = got[name]
+        if g.shape != exact.shape:
+            return Finding("GRADIENT", f"the gradient of {name} has shape {g.shape}, expected {exact.shape}", name)
+        if g.dtype != arguments[name].dtype:
+            return Finding("GRADIENT", f"the gradient of {name} has dtype {g.dtype}, expected {arguments[name].dtype}", name)
+        with np.errstate(all="ignore"):
+            wild = ~np.isfinite(g.astype(exact.dtype)) & (abs(exact) < 0.9 * to.largest)
+        if np.any(wild):
+            index = tuple(int(i) for i in np.argwhere(wild)[0])
+            return Finding("GRADIENT", f"the gradient of {name} is not finite", name, index, g[index], exact[index], 0.0, np.inf, wild)
+        f = gates.bounded(f"the gradient of {name}", g, exact, np.broadcast_to(limits[name], exact.shape))
+        if f is not None:
+            findings.append(Finding("GRADIENT", f.message, f.output, f.index, f.got, f.expected, f.bound, f.ratio, f.bad))
+    return max(findings, key=lambda f: f.ratio, default=None)
+
+
+def _cotangents(trial: Trial, drawn: Drawn, rng, kind: str) -> tuple[Any, Any]:
+    """Random cotangents of the results, and of the final state where it is returned."""
+    compute, out = trial.op.contract.precision(**drawn.call)
+
+    def draw(name: str, like: np.ndarray) -> np.ndarray:
+        state = name.startswith("state")
+        v = rng.standard_normal(like.shape)
+        if like.dtype.kind == "c":
+            v = v + 1j * rng.standard_normal(like.shape)
+        if kind == "needle" and not state:
+            v = v * (np.arange(v.size).reshape(v.shape) == v.size // 2)
+        if kind == "zero but state" and not state:
+            v = v * 0
+        return v.astype(gates.result_dtype(like, compute, out, state))
+
+    parts = [draw(n, v) for n, v in drawn.right.items() if not n.startswith("state") and v.dtype.kind in "fc"]
+    states = [draw(n, v) for n, v in drawn.right.items() if n.startswith("state")]
+    return tuple(parts) if len(parts) > 1 else parts[0], trial.state_of(states) if states else None

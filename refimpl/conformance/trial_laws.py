@@ -1,0 +1,119 @@
+"""Trials of laws: relations between calls that hold whoever computes them."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from refimpl.conformance import gates, truth
+from refimpl.conformance.cases import parameters
+from refimpl.conformance.mutants import mutants
+from refimpl.conformance.precision import Precision
+from refimpl.conformance.report import Result
+from refimpl.conformance.trial import Trial, trouble
+from refimpl.op import Law
+
+
+def law_jobs(trial: Trial, to: Precision) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Every law of the operator on a plain call, a rich one, and a longer one."""
+    combos = trial.combos(1)
+    rich = max(combos, key=lambda c: sum(bool(v) for v in c.values() if not callable(v)))
+    plans = [(13, combos[0], "plain"), (13, rich, "rich")] + ([(70, rich, "longer")] if trial.level != "quick" else [])
+    takes = trial.subject.support.takes
+    for law in trial.op.laws:
+        if to.half and law.name == "linear":  # a sum of inputs is itself rounded
+            continue
+        if ("state" in law.arguments and not takes("state")) or (law.name == "hand_off" and not takes("return_state")):
+            continue
+        for T, combo, label in plans:
+            yield f"{to.name} laws", functools.partial(_law, trial, law, to, T, combo, label)
+
+
+def breaks_the_same_laws(trial: Trial, variant: str) -> bool:
+    """Whether the laws that the candidate breaks are those that a variant breaks, so that it explains them too."""
+    function = next(m.function for m in mutants(trial.op.name) if m.name == variant)
+    results = [_held(trial, function, *broken) for broken in trial.broken_laws]
+    return all(r is not None and r.status == "PROPERTY" for r in results)
+
+
+class _NoAnswer(Exception):
+    """A candidate's call inside a law had no result: (status, message)."""
+
+
+def _law(trial: Trial, law: Law, to: Precision, T: int, combo: dict, label: str) -> None:
+    def f(**call):
+        outside = _outside(trial, call)
+        if outside:  # a law may choose options of its own
+            raise _NoAnswer("NOT_APPLICABLE", f"the law speaks of {outside}, which the candidate does not take")
+        answer = trial.subject.call(call)
+        failed = trouble(answer)
+        if failed is not None:
+            raise _NoAnswer(*failed)
+        return answer.result
+
+    result = _held(trial, f, law, to, T, combo, label)
+    if result is not None:
+        trial.report.cases.append(result)
+        if result.status == "PROPERTY":
+            trial.broken_laws.append((law, to, T, combo, label))
+
+
+def _held(trial: Trial, f: Callable, law: Law, to: Precision, T: int, combo: dict, label: str) -> Result | None:
+    """Whether a law holds for a function; None where it says nothing."""
+    if set(trial.op.lengths) & set(trial.domain.sizes):  # laws cut and extend sequences: only where every length is supported
+        return None
+    rng = np.random.default_rng([trial.seed, T, *law.name.encode()])
+    drawn = trial.draw(rng, dict.fromkeys(trial.op.lengths, T), combo, to)
+    if drawn is None:
+        return None
+
+    def bound(**call):
+        limits = truth.tolerance(trial.op, call, to, truth.truth(trial.op, call, to))
+        parts: list[Any] = [v for n, v in limits.items() if not n.startswith("state")]
+        if call.get("return_state"):
+            parts.append(trial.state_of([v for n, v in limits.items() if n.startswith("state")]))
+        return tuple(parts) if len(parts) > 1 else parts[0]
+
+    result = Result(f"laws[{law.name}, {label}]", "laws", to.name, "PASS")
+    try:
+        with np.errstate(all="ignore"):
+            for what, got, want, limit in law.holds(f, drawn.call, bound, rng):
+                message, ratio = _difference(np.asarray(got), np.asarray(want), limit)
+                if message:
+                    result.status, result.message, result.ratio = "PROPERTY", f"the law '{law.name}' fails: {what} {message}", ratio
+                    break
+    except _NoAnswer as no:
+        result.status, result.message = no.args
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
+        result.status, result.message = "PROPERTY", f"the law '{law.name}' cannot be tried: {type(error).__name__}: {error}"
+    return result
+
+
+def _difference(got: np.ndarray, want: np.ndarray, limit) -> tuple[str, float]:
+    """What is wrong between two arrays that a law says are equal; empty where nothing is."""
+    if got.shape != want.shape:
+        return f"has shape {got.shape}, expected {want.shape}", np.inf
+    wide = np.result_type(got.dtype, np.float64) if got.dtype.kind in "fc" else np.float64
+    got, want = got.astype(wide), want.astype(got.dtype).astype(wide)
+    odd = np.isfinite(got) != np.isfinite(want)
+    ratio = np.where(odd, np.inf, gates.error_ratio(got, want, np.broadcast_to(limit, got.shape)))
+    worst = float(np.max(ratio, initial=0.0))
+    return (f"differs by {worst:.3g} times the bound", worst) if worst > 1 else ("", worst)
+
+
+def _outside(trial: Trial, call: dict) -> str:
+    """The first option or optional array of a call, as text, that the candidate does not support; empty if it supports all."""
+    _, optional, options = parameters(trial.op)
+    takes = trial.subject.support.takes
+    for name in optional:
+        if call.get(name) is not None and not takes(name):
+            return name
+    for name, default in options.items():
+        value = call.get(name, default)
+        allowed = trial.domain.options.get(name)
+        if allowed is not None and not any(callable(a) or a is value or (type(a) is type(value) and a == value) for a in allowed):
+            return f"{name}={value!r}"
+        if allowed is None and name in call and value is not default and value != default and not takes(name):
+            return f"{name}={value!r}"
+    return ""

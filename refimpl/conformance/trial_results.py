@@ -1,0 +1,147 @@
+"""Trials of results: every case against the truth; the same call again; how many batch axes a candidate takes."""
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from refimpl.conformance import gates, truth
+from refimpl.conformance.cases import Case, cases, default_sizes
+from refimpl.conformance.diagnosis import Evidence
+from refimpl.conformance.invoke import Answer
+from refimpl.conformance.precision import Precision, rounded
+from refimpl.conformance.report import Result
+from refimpl.conformance.traits import COMPLEX, real_parts, traits
+from refimpl.conformance.trial import Trial, trouble
+
+Job = tuple[str, Callable[[], Any]]
+
+
+def settle_batch(trial: Trial, to: Precision) -> None:
+    """Find how many batch axes the candidate takes, where it does not take none: a layout or a trial says."""
+    domain, layout = trial.domain, trial.subject.layout
+    if layout is not None and "b" in layout.order:
+        domain.batch_rank = 1
+    if domain.batch is not None or domain.batch_rank is not None or "batch" not in default_sizes(trial.op):
+        return
+    combo = {name: values[0] for name, values in trial.factors().items()}
+    for rank in (0, 1, 2):
+        drawn = trial.draw(np.random.default_rng(0), {"batch": (2,) * rank}, combo, to)
+        if drawn is None:
+            return
+        if trial.subject.call(drawn.call).status != "ERROR":
+            if rank:
+                domain.batch_rank = rank
+                trial.report.not_checked.append(f"other than {rank} batch {'axis' if rank == 1 else 'axes'} (it raises)")
+            return
+
+
+def result_jobs(trial: Trial, to: Precision) -> Iterator[Job]:
+    """All cases of the level, then the hygiene of repeated calls."""
+    for case in cases(trial.op, level=trial.level, seed=trial.seed, support=trial.subject.support, domain=trial.domain):
+        yield f"{to.name} {case.klass}", functools.partial(_case, trial, case, to)
+    combos = trial.combos(0)
+    for number in dict.fromkeys([0, len(combos) - 1]):
+        yield f"{to.name} hygiene", functools.partial(_hygiene, trial, to, combos[number], number)
+
+
+def _case(trial: Trial, case: Case, to: Precision) -> None:
+    call = rounded(trial.op.contract, _repeated(case.call) if case.view == "repeated" else case.call, to)
+    if call is None:
+        return
+    try:
+        right = truth.truth(trial.op, call, to)
+    except ValueError:
+        return  # the operator itself refuses this combination
+    start = time.perf_counter()
+    answer = trial.subject.call(call, view=case.view, poison=[v.nbytes for v in right.values()])
+    seconds = time.perf_counter() - start
+    result = _judged(trial, case, call, to, right, answer)
+    result.seconds, result.traits = seconds, traits(trial.op, call)
+    if result.status not in ("PASS", "NOT_APPLICABLE"):
+        result.excusable = _excusable(trial, result, call, to, right, answer)
+    trial.report.cases.append(result)
+
+
+def _judged(trial: Trial, case: Case, call: dict, to: Precision, right: dict, answer: Answer) -> Result:
+    failed = trouble(answer)
+    if failed is not None:
+        return Result(case.id, case.klass, to.name, *failed)
+    got, limits = trial.named(answer, call), truth.tolerance(trial.op, call, to, right)
+    finding = trial.gate(case.klass, call, to, got, right, limits)
+    if set(got) == set(right):
+        trial.keep(Evidence(call, to, got, right, limits, failed=finding is not None))
+    if finding is not None:
+        trial.failed_cases.append((case, to, finding))
+        return trial.failure(case, to, finding, call)
+    for name, exact in right.items():
+        if exact.size > 8 and exact.dtype.kind in "fc":  # integers are compared exactly
+            trial.teeth.setdefault(name, set()).update(gates.teeth(exact, limits[name]))
+    return Result(case.id, case.klass, to.name, "PASS")
+
+
+def _excusable(trial: Trial, result: Result, call: dict, to: Precision, right: dict, answer: Answer) -> bool:
+    """The candidate raised; or has no notion of complex numbers: drops imaginary parts, or returns them."""
+    if result.status == "ERROR":
+        return True
+    if COMPLEX not in result.traits or answer.status != "OK":
+        return False
+    got = next(iter(trial.named(answer, call).values()), None)
+    if not isinstance(got, np.ndarray):
+        return False
+    if got.dtype.kind == "c":
+        return next(iter(right.values())).dtype.kind != "c"
+    try:
+        name, real = next(iter(truth.truth(trial.op, real_parts(call), to).items()))
+        limit = truth.tolerance(trial.op, real_parts(call), to, {name: real})[name]
+    except (ValueError, TypeError, KeyError):
+        return False
+    return got.shape == real.shape and not np.any(gates.error_ratio(got, real, limit) > 1)
+
+
+# -- hygiene: the same call again, other values in the same memory -----------------------------------------------------
+
+
+def _hygiene(trial: Trial, to: Precision, combo: dict, number: int) -> None:
+    """A, A again, then B in A's memory, then A: equal bits for equal values, and never an answer kept from before."""
+    rng = np.random.default_rng([trial.seed, number, 99])
+    sizes = dict(zip(trial.op.lengths, (21, 35, 27), strict=False))
+    a, b = trial.draw(rng, sizes, combo, to), trial.draw(rng, sizes, combo, to)
+    if a is None or b is None:
+        return
+    case = Case(trial.op.name, "hygiene", f"A, A, B, A in the same memory, {number}", a.call, a.sizes)
+    answer = trial.subject.call(a.call, repeat=2, second=b.call, poison=[v.nbytes for v in a.right.values()])
+    failed = trouble(answer)
+    if failed is not None:
+        result = Result(case.id, case.klass, to.name, *failed, traits=traits(trial.op, a.call), excusable=failed[0] == "ERROR")
+    else:
+        result = _compared(trial, case, to, [answer.result, *answer.again], b.call, b.right)
+    trial.report.cases.append(result)
+
+
+def _compared(trial: Trial, case: Case, to: Precision, results: list, other: dict, right: dict) -> Result:
+    first, second, of_other, third = map(_bits, results)
+    if first != second or first != third:
+        return Result(case.id, case.klass, to.name, "NONDETERMINISTIC", "the same inputs give other results when called again")
+    if of_other == first and not trial.subject.mutable:
+        return Result(case.id, case.klass, to.name, "PASS")
+    got = trial.named(Answer(results[2]), other)
+    finding = trial.gate(case.klass, other, to, got, right, truth.tolerance(trial.op, other, to, right))
+    if finding is None:
+        return Result(case.id, case.klass, to.name, "PASS")
+    if of_other == first:
+        return Result(case.id, case.klass, to.name, "NONDETERMINISTIC", "other values in the same memory give the first call's result: an answer is cached")
+    return trial.failure(case, to, finding, other)
+
+
+def _bits(result) -> bytes:
+    if isinstance(result, tuple):
+        return b"".join(map(_bits, result))
+    return np.ascontiguousarray(result).tobytes() if isinstance(result, np.ndarray) else b""
+
+
+def _repeated(call: dict) -> dict:
+    """All batch entries alike, so that a stride of 0 can stand for them."""
+    return {n: np.repeat(v[:1], v.shape[0], axis=0) if isinstance(v, np.ndarray) and v.ndim > 1 and v.shape[0] == 2 else v for n, v in call.items()}
