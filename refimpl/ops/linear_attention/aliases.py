@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from refimpl.core.contract import real_dtype
 from refimpl.ops.linear_attention.linear_attention import linear_attention
 
 __all__ = ["delta_rule", "gated_delta_rule", "gla", "retention"]
@@ -16,7 +15,8 @@ def retention(q, k, v, log_gamma, *, scale=None, state=None, return_state=False)
     q, k, v : ndarray, shapes (..., Hq, T, d), (..., Hkv, T, d), (..., Hkv, T, e)
         Queries, keys (rotated already, where rotation is wanted), values.
     log_gamma : float or ndarray, shape (Hkv,)
-        log γ. RetNet takes γ = 1 - 2^-(5 + h) for head h.
+        log γ. RetNet takes γ = 1 - 2^-(5 + h) for head h. A Python number is rounded to the keys' precision, an array takes
+        part in the choice of precision: give one in float32 with keys in a half type.
     scale, state, return_state
         As in `linear_attention`.
 
@@ -36,12 +36,11 @@ def retention(q, k, v, log_gamma, *, scale=None, state=None, return_state=False)
     >>> retention(q, k, np.array([[8.0], [0.0], [0.0]]), np.log(0.5))[:, 0]
     array([8., 4., 2.])
     """
-    log_gamma, k = np.asarray(log_gamma), np.asarray(k)
+    k = np.asarray(k)
+    log_gamma = np.asarray(log_gamma, dtype=k.dtype if isinstance(log_gamma, float) and k.dtype.kind not in "iub" else None)
     if log_gamma.ndim > 1 or (log_gamma.ndim == 1 and (k.ndim < 3 or log_gamma.shape != k.shape[-3:-2])):
         raise ValueError(f"retention: log_gamma must be a number or have shape (Hkv,), got {log_gamma.shape} with k of shape {k.shape}")
     decay = np.broadcast_to(log_gamma[..., None], (*np.shape(k)[:-2], np.shape(k)[-2]))
-    if decay.dtype.kind == "f" and k.dtype.kind in "fV":
-        decay = decay.astype(real_dtype(k.dtype))
     return linear_attention(q, k, v, decay=decay, scale=scale, state=state, return_state=return_state)
 
 

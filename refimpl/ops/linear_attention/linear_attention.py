@@ -159,9 +159,8 @@ def linear_attention_parallel(
     u = v
     if beta is not None:
         u = solve_unit_lower(beta * _match(k, k, A), beta * (v - (k * since) @ S_peak))
-    k_shared, A_shared, u_shared, since_shared, S_shared = k[..., None, :, :], A[..., None, :, :, :], u[..., None, :, :], since[..., None, :, :], S_peak[..., None, :, :]
-    match = _match(q, k_shared, A_shared)  # (..., Hkv, group, T, T)
-    read = masked_matmul(match, u_shared, _causal(match)) + (q * since_shared) @ S_shared
+    match = _match(q, k[..., None, :, :], A[..., None, :, :, :])  # (..., Hkv, group, T, T)
+    read = masked_matmul(match, u[..., None, :, :], _causal(match)) + (q * since[..., None, :, :]) @ S_peak[..., None, :, :]
     o = ungrouped(read[..., :-1] / read[..., -1:] if normalize else scale * read)
     if not return_state:
         return o
@@ -248,11 +247,12 @@ def _recall(S, k):
 def _exponents(g):
     """Log-decays (..., L, c) -> A_tj, the sums over j+1 ... t, as (..., c, L, L); e^(sums over 0 ... t - peak), (..., L, c); peak, (..., c).
 
-    The peak, the largest sum or 0, goes to the state, where it cannot overflow unless the state itself does.
+    The peak, the largest sum or 0, goes to the state, where it cannot overflow unless the state itself does. What is not
+    finite is no peak: it must not reach the steps before it.
     """
     A = gate_exponents(_transposed(g), np.zeros_like(_transposed(g)))
     sums = np.cumsum(g, axis=-2)
-    peak = np.maximum(sums.max(axis=-2), 0)
+    peak = np.maximum(np.where(np.isfinite(sums), sums, np.zeros_like(sums)).max(axis=-2), 0)
     return A, np.exp(sums - peak[..., None, :]), peak
 
 

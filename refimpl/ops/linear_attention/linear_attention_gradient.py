@@ -100,7 +100,8 @@ def linear_attention_vjp(dy, q, k, v, *, decay=None, beta=None, feature_map=None
     dq, dk, dv, dg, dbeta = zip(*steps[::-1], strict=True)
     dq, dk, dv = ungrouped(np.stack(dq, axis=-2)), np.stack(dk, axis=-2), np.stack(dv, axis=-2)
     if phi is not None:
-        dq, dk = phi.vjp(dq, np.broadcast_to(raw_q, (*dq.shape[:-1], raw_q.shape[-1]))), phi.vjp(dk, np.broadcast_to(raw_k, (*dk.shape[:-1], raw_k.shape[-1])))
+        dq = phi.vjp(dq, np.broadcast_to(raw_q, (*dq.shape[:-1], raw_q.shape[-1])))
+        dk = phi.vjp(dk, np.broadcast_to(raw_k, (*dk.shape[:-1], raw_k.shape[-1])))
     gradients |= {"q": dq, "k": dk, "v": dv, "decay": np.stack(dg, axis=-2 if per_channel else -1)}
     return gradients if beta is None else gradients | {"beta": np.stack(dbeta, axis=-1)}
 
