@@ -23,7 +23,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/refimpl survey
 
 test: $(VENV)/.test
-	$(ONE_THREAD) $(VENV)/bin/pytest -n auto
+	$(ONE_THREAD) $(VENV)/bin/pytest -n auto --run slow
 
 test-peers: $(PEERS)/.peers
 	$(ONE_THREAD) $(PEERS)/bin/pytest -n auto -m peers tests

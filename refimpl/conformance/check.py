@@ -143,10 +143,10 @@ def check(
 
 def _jobs(trial: Trial, to: Precision, gradients: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Everything to be done in one precision, each a label and a thunk."""
-    yield from result_jobs(trial, to)
-    yield from law_jobs(trial, to)
     if gradients:
         yield from gradient_jobs(trial, to)
+    yield from result_jobs(trial, to)
+    yield from law_jobs(trial, to)
 
 
 def _conclude(trial: Trial, fail_fast: bool) -> None:

@@ -43,7 +43,7 @@ def test_every_mutant_is_caught(mutant, dtype, tally):
     assert report.failures, str(report)
 
 
-NAMED_IN_CI = MUTANTS[::8]  # the rest by `pytest tests/meta --run slow`
+NAMED_IN_CI = MUTANTS[::8]  # the rest by `pytest tests/meta --run thorough`
 
 
 def _named(mutant, tally):
@@ -60,7 +60,7 @@ def test_verdict_and_diagnosis(mutant, tally):
     _named(mutant, tally)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("mutant", [m for m in MUTANTS if m not in NAMED_IN_CI], ids=lambda m: f"{m.operator}-{m.name}")
 def test_verdict_and_diagnosis_of_the_rest(mutant, tally):
     _named(mutant, tally)
