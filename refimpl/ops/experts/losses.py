@@ -33,7 +33,7 @@ from refimpl.op import Cost, Form, Law, Op
 
 def _check(arguments, sizes):
     experts = arguments.get("experts")
-    if experts is not None and experts.size and not (0 <= np.min(experts) and np.max(experts) < sizes["E"]):
+    if experts is not None and experts.size and not (np.min(experts) >= 0 and np.max(experts) < sizes["E"]):
         raise ValueError(f"load_balance_loss: experts must be indices from 0 to {sizes['E'] - 1}, got {np.min(experts)} to {np.max(experts)}")
 
 

@@ -170,7 +170,7 @@ def moe_capacity(
     y = combine F(buffers). All shapes are fixed beforehand, so it compiles and shards; 4 T E C d operations go into
     moving tokens. Without `capacity`, C is the longest queue.
     """
-    E, (T, d) = router.shape[-1], x.shape[-2:]
+    E, d = router.shape[-1], x.shape[-1]
     weights, experts = route(x @ router, k, order=order, renormalize=renormalize)  # (..., T, k)
     kept, tokens, dropped = _queues(experts, capacity, E)
     place = _places(experts, E)  # (..., T, k)
