@@ -1,6 +1,7 @@
 """Mistakes in quantisation: whose scale, which way halves go, and what is left out."""
 
 from refimpl.conformance.mutants import Mutant, edited
+from refimpl.ops.quantization import bitlinear as bl
 from refimpl.ops.quantization import ternary as te
 
 _ROUND = "_integers(np.clip(np.rint(w / _unit(scale)), -1, 1), 8), scale[..., 0, 0]"
@@ -155,4 +156,132 @@ _ACTIVATIONS = (
     ),
 )
 
-MUTANTS = _WEIGHTS + _ACTIVATIONS
+_Y = "    y = (x_q @ w_q) * (step * scale)\n    return y if bias is None else y + bias\n\n\n@CONTRACT.form\ndef bitlinear_dequantised("
+_X_Q = "return np.clip(np.rint(x / _nonzero(largest) * Q), -Q - 1, Q), largest / Q"
+_ROW = "    largest = np.max(abs(x), axis=-1, keepdims=True, initial=0)  # (..., 1)\n    return np.clip("
+_W_Q = "return np.clip(np.rint(w / _nonzero(scale)), -1, 1), scale"
+_Q = "    Q = 2 ** (int(bits) - 1) - 1\n"
+
+_BITLINEAR = (
+    Mutant(
+        "bitlinear",
+        "ternary_by_sign",
+        "ternary weights are the signs of w: they are 0 up to half the mean size",
+        edited(bl.bitlinear, (_W_Q, "return np.sign(w), scale")),
+    ),
+    Mutant(
+        "bitlinear",
+        "mean_size_per_output",
+        "every output has a weight scale of its own: one mean size serves the whole matrix",
+        edited(bl.bitlinear, ("    scale = _mean(abs(w))\n", "    scale = np.sum(abs(w), axis=0, keepdims=True) / max(w.shape[0], 1)\n")),
+        variant=True,
+    ),
+    Mutant(
+        "bitlinear",
+        "weight_scale_forgotten",
+        "y lacks γ: the integers' product is multiplied by max|x|/Q and by γ",
+        edited(bl.bitlinear, (_Y, _Y.replace("(step * scale)", "step"))),
+    ),
+    Mutant(
+        "bitlinear",
+        "activation_scale_forgotten",
+        "y lacks max|x|/Q: the integers' product is multiplied by it and by γ",
+        edited(bl.bitlinear, (_Y, _Y.replace("(step * scale)", "scale"))),
+    ),
+    Mutant(
+        "bitlinear",
+        "one_activation_scale_for_all",
+        "all tokens share one scale: each token has its own",
+        edited(bl.bitlinear, (_ROW, "    largest = 0 * np.max(abs(x), axis=-1, keepdims=True, initial=0) + np.max(abs(x), initial=0)\n    return np.clip(")),
+        variant=True,
+    ),
+    Mutant(
+        "bitlinear",
+        "128_for_127",
+        "the largest element becomes 2^(bits-1), and is clipped: it becomes Q = 2^(bits-1) - 1",
+        edited(bl.bitlinear, (_Q, "    Q = 2 ** (int(bits) - 1)\n"), (_X_Q, "return np.clip(np.rint(x / _nonzero(largest) * Q), -Q, Q - 1), largest / Q")),
+        variant=True,
+    ),
+    Mutant(
+        "bitlinear",
+        "towards_zero",
+        "activations are cut towards zero, as a cast does: they are rounded to the nearest integer",
+        edited(bl.bitlinear, (_X_Q, _X_Q.replace("np.rint", "np.trunc"))),
+    ),
+    Mutant(
+        "bitlinear",
+        "floor",
+        "activations are rounded down: to the nearest integer",
+        edited(bl.bitlinear, (_X_Q, _X_Q.replace("np.rint", "np.floor"))),
+    ),
+    Mutant(
+        "bitlinear",
+        "activations_not_quantised",
+        "only the weights are quantised: the activations are too",
+        edited(bl.bitlinear, (_X_Q, "return x / _nonzero(largest) * Q, largest / Q")),
+        variant=True,
+    ),
+    Mutant(
+        "bitlinear",
+        "bits_ignored",
+        "activation_bits is ignored: Q = 2^(activation_bits - 1) - 1",
+        edited(bl.bitlinear, (_Q, "    Q = 127\n")),
+    ),
+    Mutant(
+        "bitlinear",
+        "binary_around_zero",
+        "binary weights are the signs of w: of w less its mean",
+        edited(bl.bitlinear, ("np.where(w > _mean(w), np.ones_like(w)", "np.where(w > 0, np.ones_like(w)")),
+        variant=True,
+    ),
+    Mutant(
+        "bitlinear",
+        "zero_token_gives_nan",
+        "a token of zeros is divided by its largest size, 0: it gives 0 (and the bias)",
+        edited(bl.bitlinear, (_X_Q, _X_Q.replace("_nonzero(largest)", "largest"))),
+    ),
+    Mutant(
+        "bitlinear",
+        "bias_scaled",
+        "the bias is added to the integers' product, and scaled with it: it is added to the result",
+        edited(bl.bitlinear, (_Y, _Y.replace("    y = (x_q @ w_q) * (step * scale)\n    return y if bias is None else y + bias\n", "    return (x_q @ w_q + (0 if bias is None else bias)) * (step * scale)\n"))),
+    ),
+    Mutant(
+        "bitlinear",
+        "epsilon_in_scale",
+        "1e-5 is added to γ: it is the mean size itself, and zero is treated apart",
+        edited(bl.bitlinear, ("    scale = _mean(abs(w))\n", "    scale = _mean(abs(w)) + np.asarray(1e-5, w.dtype)\n")),
+        variant=True,
+    ),
+    Mutant(
+        "bitlinear",
+        "gradient_of_full_precision",
+        "dx = dy wᵀ and dw = xᵀ dy, of the weights and activations before rounding: the forward pass saw ŵ and x̂",
+        edited(bl.bitlinear_vjp, ("    x_hat, w_hat = _values(x, w, weights, activation_bits)\n    dw", "    x_hat, w_hat = x, w\n    dw")),
+        of_gradient=True,
+    ),
+    Mutant(
+        "bitlinear",
+        "gradient_without_scale",
+        "dx lacks γ: it is dy (w_q γ)ᵀ",
+        edited(bl.bitlinear_vjp, ("dy @ w_hat.T", "dy @ _weights(w, weights)[0].T")),
+        of_gradient=True,
+    ),
+    Mutant(
+        "bitlinear",
+        "gradient_clipped",
+        "weights that were clipped get no gradient: rounding and clipping are straight-through together",
+        edited(bl.bitlinear_vjp, ("{\"x\": dy @ w_hat.T, \"w\": dw,", "{\"x\": dy @ w_hat.T, \"w\": np.where(abs(w) <= _mean(abs(w)), dw, 0 * dw),")),
+        of_gradient=True,
+        variant=True,
+    ),
+    Mutant(
+        "bitlinear",
+        "rounding_has_no_gradient",
+        "the derivative of rounding is taken for 0, and nothing is learnt: it is taken for 1, straight-through",
+        edited(bl.bitlinear_vjp, ("{\"x\": dy @ w_hat.T, \"w\": dw,", "{\"x\": 0 * x, \"w\": 0 * w,")),
+        of_gradient=True,
+    ),
+)
+
+MUTANTS = _WEIGHTS + _ACTIVATIONS + _BITLINEAR

@@ -149,8 +149,8 @@ def router_z_loss(logits):
     Examples
     --------
     >>> import numpy as np
-    >>> float(router_z_loss(np.log([[0.5, 0.5], [0.25, 0.75]])))
-    0.0
+    >>> float(router_z_loss(np.array([[2.0], [4.0]])))
+    10.0
     """
     lse = logsumexp(logits)  # (..., T)
     return np.asanyarray(np.sum(lse * lse, axis=-1) / max(logits.shape[-2], 1))
