@@ -250,3 +250,52 @@ def test_layouts_are_a_permutation_of_each_other(pairs, rng):
         rope(x[:, to_half], positions),
         2 * _rope_bound(x[:, to_half], positions, "half"),
     )
+
+
+# -- relative attention ----------------------------------------------------------------------------------------------
+
+RELATIVE_FORMS = pytest.mark.parametrize("form", list(OPS["relative_attention"].forms))
+
+
+def relative_call(rng, n=4, m=4):
+    return OPS["relative_attention"].sample(rng, n=n, m=m, H=2, d=3, e=2)
+
+
+@RELATIVE_FORMS
+def test_segment_memory_equals_a_longer_context(form, rng):
+    """The second segment, with the first as memory, gives what the whole sequence gives there."""
+    f, whole = OPS["relative_attention"].forms[form].function, relative_call(rng, 9, 9)
+    limit = 2 * OPS["relative_attention"].error_bound(**whole, unit=UNIT)
+    for cut in (1, 4, 8):
+        first = {name: x[:, :cut] if name in "qkvr" else x for name, x in whole.items()}
+        second = whole | {"q": whole["q"][:, cut:]}
+        both = np.concatenate([f(**first), f(**second)], axis=1)
+        within(both, f(**whole), limit)
+
+
+def test_the_gradient_stopped_at_the_memory_is_the_second_segment_s(rng):
+    """Without the memory's own gradient, what is left is the sequence's with the loss on the second segment alone."""
+    whole, cut = relative_call(rng, 7, 7), 3
+    do = rng.standard_normal((2, 7, 2))
+    second = refimpl.relative_attention_vjp(do[:, cut:], **whole | {"q": whole["q"][:, cut:]})
+    do[:, :cut] = 0
+    all_of_it = refimpl.relative_attention_vjp(do, **whole)
+    for name in ("k", "v"):
+        np.testing.assert_allclose(second[name][:, cut:], all_of_it[name][:, cut:], rtol=0, atol=64 * UNIT * np.max(abs(second[name])))
+    np.testing.assert_allclose(second["q"], all_of_it["q"][:, cut:], rtol=0, atol=64 * UNIT * np.max(abs(second["q"])))
+    assert np.any(all_of_it["k"][:, :cut]), "which the memory would get, if it were not stopped"
+
+
+@RELATIVE_FORMS
+@pytest.mark.parametrize(("n", "m"), [(5, 5), (2, 6)])
+def test_relative_attention_is_attention_with_the_position_as_a_bias(form, n, m, rng):
+    call = relative_call(rng, n, m)
+    q, k, v, r = (call[name] for name in "qkvr")
+    bias = np.array(
+        [[[(q[h, i] + call["v_bias"][h]) @ r[h, abs(i + m - n - j)] for j in range(m)] for i in range(n)] for h in range(2)]
+    ) / np.sqrt(3)
+    q = q + call["u_bias"][:, None]
+    want, limit = (f(q, k, v, bias=bias, causal=True) for f in (attention, attention_bound))
+    within(
+        OPS["relative_attention"].forms[form].function(**call), want, 2 * limit + OPS["relative_attention"].error_bound(**call, unit=UNIT)
+    )

@@ -9,7 +9,7 @@ import numpy as np
 from refimpl.conformance.mutants import Mutant, edited
 
 _chapter = lambda name: importlib.import_module(f"refimpl.ops.attention.{name}")
-_rope = _chapter("rope")
+_rope, _relative = _chapter("rope"), _chapter("relative_attention")
 
 
 def _edits(operator, function, name, says, *edits, **kwargs):
@@ -173,4 +173,99 @@ ROPE = (
     ),
 )
 
-MUTANTS = ROPE
+# -- relative attention ----------------------------------------------------------------------------------------------
+
+
+def _of_relative(name, says, *edits, **kwargs):
+    return _edits("relative_attention", _relative.relative_attention, name, says, *edits, **kwargs)
+
+
+def _of_relative_vjp(name, says, *edits):
+    return _edits("relative_attention", _relative.relative_attention_vjp, name, says, *edits, of_gradient=True)
+
+
+_POSITION = "position = ((q + v_bias[:, None])[..., None, :] * of_pairs).sum(axis=-1)"
+_CONTENT = "s = np.where(allowed, ((q + u_bias[:, None]) @ k.mT + position) / sqrt_of(q.shape[-1], q), -np.inf)\n    return masked"
+_TWO_SIDES = "rows = np.minimum(abs(distance), m - 1) if m == R else distance % max(R, 1)"
+
+RELATIVE = (
+    _of_relative(
+        "rows_reversed",
+        "your rows of r run from the farthest key to the nearest (as Transformer-XL's code keeps them); row x is the distance x",
+        ("of_pairs = r[:, rows]", "of_pairs = r[:, ::-1][:, rows]"),
+    ),
+    _of_relative(
+        "distance_from_one",
+        "your distances start at 1: a query's own position is distance 0, the first row of r",
+        (_TWO_SIDES, "rows = np.minimum(abs(distance) + 1, m - 1) if m == R else (distance + 1) % max(R, 1)"),
+    ),
+    _of_relative(
+        "memory_not_counted",
+        "you take i - j for the distance: with a memory query i stands at i + m - n",
+        (
+            "rows, allowed = _distances(q, k, r, causal)\n    of_pairs",
+            "rows, allowed = _distances(q, k, r, causal)\n    rows = abs(np.arange(q.shape[-2])[:, None] - np.arange(k.shape[-2]))\n    of_pairs",
+        ),
+    ),
+    _of_relative(
+        "biases_swapped",
+        "you add v_bias towards content and u_bias towards position: it is (q + u)·k and (q + v)·r",
+        (_POSITION, _POSITION.replace("v_bias", "u_bias")),
+        (_CONTENT, _CONTENT.replace("u_bias", "v_bias")),
+    ),
+    _of_relative(
+        "biases_left_away",
+        "you leave u_bias and v_bias away",
+        (_POSITION, _POSITION.replace("(q + v_bias[:, None])", "q")),
+        (_CONTENT, _CONTENT.replace("(q + u_bias[:, None])", "q")),
+    ),
+    _of_relative(
+        "position_not_scaled",
+        "you divide the content term only by √d; the term of the position is scaled too",
+        (
+            _CONTENT,
+            _CONTENT.replace(
+                "((q + u_bias[:, None]) @ k.mT + position) / sqrt_of(q.shape[-1], q)",
+                "(q + u_bias[:, None]) @ k.mT / sqrt_of(q.shape[-1], q) + position",
+            ),
+        ),
+    ),
+    _of_relative("not_scaled", "you do not divide the scores by √d", (_CONTENT, _CONTENT.replace(" / sqrt_of(q.shape[-1], q)", ""))),
+    _of_relative(
+        "sign_of_distance_lost",
+        "with rows for both signs you look up |P - j|; negative distances have rows of their own, counted from the end",
+        (_TWO_SIDES, "rows = np.minimum(abs(distance), m - 1) if m == R else abs(distance) % max(R, 1)"),
+    ),
+    _of_relative(
+        "causal_ignores_memory",
+        "your causal mask is aligned at the start (j <= i): with a memory query i sees j <= i + m - n",
+        ("return rows, distance >= 0 if causal", "return rows, np.arange(n)[:, None] >= np.arange(m) if causal"),
+    ),
+    _of_relative(
+        "causal_not_looked_at",
+        "you mask causally whatever `causal` says",
+        ("return rows, distance >= 0 if causal", "return rows, distance >= 0 if True"),
+    ),
+    _of_relative_vjp(
+        "gradient_of_r_not_shifted_back",
+        "your gradient of r takes column j of ds for distance j: it must undo the shift, row x gathering all pairs at distance x",
+        ("dt[..., np.arange(q.shape[-2]), rows[:, j]] += ds[..., j]", "dt[..., min(j, dt.shape[-1] - 1)] += ds[..., j]"),
+    ),
+    _of_relative_vjp(
+        "gradient_of_q_without_position",
+        "your gradient of q has the content term only; the position term adds dt r",
+        ('"q": to_content + to_position', '"q": to_content'),
+    ),
+    _of_relative_vjp(
+        "gradient_of_k_without_bias",
+        "your gradient of k leaves u away: it is dsᵀ (q + u)",
+        ('"k": masked_matmul(ds.mT, q + u_bias[:, None], s.mT)', '"k": masked_matmul(ds.mT, q, s.mT)'),
+    ),
+    _of_relative_vjp(
+        "gradient_not_scaled",
+        "your gradients lack the 1/√d of the scores",
+        ("ds = weights_vjp(p, dy @ v.mT, s) / root", "ds = weights_vjp(p, dy @ v.mT, s)"),
+    ),
+)
+
+MUTANTS = ROPE + RELATIVE
