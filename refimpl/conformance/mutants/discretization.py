@@ -148,7 +148,7 @@ _DISCRETIZE_DIAGONAL = (
         "discretize_diagonal",
         "imaginary_part_dropped",
         "the state decays but does not turn: a is complex, and its imaginary part is the frequency",
-        edited(dd.discretize_diagonal, (_DIAGONAL_HOLD, "A_bar, B_bar = np.exp(z.real), dt * phi1(z.real) * b")),
+        edited(dd.discretize_diagonal, (_DIAGONAL_HOLD, "A_bar, B_bar = np.exp(z.real) + 0 * z, dt * phi1(z.real) * b + 0 * z")),
     ),
     Mutant(
         "discretize_diagonal",

@@ -263,7 +263,7 @@ OPS = (
         hard={
             "long memory": _with(nu_log=lambda rng, v: np.log(-np.log(1 - 2.0 ** -rng.integers(6, 12, v.shape)))),
             "no memory": _with(nu_log=lambda rng, v: v + 4),
-            "no decay at all": _with(nu_log=lambda rng, v: v * 0 - 200),
+            "hardly any decay": _with(nu_log=lambda rng, v: v * 0 - 9),
             "no rotation": _with(theta_log=lambda rng, v: v * 0 - 200),
             "alternating": _with(theta_log=lambda rng, v: v * 0 + np.log(np.pi)),
             "one needle": _with(u=lambda rng, u: u * (np.arange(u.shape[-2]) == u.shape[-2] // 3)[:, None], state=lambda rng, s: s * 0),

@@ -255,11 +255,11 @@ OPS = (
         sample=_sample,
         options={"exponent": (8.0, 2.0)},
         hard={
-            "a decay of 1": _with(log_a=lambda rng, a: np.where(np.arange(len(a)) % 2 == 0, 0.0, a)),
+            "a decay of nearly 1": _with(log_a=lambda rng, a: np.where(np.arange(len(a)) % 2 == 0, -(2.0**-14), a)),
             "a decay of 0": _with(log_a=lambda rng, a: np.where(np.arange(len(a)) % 2 == 0, -1e3, a)),
             "long memory": _with(log_a=lambda rng, a: a / 1000),
             "gates nearly closed": _with(r=lambda rng, r: r * 1e-4),
-            "gates at 0 and 1": _with(r=lambda rng, r: np.round(r), i=lambda rng, i: np.round(i)),
+            "gates shut or open": _with(r=lambda rng, r: np.where(r < 0.5, 2.0**-9, 1.0), i=lambda rng, i: np.round(i)),
             "reset everywhere": _with(reset=lambda rng, s: s | True),
             "reset at the start only": _with(reset=lambda rng, s: np.broadcast_to(np.arange(s.shape[-1]) == 0, s.shape)),
             "large": _with(x=lambda rng, x: 1e6 * x),
