@@ -399,6 +399,38 @@ def fftconvolve(f: Callable) -> Callable:
     return long_conv
 
 
+@_like_operator("causal_conv1d")
+def causal_conv1d_fn(f: Callable) -> Callable:
+    """``f(x, weight, bias, activation=)`` on (batch, channels, time), as causal_conv1d_fn."""
+
+    def causal_conv1d(x, weight, bias=None, *, activation=None):
+        _refuse(x.shape[-2] == 0, "needs a step")
+        lead = _lead((x, 2))
+        return _unfold(f(_fold(x, 2, lead).swapaxes(-1, -2), weight, bias, activation=activation).swapaxes(-1, -2), lead)
+
+    return causal_conv1d
+
+
+@_like_operator("causal_conv1d")
+def onnx_causal_conv(f: Callable) -> Callable:
+    """ONNX's operator CausalConvWithState (see `onnx_operator`), on (batch, channels, time)."""
+
+    def causal_conv1d(x, weight, bias=None, *, activation=None, state=None, return_state=False):
+        _refuse(x.shape[-2] == 0, "needs a step")
+        _refuse(weight.shape[-1] == 1 and (state is not None or return_state), "with one tap there is no state")
+        lead = _lead((x, 2), *(((state, 2),) if state is not None else ()))
+        inputs = {"input": _fold(x, 2, lead).swapaxes(-1, -2), "weight": weight[:, None]}
+        if bias is not None:
+            inputs["bias"] = bias
+        if state is not None:
+            inputs["past_state"] = _fold(state, 2, lead).swapaxes(-1, -2)
+        y, last = f(inputs, ("output", "present_state"), {} if activation is None else {"activation": activation})
+        y = _unfold(y.swapaxes(-1, -2), lead)
+        return (y, _unfold(last.swapaxes(-1, -2), lead)) if return_state else y
+
+    return causal_conv1d
+
+
 # -- state space models ----------------------------------------------------------------------------------------------
 
 
@@ -463,6 +495,33 @@ def mambapy_scan(f: Callable) -> Callable:
         return _unfold(f(u, delta, A, B, C, A.new_zeros(A.shape[0]) if D is None else D), lead)
 
     return selective_scan
+
+
+@_like_operator("ssd")
+def chunk_scan(f: Callable, *, chunk: int = 16) -> Callable:
+    """``f(x, dt, A, B, C, chunk, D, dt_bias, initial_states, dt_softplus, dt_limit, return_final_states)``, as mamba_chunk_scan_combined.
+
+    On (batch, time, heads, features); states there are transposed.
+    """
+
+    def ssd(x, dt, A, B, C, D=None, dt_bias=None, *, dt_softplus=False, dt_limit=(0.0, math.inf), state=None, return_state=False):
+        _refuse(x.shape[-2] == 0, "needs a step")
+        one_head = x.ndim == 2
+        A, D, dt_bias = (None if v is None else v.reshape(-1) for v in (A, D, dt_bias))
+        if one_head:
+            x, dt, B, C, state = (None if v is None else v[None] for v in (x, dt, B, C, state))
+        lead = _lead((x, 3), (dt, 2), (B, 3), (C, 3), *(((state, 3),) if state is not None else ()))
+        x, B, C = (_fold(v, 3, lead).swapaxes(1, 2) for v in (x, B, C))
+        options: dict[str, Any] = {"D": D, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit, "return_final_states": True}
+        if state is not None:
+            options["initial_states"] = _fold(state, 3, lead).swapaxes(-1, -2)
+        y, last = f(x, _fold(dt, 2, lead).swapaxes(1, 2), A, B, C, chunk, **options)
+        y, last = _unfold(y.swapaxes(1, 2), lead), _unfold(last.swapaxes(-1, -2), lead)
+        if one_head:
+            y, last = y[..., 0, :, :], last[..., 0, :, :]
+        return (y, last) if return_state else y
+
+    return ssd
 
 
 # -- gated recurrent networks ----------------------------------------------------------------------------------------

@@ -351,6 +351,23 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         build=lambda: adapters.fftconvolve(_from("jax.scipy.signal", "fftconvolve")),
         framework="jax",
     ),
+    Implementation(
+        operator="causal_conv1d",
+        package="onnx",
+        function="CausalConvWithState (reference)",
+        build=lambda: adapters.onnx_causal_conv(adapters.onnx_operator("CausalConvWithState")),
+        needs=("onnx", "onnx.reference.ops.op_causal_conv_with_state"),
+        framework="numpy",
+    ),
+    Implementation(
+        operator="causal_conv1d",
+        package="transformers",
+        function="causal_conv1d_fn (mamba)",
+        build=lambda: adapters.causal_conv1d_fn(_from("transformers.models.mamba.modeling_mamba", "causal_conv1d_fn")),
+        needs=("transformers",),
+        dtypes=("float64", "float32"),
+        gradients=True,
+    ),
     # -- state space models
     Implementation(
         operator="discretize",
@@ -391,6 +408,21 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         build=lambda: _mambapy("selective_scan_seq"),
         needs=("mambapy",),
         gradients=True,
+    ),
+    Implementation(
+        operator="ssd",
+        package="transformers",
+        function="mamba2_chunk_scan",
+        build=lambda: adapters.chunk_scan(_from("transformers.models.mamba2.modeling_mamba2", "mamba2_chunk_scan")),
+        needs=("transformers",),
+        gradients=True,
+    ),
+    Implementation(
+        operator="ssd",
+        package="mamba-ssm",
+        function="mamba_chunk_scan_combined",
+        build=lambda: adapters.chunk_scan(_from("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined"), chunk=64),
+        needs=("mamba_ssm",),
     ),
     # -- gated recurrent networks
     *(
