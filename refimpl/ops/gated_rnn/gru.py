@@ -232,6 +232,7 @@ def error_bound(x, W, R, b=None, b_recurrent=None, *, unit, store=0.0, linear_be
         J = gate_z[..., None] * eye + rows_z + slope_n[..., None] * rows_n
         local = abs(slope_z) * local_z + slope_n * local_n + 4 * unit * (abs(old) + abs(gate_n) + sigmoid(-z))
         local = local + (4 * unit + 4 * store) * (abs(gate_z * old) + abs(sigmoid(-z) * gate_n))
+        local = local + 2 * store * abs(gate_z * gate_n)  # 1 - z, from a z that was rounded
         E.append(errors.step(J, local))
     y = np.stack(E, axis=-2) if E else _nothing(x, h)  # (..., T, d)
     return (y, E[-1] if E else 0 * h) if return_state else y
