@@ -229,7 +229,7 @@ def test_a_candidate_that_never_returns_costs_its_cases_only(run, write):
                 time.sleep(60)
             return refimpl.linear_recurrence(a, b)
     """
-    result = check(run, f"{write(slow)}:scan", "--dtype", "float64", "--timeout", "0.5")
+    result = check(run, f"{write(slow)}:scan", "--dtype", "float64", "--timeout", "1.5")
     assert result.exit_code == 1
     assert "TIMEOUT" in result.stdout
     assert not result.stdout.startswith("linear_recurrence: mine.py:scan conforms")
@@ -244,9 +244,11 @@ def start(*arguments, **more):
 
 
 def test_interrupt_prints_what_is_done(write, tmp_path):
-    slow = "def scan(a, b):\n    import refimpl, time\n    time.sleep(0.05)\n    return refimpl.linear_recurrence(a, b)"
+    slow = "def scan(a, b):\n    import refimpl, time, pathlib\n    pathlib.Path('called').touch()\n    time.sleep(0.1)\n    return refimpl.linear_recurrence(a, b)"
     process = start("check", "linear_recurrence", f"{write(slow)}:scan", "--no-isolate", cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    time.sleep(3)
+    while not (tmp_path / "called").exists() and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert "Traceback" not in out + err

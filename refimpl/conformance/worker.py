@@ -25,6 +25,9 @@ from refimpl.conformance.frameworks import framework
 from refimpl.conformance.invoke import Answer, Invoker, Request
 
 
+_STARTUP = 300  # seconds in which a process must have imported the candidate and its framework
+
+
 class NotFound(ValueError):
     """The candidate named cannot be loaded; the message is one line."""
 
@@ -96,8 +99,13 @@ class Child:
     def __call__(self, request: Request) -> Answer:
         if self._process is None:
             self._process = self._start()
+            if not self._process.answers_within(_STARTUP):
+                self.close(kill=True)
+                return Answer(status="TIMEOUT", message=f"its process was not ready within {_STARTUP} s, and was ended")
         process = self._process
         try:
+            if not process.ready:
+                process.ready = wire.receive(process.back) is not None
             wire.send(process.to, vars(request))
             if not process.answers_within(self.timeout):
                 self.close(kill=True)
@@ -130,6 +138,7 @@ class _Process:
 
     to: Any
     back: Any
+    ready = False
 
     def wait(self, seconds: float) -> int | None:
         """Its exit status, or None while it runs."""
@@ -232,7 +241,8 @@ class _Forked(_Process):
 
 
 def serve(requests, answers, invoke: Invoker) -> None:
-    """Answer requests until there are no more."""
+    """Say that all is loaded, so that no call is charged for it; then answer requests until there are no more."""
+    wire.send(answers, {"ready": True})
     while True:
         try:
             request = wire.receive(requests)
