@@ -1,0 +1,487 @@
+"""Activations and gates: softplus, silu, gelu, and their products with a second branch.
+
+    softplus(x) = log(1 + e^x)                                                                                   (1)
+    silu(x)     = x σ(x),    σ(x) = 1 / (1 + e^-x)                                                               (2)
+    gelu(x)     = x Φ(x),    Φ the normal distribution function, or its approximation                            (3)
+                  x/2 (1 + tanh(√(2/π) (x + 0.044715 x³)))    = x σ(2 √(2/π) (x + 0.044715 x³))                  (4)
+    swiglu(gate, up) = silu(gate) up,    geglu(gate, up) = gelu(gate) up                                         (5)
+
+Elementwise, and easy to get wrong at the ends: e^x overflows, 1 + e^x loses e^x, and Φ as (1 + erf)/2 has no digit left
+below x = -6. The formulas used here have full relative accuracy in both tails.
+
+Glossary
+    x           input; gate, up: the two branches             W x, V x [3, eqs. 5, 6]
+    Φ, φ        normal distribution function and density      [2, section 2]
+    approximate "none" for (3), "tanh" for (4)
+
+Where implementations differ
+    gelu is (3) in torch's default and (4) in GPT-2's, Gemma's and JAX's; they differ by up to 5e-4. torch's softplus
+    returns x above 20. torch's gelu is (1 + erf)/2: its error is relative to x, not to the result, and allowed here.
+    Which half of a joined projection is the gate differs from model to model.
+
+References
+    [1] S. Elfwing, E. Uchibe, K. Doya, "Sigmoid-weighted linear units", Neural Networks 107, 2018, section 2.
+    [2] D. Hendrycks, K. Gimpel, "Gaussian error linear units", arXiv:1606.08415, section 2.
+    [3] N. Shazeer, "GLU variants improve transformer", arXiv:2002.05202, equations 5-6.
+    [4] C. Dugas et al., "Incorporating second-order functional knowledge", NeurIPS 2000: softplus.
+"""
+
+import numpy as np
+
+from refimpl.core import numerics
+from refimpl.core.contract import Contract, one_of
+from refimpl.core.numerics import pi_of, sigmoid, silu_derivative
+from refimpl.op import Cost, Form, Law, Op
+
+_GELUS = ("none", "tanh")
+
+
+def _check(operator):
+    return lambda arguments, sizes: one_of(operator, "approximate", arguments.get("approximate", "none"), _GELUS)
+
+
+SOFTPLUS = Contract("softplus", takes="x (...)", gives="y (...)")
+SILU = Contract("silu", takes="x (...)", gives="y (...)")
+GELU = Contract("gelu", takes="x (...)", gives="y (...)", check=_check("gelu"))
+SWIGLU = Contract("swiglu", takes="gate (...); up (...)", gives="y (...)")
+GEGLU = Contract("geglu", takes="gate (...); up (...)", gives="y (...)", check=_check("geglu"))
+
+
+# -- softplus --------------------------------------------------------------------------------------------------------
+
+
+@SOFTPLUS.form
+def softplus(x):
+    """log(1 + e^x), equation (1), as max(x, 0) + log(1 + e^-|x|).
+
+    Parameters
+    ----------
+    x : ndarray, any shape
+
+    Returns
+    -------
+    y : ndarray
+
+    Raises
+    ------
+    TypeError
+        If x is not numeric.
+
+    Notes
+    -----
+    Four operations. e^x to the left, x + e^-x to the right, with full relative accuracy; no threshold.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> softplus(np.array([-40.0, 0.0, 40.0]))
+    array([4.24835426e-18, 6.93147181e-01, 4.00000000e+01])
+    """
+    return numerics.softplus(x)
+
+
+@SOFTPLUS.form
+def softplus_by_logaddexp(x):
+    """The same as log(e^0 + e^x), the two-term log-sum-exp: it subtracts the larger of the exponents, 0 or x, first."""
+    return np.logaddexp(np.zeros_like(x), x)
+
+
+@SOFTPLUS.gradient
+def softplus_vjp(dy, x):
+    """Gradient of `softplus`: dy σ(x).
+
+    Parameters
+    ----------
+    dy : ndarray, x's shape
+
+    Returns
+    -------
+    dict
+        "x".
+    """
+    return {"x": dy * sigmoid(x)}
+
+
+def softplus_bound(x, *, unit, store=0.0):
+    """|computed - exact|: 8 roundings of y, and 2 |x| more of its slope for a fast exponential.
+
+    Relative to y in both tails; nothing is stored on the way.
+    """
+    return unit * (8 * softplus(x) + 2 * abs(x) * sigmoid(-abs(x)))
+
+
+# -- silu ------------------------------------------------------------------------------------------------------------
+
+
+@SILU.form
+def silu(x):
+    """x σ(x), equation (2); also called swish.
+
+    Parameters
+    ----------
+    x : ndarray, any shape
+
+    Returns
+    -------
+    y : ndarray
+
+    Raises
+    ------
+    TypeError
+        If x is not numeric.
+
+    Notes
+    -----
+    Four operations. Its least value is -0.278, at x = -1.278.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> silu(np.array([-1.0, 0.0, 1.0])).round(4)
+    array([-0.2689,  0.    ,  0.7311])
+    """
+    return numerics.silu(x)
+
+
+@SILU.gradient
+def silu_vjp(dy, x):
+    """Gradient of `silu`: dy σ(x) (1 + x σ(-x)).
+
+    Parameters
+    ----------
+    dy : ndarray, x's shape
+
+    Returns
+    -------
+    dict
+        "x".
+    """
+    return {"x": dy * silu_derivative(x)}
+
+
+def silu_bound(x, *, unit, store=0.0):
+    """|computed - exact|: 8 roundings of y, and those of a fast exponential, 2 |x| times what its slope makes of them.
+
+    Relative to y, in the left tail as well.
+    """
+    return unit * (8 + 2 * abs(x) * sigmoid(-x)) * abs(numerics.silu(x))
+
+
+# -- gelu ------------------------------------------------------------------------------------------------------------
+
+
+@GELU.form
+def gelu(x, *, approximate="none"):
+    """x Φ(x), equation (3), or its approximation (4).
+
+    Parameters
+    ----------
+    x : ndarray, any shape
+    approximate : {"none", "tanh"}
+
+    Returns
+    -------
+    y : ndarray
+
+    Raises
+    ------
+    ValueError, TypeError
+        If x is not numeric or approximate is neither.
+
+    Notes
+    -----
+    Its least value is -0.17, at x = -0.75. ``error_bound`` is relative to x, since (1 + erf)/2 is how it is computed
+    nearly everywhere; the function here keeps its digits in the left tail too.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> gelu(np.array([-3.0, 1.0]))
+    array([-0.00404969,  0.84134475])
+    >>> gelu(np.array([-3.0, 1.0]), approximate="tanh")
+    array([-0.00363739,  0.84119199])
+    """
+    return numerics.gelu(x) if approximate == "none" else x * sigmoid(2 * _inner(x)[0])
+
+
+@GELU.gradient
+def gelu_vjp(dy, x, *, approximate="none"):
+    """Gradient of `gelu`: dy (Φ(x) + x φ(x)); of (4), with z its argument of tanh, dy σ(2z) (1 + 2 x z' σ(-2z)).
+
+    Parameters
+    ----------
+    dy : ndarray, x's shape
+
+    Returns
+    -------
+    dict
+        "x".
+    """
+    return {"x": dy * _slope(x, approximate)}
+
+
+def gelu_bound(x, *, unit, store=0.0, approximate="none"):
+    """|computed - exact|: 6 roundings of x.
+
+    (1 + erf)/2 and (1 + tanh)/2 are right to a rounding or two of 1, and multiply x; the error of tanh's argument, some
+    roundings of z, is multiplied by x z (1 - tanh² z), at most 0.45 x.
+    """
+    return 6 * unit * abs(x)
+
+
+def _inner(x):
+    """z = √(2/π) (x + 0.044715 x³) of (4), and z'."""
+    root = np.sqrt(2 / pi_of(x))
+    return root * (x + x * x * x * 44715 / 1000000), root * (1 + x * x * 134145 / 1000000)
+
+
+def _slope(x, approximate):
+    if approximate == "none":
+        return numerics.gelu_derivative(x)
+    z, slope = _inner(x)
+    return sigmoid(2 * z) * (1 + 2 * x * slope * sigmoid(-2 * z))
+
+
+# -- gated pairs -----------------------------------------------------------------------------------------------------
+
+
+@SWIGLU.form
+def swiglu(gate, up):
+    """silu(gate) · up, equation (5): the gate of Llama's feed-forward layers.
+
+    Parameters
+    ----------
+    gate, up : ndarray, shapes that broadcast together
+
+    Returns
+    -------
+    y : ndarray
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the shapes do not broadcast or an array is not numeric.
+
+    Notes
+    -----
+    Five operations. The projections before it and after it are the caller's.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> swiglu(np.array([1.0, -1.0]), np.array([2.0, 2.0])).round(4)
+    array([ 1.4621, -0.5379])
+    """
+    return numerics.silu(gate) * up
+
+
+@SWIGLU.gradient
+def swiglu_vjp(dy, gate, up):
+    """Gradient of `swiglu`: dgate = dy up silu'(gate), dup = dy silu(gate).
+
+    Parameters
+    ----------
+    dy : ndarray, the result's shape
+
+    Returns
+    -------
+    dict
+        "gate" and "up".
+    """
+    return {"gate": dy * up * silu_derivative(gate), "up": dy * numerics.silu(gate)}
+
+
+def swiglu_bound(gate, up, *, unit, store=0.0):
+    """|computed - exact|: silu's, times up, and a rounding; half-precision kernels may round silu before the product."""
+    return silu_bound(gate, unit=unit) * abs(up) + (2 * unit + store) * abs(numerics.silu(gate) * up)
+
+
+@GEGLU.form
+def geglu(gate, up, *, approximate="none"):
+    """gelu(gate) · up, equation (5).
+
+    Parameters
+    ----------
+    gate, up : ndarray, shapes that broadcast together
+    approximate : {"none", "tanh"}
+        As in `refimpl.gelu`.
+
+    Returns
+    -------
+    y : ndarray
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the shapes do not broadcast, an array is not numeric, or approximate is neither.
+
+    Notes
+    -----
+    The projections before it and after it are the caller's.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> geglu(np.array([1.0, -1.0]), np.array([2.0, 2.0])).round(4)
+    array([ 1.6827, -0.3173])
+    """
+    return (numerics.gelu(gate) if approximate == "none" else gate * sigmoid(2 * _inner(gate)[0])) * up
+
+
+@GEGLU.gradient
+def geglu_vjp(dy, gate, up, *, approximate="none"):
+    """Gradient of `geglu`: dgate = dy up gelu'(gate), dup = dy gelu(gate).
+
+    Parameters
+    ----------
+    dy : ndarray, the result's shape
+
+    Returns
+    -------
+    dict
+        "gate" and "up".
+    """
+    return {"gate": dy * up * _slope(gate, approximate), "up": dy * gelu(gate, approximate=approximate)}
+
+
+def geglu_bound(gate, up, *, unit, store=0.0, approximate="none"):
+    """|computed - exact|: gelu's, times up, and a rounding; half-precision kernels may round gelu before the product."""
+    return gelu_bound(gate, unit=unit) * abs(up) + (2 * unit + store) * abs(gelu(gate, approximate=approximate) * up)
+
+
+# -- the records -----------------------------------------------------------------------------------------------------
+
+
+def _one(rng, *, c=33, batch=(7,)):
+    return {"x": 3 * rng.standard_normal((*batch, c))}
+
+
+def _two(rng, *, c=33, batch=(7,)):
+    return {"gate": 3 * rng.standard_normal((*batch, c)), "up": rng.standard_normal((*batch, c))}
+
+
+def _hard(sample, name):
+    def draws(change):
+        def draw(rng, **sizes):
+            call = sample(rng, **sizes)
+            return call | {name: change(rng, call[name])}
+
+        return draw
+
+    return {
+        "zero": draws(lambda rng, x: 0 * x),
+        "large": draws(lambda rng, x: 100 * x + 1000 * np.sign(x)),  # between e^-88 and e^-745, σ underflows where x σ does not
+        "far to the left": draws(lambda rng, x: -abs(x) - 5),
+        "far to the right": draws(lambda rng, x: abs(x) + 20),
+        "tiny": draws(lambda rng, x: x * 2.0**-40),
+    }
+
+
+def _difference_is_x(f, call, bound, rng):
+    """softplus(x) - softplus(-x) = x."""
+    there, back = (call | {"x": v} for v in (call["x"], -call["x"]))
+    got = f(**there).astype(np.float64) - f(**back).astype(np.float64)
+    yield "softplus(x) - softplus(-x)", got, call["x"].astype(np.float64), bound(**there) + bound(**back)
+
+
+def _sum_is_x(f, call, bound, rng):
+    """f(x) + f(-x) = x (σ(x) - σ(-x)); and f(x) - f(-x) = x, since the two weights of x make 1."""
+    there, back = (call | {"x": v} for v in (call["x"], -call["x"]))
+    got = f(**there).astype(np.float64) - f(**back).astype(np.float64)
+    yield "f(x) - f(-x)", got, call["x"].astype(np.float64), bound(**there) + bound(**back)
+
+
+def _linear_in_up(f, call, bound, rng):
+    twice = call | {"up": 2 * call["up"]}
+    yield "y of twice up", f(**twice), 2 * f(**call), 4 * bound(**call)
+
+
+def _gates_make_one(f, call, bound, rng):
+    """f(gate, up) - f(-gate, up) = gate up."""
+    there, back = (call | {"gate": v} for v in (call["gate"], -call["gate"]))
+    got = f(**there).astype(np.float64) - f(**back).astype(np.float64)
+    product = call["gate"].astype(np.float64) * call["up"].astype(np.float64)
+    yield "f(gate, up) - f(-gate, up)", got, product, bound(**there) + bound(**back)
+
+
+def _cost(each):
+    return lambda c=1, batch=1: Cost(each * c * batch, each, 2 * c * batch)
+
+
+_SIZES = ({"c": 1}, {"c": 256}, {"batch": ()}, {"batch": (2, 3)})
+_PAIR_LAWS = (Law("linear_in_up", _linear_in_up, ("up",)), Law("gates_make_one", _gates_make_one, ("gate",)))
+
+OPS = (
+    Op(
+        name="softplus",
+        summary="log(1 + e^x)",
+        contract=SOFTPLUS,
+        forms={"definition": Form(softplus, _cost(4)), "logaddexp": Form(softplus_by_logaddexp, _cost(5))},
+        gradient=softplus_vjp,
+        sample=_one,
+        hard=_hard(_one, "x"),
+        error_bound=softplus_bound,
+        references=("dugas2000",),
+        lengths=(),
+        sizes=_SIZES,
+        laws=(Law("difference_is_x", _difference_is_x, ("x",)),),
+    ),
+    Op(
+        name="silu",
+        summary="x σ(x)",
+        contract=SILU,
+        forms={"definition": Form(silu, _cost(4))},
+        gradient=silu_vjp,
+        sample=_one,
+        hard=_hard(_one, "x"),
+        error_bound=silu_bound,
+        references=("elfwing2018, section 2",),
+        lengths=(),
+        sizes=_SIZES,
+        laws=(Law("sum_is_x", _sum_is_x, ("x",)),),
+    ),
+    Op(
+        name="gelu",
+        summary="x Φ(x), or its approximation with tanh",
+        contract=GELU,
+        forms={"definition": Form(gelu, _cost(10))},
+        gradient=gelu_vjp,
+        sample=_one,
+        options={"approximate": _GELUS},
+        hard=_hard(_one, "x"),
+        error_bound=gelu_bound,
+        references=("hendrycks2016, section 2",),
+        lengths=(),
+        sizes=_SIZES,
+        laws=(Law("sum_is_x", _sum_is_x, ("x",)),),
+    ),
+    Op(
+        name="swiglu",
+        summary="silu(gate) · up",
+        contract=SWIGLU,
+        forms={"definition": Form(swiglu, _cost(5))},
+        gradient=swiglu_vjp,
+        sample=_two,
+        hard=_hard(_two, "gate"),
+        error_bound=swiglu_bound,
+        references=("shazeer2020, equation 6",),
+        lengths=(),
+        sizes=_SIZES,
+        laws=_PAIR_LAWS,
+    ),
+    Op(
+        name="geglu",
+        summary="gelu(gate) · up",
+        contract=GEGLU,
+        forms={"definition": Form(geglu, _cost(11))},
+        gradient=geglu_vjp,
+        sample=_two,
+        options={"approximate": _GELUS},
+        hard=_hard(_two, "gate"),
+        error_bound=geglu_bound,
+        references=("shazeer2020, equation 5",),
+        lengths=(),
+        sizes=_SIZES,
+        laws=_PAIR_LAWS,
+    ),
+)
