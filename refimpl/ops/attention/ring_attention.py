@@ -22,6 +22,8 @@ References
     [2] W. Brandon et al., "Striped attention", 2023, section 3 (the causal imbalance).
 """
 
+import itertools
+
 import numpy as np
 
 from refimpl.core.contract import HALF, positive_int
@@ -197,7 +199,7 @@ class _Ring:
 
 def _slices(shards):
     ends = np.cumsum([0] + [x.shape[-2] for x in shards]).tolist()
-    return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
 
 def _common(outputs, logs):
