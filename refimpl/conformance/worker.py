@@ -24,7 +24,6 @@ from refimpl.conformance import wire
 from refimpl.conformance.frameworks import framework
 from refimpl.conformance.invoke import Answer, Invoker, Request
 
-
 _STARTUP = 300  # seconds in which a process must have imported the candidate and its framework
 
 
