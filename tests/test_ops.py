@@ -63,7 +63,7 @@ def arrays_only(op) -> dict:
 
 
 def options_are_default(op, call) -> bool:
-    return not set(parameters(op)[2]) & set(call)
+    return not {n for n, default in parameters(op)[2].items() if default is not inspect.Parameter.empty} & set(call)
 
 
 def small(op, T=None, **others) -> dict:

@@ -34,7 +34,8 @@ from refimpl.op import Cost, Form, Law, Op
 def _check(arguments, sizes):
     experts = arguments.get("experts")
     if experts is not None and experts.size and not (np.min(experts) >= 0 and np.max(experts) < sizes["E"]):
-        raise ValueError(f"load_balance_loss: experts must be indices from 0 to {sizes['E'] - 1}, got {np.min(experts)} to {np.max(experts)}")
+        found = f"{np.min(experts)} to {np.max(experts)}"
+        raise ValueError(f"load_balance_loss: experts must be indices from 0 to {sizes['E'] - 1}, got {found}")
 
 
 BALANCE = Contract("load_balance_loss", takes="logits (..., T, E); experts:int (..., T, k)", gives="loss (...)", check=_check)
