@@ -84,11 +84,9 @@ def _taylor_unscaled(phi, x):
 
 
 def _keys_normalised(call):
-    k = call["k"]
-    if k.dtype.kind != "f":
-        return call
+    k = call["k"] if call["k"].dtype.kind == "f" else call["k"].astype(np.float32)
     length = np.sqrt((k * k).sum(axis=-1, keepdims=True))
-    return call | {"k": (k / np.where(length == 0, 1, length)).astype(k.dtype)}
+    return call | {"k": (k / np.where(length == 0, 1, length)).astype(call["k"].dtype)}
 
 
 def _decay_of_sigmoid(call):

@@ -11,7 +11,7 @@ H_t = e^{g_t} H_{t-1} + |k_t| |v_t|ᵀ, the error of S obeys
 
     E_t = e^{g_t} E_{t-1} + ε_t H_t + |Δk_t| |v_t|ᵀ + s |k_t| |v_t|ᵀ                                      (2)
 
-Δk is the feature map's error, and s = 8 v that of operands and weights kept in halves of unit roundoff v (with v/64 of H for
+Δk is the feature map's error, and s = 4 v that of operands and weights kept in halves of unit roundoff v (with v/64 of H for
 a state that is rounded at the end of every chunk). Reading adds γ = u (4 + 4 √m + 2 √t) of |q|ᵀ H for its sums, in the
 order of the recurrence or over all t steps at once, and what is wrong with q; a quotient o = N / D of two such sums is off by
 
@@ -40,8 +40,8 @@ def bound(q, k, v, g, beta, S, z, scale, dq, dk, *, normalize, unit, store):
         F = F + np.where(np.isfinite(g_t), g_t, 0)
         eps = unit * (4 + np.where(np.isfinite(g_t), abs(g_t), 0) + abs(F)) + store / 64  # (1)
         here = (k_t, v_t, g_t, None if beta is None else beta[..., t, :], dk[..., t, :], eps)
-        S, z, H, E = step(S, z, H, E, *here, unit=unit, store=8 * store)
-        gamma = unit * (4 + 4 * np.sqrt(k.shape[-1]) + 2 * np.sqrt(t + 1.0)) + 8 * store
+        S, z, H, E = step(S, z, H, E, *here, unit=unit, store=4 * store)
+        gamma = unit * (4 + 4 * np.sqrt(k.shape[-1]) + 2 * np.sqrt(t + 1.0)) + 4 * store
         N, D = q_t @ S, q_t @ z[..., None]
         passed_on = abs(q_t) @ E[0] if beta is None else _length(q_t) * E[0][..., :1, :]
         E_N = passed_on + gamma * (abs(q_t) @ H[0]) + dq[..., t, :] @ H[0]

@@ -7,16 +7,16 @@ from refimpl.ops.linear_attention.state import State
 
 
 def sample(rng, *, Hq=4, Hkv=2, T=7, d=4, e=3, per_channel=False, batch=()):
-    """Keys of length 0.6 to 1.2 and learning rates of 0.2 to 1.3, so that the delta rule forgets; decays of 0.5 to 1.1 a step."""
+    """Keys of length 0.7 to 1.15 and learning rates of 0.4 to 1.5, so that the delta rule forgets; decays of 0.5 to 1.1 a step."""
     heads = (*batch, Hkv)
     k = rng.standard_normal((*heads, T, d))
     return {
         "q": rng.standard_normal((*batch, Hq, T, d)),
-        "k": k / np.sqrt((k * k).sum(axis=-1, keepdims=True)) * rng.uniform(0.6, 1.2, (*heads, T, 1)),
+        "k": k / np.sqrt((k * k).sum(axis=-1, keepdims=True)) * rng.uniform(0.7, 1.15, (*heads, T, 1)),
         "v": rng.standard_normal((*heads, T, e)),
         "decay": rng.uniform(-0.7, 0.1, (*heads, T, d) if per_channel else (*heads, T)),
-        "beta": rng.uniform(0.2, 1.3, (*heads, T)),
-        "state": rng.standard_normal((*heads, d, e)) / 2,
+        "beta": rng.uniform(0.4, 1.5, (*heads, T)),
+        "state": rng.standard_normal((*heads, d, e)),
     }
 
 
@@ -32,9 +32,9 @@ def arrange(call):
         for name in ("q", "k"):
             x = call[name]
             channels = {None: slice(None), "relu": slice(0, 1)}.get(option, slice(0, 0))
-            positive = x.copy()
-            positive[..., channels] = abs(x[..., channels]) + x.dtype.type(0.125)
-            call[name] = positive
+            if not np.all(x[..., channels] > 0):
+                call[name] = x.copy()
+                call[name][..., channels] = abs(x[..., channels]) + x.dtype.type(0.125)
         if call.get("decay") is not None:
             g, time = call["decay"], -2 if call["decay"].ndim == call["k"].ndim else -1
             call["decay"] = np.where(np.cumsum(g, axis=time) > 60, np.minimum(g, 0), g)
@@ -113,6 +113,7 @@ HARD = {
         v=lambda rng, v: v * np.where(np.arange(v.shape[-2]) % 2, -1e3, 1e3)[:, None], beta=lambda rng, b: None, decay=lambda rng, g: 0 * g
     ),
     "normalised, decays of 0": _with(decay=_gates(-1e3), options={"normalize": True, "feature_map": "elu+1"}),
+    "normalised, small queries": _with(q=lambda rng, q: abs(q) * 2.0**-17 + 2.0**-20, k=lambda rng, k: abs(k) + 0.125, options={"normalize": True}),
     "features in both tails": _with(
         q=lambda rng, x: x * rng.choice([1.0, 8.0], x.shape),
         k=lambda rng, x: x * rng.choice([1.0, 8.0], x.shape),
