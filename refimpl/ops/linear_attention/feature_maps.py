@@ -78,7 +78,9 @@ def _fourth_root(x):
 MAPS = {
     # elu(x) + 1 as it is usually written rounds to a multiple of the unit: an absolute error
     "elu+1": FeatureMap(_elu_plus_1, lambda dphi, x: dphi * np.exp(np.minimum(x, 0)), lambda x, unit: 2 * unit * (1 + _elu_plus_1(x))),
-    "relu": FeatureMap(lambda x: np.maximum(x, 0), lambda dphi, x: np.where(x > 0, dphi, np.zeros_like(dphi)), lambda x, unit: np.zeros_like(x)),
+    "relu": FeatureMap(
+        lambda x: np.maximum(x, 0), lambda dphi, x: np.where(x > 0, dphi, np.zeros_like(dphi)), lambda x, unit: np.zeros_like(x)
+    ),
     "taylor": FeatureMap(_taylor, _taylor_vjp, lambda x, unit: 8 * unit * abs(_taylor(x))),
 }
 

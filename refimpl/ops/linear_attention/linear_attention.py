@@ -245,7 +245,7 @@ def _recall(S, k):
 
 
 def _exponents(g):
-    """Log-decays (..., L, c) -> A_tj, the sums over j+1 ... t, as (..., c, L, L); e^(sums over 0 ... t - peak), (..., L, c); peak, (..., c).
+    """Of log-decays (..., L, c): sums A_tj over j+1 ... t (..., c, L, L), e^(sum over 0 ... t - peak) (..., L, c), and peak (..., c).
 
     The peak, the largest sum or 0, goes to the state, where it cannot overflow unless the state itself does. What is not
     finite is no peak: it must not reach the steps before it.

@@ -113,7 +113,9 @@ HARD = {
         v=lambda rng, v: v * np.where(np.arange(v.shape[-2]) % 2, -1e3, 1e3)[:, None], beta=lambda rng, b: None, decay=lambda rng, g: 0 * g
     ),
     "normalised, decays of 0": _with(decay=_gates(-1e3), options={"normalize": True, "feature_map": "elu+1"}),
-    "normalised, small queries": _with(q=lambda rng, q: abs(q) * 2.0**-17 + 2.0**-20, k=lambda rng, k: abs(k) + 0.125, options={"normalize": True}),
+    "normalised, small queries": _with(
+        q=lambda rng, q: abs(q) * 2.0**-17 + 2.0**-20, k=lambda rng, k: abs(k) + 0.125, options={"normalize": True}
+    ),
     "features in both tails": _with(
         q=lambda rng, x: x * rng.choice([1.0, 8.0], x.shape),
         k=lambda rng, x: x * rng.choice([1.0, 8.0], x.shape),

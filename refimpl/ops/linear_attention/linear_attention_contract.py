@@ -28,10 +28,14 @@ def _check(arguments, sizes):
     if decay is not None and not (
         (decay.ndim == q.ndim - 1 and decay.shape[-2:] == k.shape[-3:-1]) or (decay.ndim == q.ndim and decay.shape[-3:-1] == k.shape[-3:-1])
     ):
-        raise ValueError(f"linear_attention: decay must have as many axes as q, or one less, with batch axes of 1 written out, got {decay.shape}")
+        raise ValueError(
+            f"linear_attention: decay must have as many axes as q, or one less, with batch axes of 1 written out, got {decay.shape}"
+        )
     m = width(option, arguments["k"])
     if sizes.setdefault("m", m) != m:
-        raise ValueError(f"linear_attention: state and a decay per channel must have the keys' {m} features (after the feature map), got {sizes['m']}")
+        raise ValueError(
+            f"linear_attention: state and a decay per channel must have the keys' {m} features (after the feature map), got {sizes['m']}"
+        )
 
 
 CONTRACT = Contract(
@@ -54,9 +58,10 @@ def prepare(q, k, v, decay, beta, feature_map, normalize, scale, state):
         q, k = phi(q), phi(k)
     g = np.zeros_like(k[..., :1]) if decay is None else decay if decay.ndim == q.ndim else decay[..., None]
     S, z = state if normalize and state is not None else (state, None)
-    own = {"q": q, "k": k, "v": v, "g": g, "beta": None if beta is None else beta[..., None], "S": S, "z": None if z is None else z[..., None]}
-    batch = np.broadcast_shapes(*(x.shape[:-3] for x in own.values() if x is not None))
-    q, k, v, g, beta, S, z = (None if x is None else np.broadcast_to(x, (*batch, *x.shape[-3:])) for x in own.values())
+    beta, z = (None if x is None else x[..., None] for x in (beta, z))
+    arrays = (q, k, v, g, beta, S, z)
+    batch = np.broadcast_shapes(*(x.shape[:-3] for x in arrays if x is not None))
+    q, k, v, g, beta, S, z = (None if x is None else np.broadcast_to(x, (*batch, *x.shape[-3:])) for x in arrays)
     if S is None:
         S = np.zeros_like(k, shape=(*k.shape[:-2], k.shape[-1], v.shape[-1]))
     z = np.zeros_like(k, shape=(*k.shape[:-2], k.shape[-1])) if z is None else z[..., 0]

@@ -9,8 +9,9 @@ from refimpl.ops.linear_attention.feature_maps import width
 def _decays(f, call, bound, rng):
     """A log-decay of 0 is no decay: retention and GLA are linear attention then; and channels that decay alike are a head that does."""
     call = {n: x for n, x in call.items() if n != "decay"} | {"return_state": False}
-    k, g, many = call["k"], rng.uniform(-0.7, 0.1, call["k"].shape[:-1]).astype(call["k"].dtype), np.ones(width(call.get("feature_map"), call["k"]))
-    g_many = g[..., None] * many.astype(k.dtype)
+    k = call["k"]
+    g = rng.uniform(-0.7, 0.1, k.shape[:-1]).astype(k.dtype)
+    g_many = np.repeat(g[..., None], width(call.get("feature_map"), k), axis=-1)
     want, limit = f(**call), 2 * bound(**call)
     yield "o with a log-decay of 0", f(**call, decay=0 * g), want, limit
     yield "o with log-decays of 0 in all channels", f(**call, decay=0 * g_many), want, limit
