@@ -31,7 +31,7 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import Contract, positive_int
+from refimpl.core.contract import Contract, one_of, positive_int
 from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import constant, finite_or_zero, masked_matmul, sqrt_of
 from refimpl.op import Cost, Form, Law, Op
@@ -45,6 +45,13 @@ def _check(arguments, sizes):
             raise TypeError(f"lsh_attention: {name} must be real, got dtype {arguments[name].dtype}")
     for name in ("n_hashes", "n_buckets", "bucket_size"):
         positive_int("lsh_attention", name, arguments.get(name, 1))
+    one_of("lsh_attention", "causal", arguments.get("causal", False), (False, True))
+    scale = arguments.get("scale")
+    if scale is not None and (isinstance(scale, bool | str) or not np.isscalar(scale) or not np.isfinite(scale)):
+        raise ValueError(f"lsh_attention: scale must be a finite number or None (1/√d), got {scale!r}")
+    rng = arguments.get("rng")
+    if rng is not None and not isinstance(rng, int | np.integer | np.random.Generator | np.random.BitGenerator | np.random.SeedSequence):
+        raise TypeError(f"lsh_attention: rng must be a numpy.random.Generator or a seed of one, got {rng!r}")
     n_buckets = arguments.get("n_buckets", 1)
     if n_buckets % 2 and n_buckets != 1:
         raise ValueError(f"lsh_attention: n_buckets must be 1 or even, as hyperplanes make pairs of buckets, got {n_buckets}")
@@ -114,8 +121,9 @@ def lsh_attention(qk, v, *, n_hashes, n_buckets, bucket_size, causal=False, scal
     for allowed in _rounds(qk, n_hashes, n_buckets, bucket_size, causal, rng):  # (..., T, T)
         hidden = np.where(allowed, s, -np.inf)
         p, lse = _softmax(hidden)
-        outputs.append(masked_matmul(p, v, hidden))
-        logs.append(lse)
+        o = masked_matmul(p, v, hidden)
+        outputs.append(o)
+        logs.append(np.broadcast_to(lse, o.shape[:-1]))
     return merge_by_lse(outputs, logs)[0]
 
 
@@ -128,13 +136,15 @@ def lsh_attention_chunked(qk, v, *, n_hashes, n_buckets, bucket_size, causal=Fal
     chunks: linear in T.
     """
     T = qk.shape[-2]
+    batch = np.broadcast_shapes(qk.shape[:-2], v.shape[:-2])
+    qk, v = (np.broadcast_to(x, (*batch, *x.shape[-2:])) for x in (qk, v))
     k = _normalised(qk)
     factor = 1 / sqrt_of(qk.shape[-1], qk) if scale is None else constant(scale, qk)
     outputs, logs = [], []
     for bucket in _buckets(qk, n_hashes, n_buckets, rng):
         order = np.argsort(bucket, axis=-1, kind="stable")  # (..., T)
         back = np.argsort(order, axis=-1)
-        q_, k_, v_ = (np.take_along_axis(x, order[..., None], axis=-2) for x in (qk, k, np.broadcast_to(v, (*qk.shape[:-2], *v.shape[-2:]))))
+        q_, k_, v_ = (np.take_along_axis(x, order[..., None], axis=-2) for x in (qk, k, v))
         b_ = np.take_along_axis(bucket, order, axis=-1)
         o, lse = [], []
         for start in range(0, T, bucket_size):
@@ -143,7 +153,7 @@ def lsh_attention_chunked(qk, v, *, n_hashes, n_buckets, bucket_size, causal=Fal
             s = np.where(allowed, factor * (q_[..., rows, :] @ k_[..., keys, :].mT), -np.inf)  # (..., bucket_size, 2 bucket_size)
             p, log = _softmax(s)
             o.append(masked_matmul(p, v_[..., keys, :], s))
-            lse.append(log)
+            lse.append(np.broadcast_to(log, o[-1].shape[:-1]))
         o = np.concatenate(o, axis=-2) if o else v_
         lse = np.concatenate(lse, axis=-1) if lse else v_[..., 0]
         outputs.append(np.take_along_axis(o, back[..., None], axis=-2))
