@@ -56,7 +56,7 @@ MUTANTS = (
         "rounds_averaged",
         "rounds are averaged; the contract merges them by their log-sum-exps",
         lsh.lsh_attention,
-        ("        logs.append(lse)\n    return merge_by_lse(outputs, logs)[0]\n\n\n@CONTRACT.form\n@_as_data\ndef lsh_attention_chunked", "        logs.append(0 * lse)\n    return merge_by_lse(outputs, logs)[0]\n\n\n@CONTRACT.form\n@_as_data\ndef lsh_attention_chunked"),
+        ("logs.append(np.broadcast_to(lse, o.shape[:-1]))", "logs.append(np.broadcast_to(0 * lse, o.shape[:-1]))"),
     ),
     _mutant(
         "one_sided_hash",
