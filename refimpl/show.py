@@ -310,11 +310,11 @@ def _options(op: Op, described: Mapping[str, str]) -> Iterator[OptionRow]:
 
 
 def _what_law_says(law: Law) -> str:
-    """The docstring of the law, or of the function that made it."""
+    """The docstring of the law, or of the function that made it, or else its name in words."""
     if law.holds.__doc__:
         return _first_sentence(law.holds.__doc__)
     maker = getattr(refimpl.laws, law.name, None)
-    return _first_sentence(inspect.getdoc(maker)).replace("`names`", " and ".join(law.arguments))
+    return _first_sentence(inspect.getdoc(maker)).replace("`names`", " and ".join(law.arguments)) or law.name.replace("_", " ")
 
 
 def _deviations(name: str) -> Iterator[tuple[str, str]]:
