@@ -50,7 +50,7 @@ def _diagonal(u, a, B, x, unit, store):
     """(1): E and H, from the initial state on, (..., T + 1, c, n), and |Āᵏ B̄|, (T, c, n)."""
     log = abs(np.log(np.where(a > 0, a, np.ones_like(a))))
     H, E, K = [x], [np.zeros_like(x)], []
-    carried, power = E[0], B
+    carried, power = E[0], B * np.ones_like(a)
     for t in range(u.shape[-2]):
         entry, kept = B * u[..., t, :, None], a * H[-1]
         H.append(kept + entry)

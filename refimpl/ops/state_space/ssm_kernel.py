@@ -89,7 +89,7 @@ def ssm_kernel(A_bar, B_bar, C, length, *, pairs=False):
     >>> ssm_kernel(np.array([[0.5]]), np.array([[1.0]]), np.array([[3.0]]), 4)[:, 0]
     array([3.   , 1.5  , 0.75 , 0.375])
     """
-    x, rows = B_bar + np.zeros_like(C), []  # (c, n)
+    x, rows = B_bar + np.zeros_like(C * applied(A_bar, B_bar)), []  # (c, n)
     for _ in range(length):
         rows.append((C * x).sum(axis=-1))  # (c,)
         x = applied(A_bar, x)
@@ -125,9 +125,9 @@ def ssm_kernel_vjp(dy, A_bar, B_bar, C, length, *, pairs=False):
     dict
         "A_bar", "B_bar", "C".
     """
-    x = orbit(A_bar, B_bar + np.zeros_like(C), length)  # (L, c, n)
-    first = np.zeros_like(applied(A_bar, x[:1].sum(axis=0) * C))  # of the kind that all three make
-    g, _ = adjoint_states(A_bar, C, dy, first, pairs)  # (L, c, n)
+    none = np.zeros_like(C * applied(A_bar, B_bar))  # (c, n)
+    x = orbit(A_bar, B_bar + none, length)  # (L, c, n)
+    g, _ = adjoint_states(A_bar, C, dy, none, pairs)  # (L, c, n)
     return {
         "A_bar": gradient_of_matrix(A_bar, g[1:], x[:-1]).sum(axis=0),
         "B_bar": g[:1].sum(axis=0),
@@ -177,7 +177,8 @@ def _pairs(f, call, bound, rng):
     yield "K of pairs", f(**one, pairs=True), want, 4 * bound(**one)
 
 
-def _sample(rng, *, L=7, c=3, n=4, dense=False, shared=False):
+def _sample(rng, *, L=7, c=3, n=4, dense=False, shared=False, batch=()):
+    """A system has channels and no batch axes: `batch` is taken, as by every sample, and changes nothing."""
     return ssm_system.drawn(rng, c=c, n=n, dense=dense, shared=shared) | {"length": L}
 
 
@@ -244,6 +245,7 @@ OPS = (
             "a real dense system": _with(dense=True, A_bar=_real, B_bar=_real, C=_real),
             "on the unit circle": _with(A_bar=lambda rng, A: A / abs(A)),
             "integrators": _with(A_bar=lambda rng, A: np.ones_like(A)),
+            "maps of one for all": _with(B_bar=lambda rng, B: B[:1], C=lambda rng, C: C[:1]),
             "nothing stays": _with(A_bar=lambda rng, A: np.where(rng.random(A.shape) < 0.5, 0, A)),
             "slightly unstable": _with(A_bar=lambda rng, A: A / abs(A) * (1 + 2.0**-9)),
             "delays": _with(dense=True, A_bar=_delays),

@@ -38,7 +38,7 @@ def orbit(A, b, length):
 
     log2 length rounds. Doubled once too often, a growing system may overflow in rows that are then cut off.
     """
-    rows, power = b[..., None, :, :], A
+    rows, power = (b + np.zeros_like(applied(A, b)))[..., None, :, :], A  # a b that serves all channels becomes one for each
     if length == 0:
         return rows[..., :0, :, :]
     while rows.shape[-3] < length:
