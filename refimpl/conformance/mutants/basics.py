@@ -2,6 +2,7 @@
 
 from refimpl.conformance.mutants import Mutant, edited
 from refimpl.ops.basics import activations as ac
+from refimpl.ops.basics import gated as ga
 from refimpl.ops.basics import group_norm as gn
 from refimpl.ops.basics import layer_norm as ln
 from refimpl.ops.basics import rms_norm as rn
@@ -39,12 +40,12 @@ _RMS_NORM = (
     Mutant("rms_norm", "gradient_of_gate_misses_weight", "dgate lacks the weight where the gate comes last", edited(rn.rms_norm_vjp, ("dy * (n if weight is None else n * weight)", "dy * n")), of_gradient=True),
 )  # fmt: skip
 
-_AWAY = "    away = x - _mean(x)\n    r = 1 / np.sqrt(_mean(away * away) + constant(eps, x))  # (..., 1)\n"
+_NORMALISED = "    return _affine(normalised(x, eps)[0], weight, bias)\n"
 _OUT = "    y = y if weight is None else y * weight\n    return y if bias is None else y + bias\n"
 
 
 def _layer(new):
-    return edited(ln.layer_norm, (_AWAY, new))
+    return edited(ln.layer_norm, (_NORMALISED, "    _mean = lambda v: np.sum(v, axis=-1, keepdims=True) / max(v.shape[-1], 1)\n" + new + "    return _affine(away * r, weight, bias)\n"))
 
 
 _LAYER_NORM = (
@@ -92,7 +93,7 @@ _SOFTPLUS = "    return numerics.softplus(x)\n"
 _SILU = "    return numerics.silu(x)\n"
 _GELU = "    return numerics.gelu(x) if approximate == \"none\" else x * sigmoid(2 * _inner(x)[0])\n"
 _SWIGLU = "    return numerics.silu(gate) * up\n"
-_GEGLU = "    return (numerics.gelu(gate) if approximate == \"none\" else gate * sigmoid(2 * _inner(gate)[0])) * up\n"
+_GEGLU = "    return gelu(gate, approximate=approximate) * up\n"
 
 _ACTIVATIONS = (
     Mutant("softplus", "overflows", "log(1 + e^x) as it is written overflows to the right, and is 0 to the left of -37 (-17 in float32): max(x, 0) + log1p(e^-|x|)", edited(ac.softplus, (_SOFTPLUS, "    return np.log(1 + np.exp(x))\n"))),
@@ -120,16 +121,16 @@ _ACTIVATIONS = (
     Mutant("gelu", "root_2_missing", "Φ(√2 x): erf's argument is x/√2", edited(ac.gelu, (_GELU, "    return x * numerics.normal_cdf(x * np.sqrt(np.asarray(2, x.dtype))) if approximate == \"none\" else x * sigmoid(2 * _inner(x)[0])\n"))),
     Mutant("gelu", "gradient_without_density", "the gradient is dy Φ(x): x φ(x) is missing", edited(ac.gelu_vjp, ("dy * _slope(x, approximate)", "dy * numerics.normal_cdf(x)")), of_gradient=True),
     Mutant("gelu", "gradient_of_the_other", "the gradient of x Φ(x) for the approximation with tanh", edited(ac.gelu_vjp, ("dy * _slope(x, approximate)", "dy * _slope(x, \"none\")")), of_gradient=True, hidden=("bfloat16", "float8_e4m3fn", "float8_e5m2")),
-    Mutant("swiglu", "branches_exchanged", "silu(up)·gate: the gate is the first argument, and is activated", edited(ac.swiglu, (_SWIGLU, "    return numerics.silu(up) * gate\n"))),
-    Mutant("swiglu", "sigmoid_for_silu", "σ(gate)·up, the plain GLU: silu(gate)", edited(ac.swiglu, (_SWIGLU, "    return sigmoid(gate) * up\n"))),
-    Mutant("swiglu", "gelu_for_silu", "gelu(gate)·up: that is geglu", edited(ac.swiglu, (_SWIGLU, "    return numerics.gelu(gate) * up\n"))),
-    Mutant("swiglu", "both_activated", "silu of the product: of the gate alone", edited(ac.swiglu, (_SWIGLU, "    return numerics.silu(gate * up)\n"))),
-    Mutant("swiglu", "gradients_exchanged", "the gradients of gate and up are exchanged", edited(ac.swiglu_vjp, ("{\"gate\": dy * up * silu_derivative(gate), \"up\":", "{\"up\": dy * up * silu_derivative(gate), \"gate\":")), of_gradient=True),
-    Mutant("geglu", "branches_exchanged", "gelu(up)·gate: the gate is the first argument, and is activated", edited(ac.geglu, (_GEGLU, "    return gelu(up, approximate=approximate) * gate\n"))),
-    Mutant("geglu", "tanh_for_erf", "approximate=\"none\" gives the approximation with tanh", edited(ac.geglu, (_GEGLU, "    return gate * sigmoid(2 * _inner(gate)[0]) * up\n")), variant=True),
-    Mutant("geglu", "silu_for_gelu", "silu(gate)·up: that is swiglu", edited(ac.geglu, (_GEGLU, "    return numerics.silu(gate) * up\n"))),
-    Mutant("geglu", "gate_not_multiplied", "Φ(gate)·up: gelu(gate) is gate Φ(gate)", edited(ac.geglu, (_GEGLU, "    return numerics.normal_cdf(gate) * up\n"))),
-    Mutant("geglu", "gradient_misses_up", "dgate lacks the factor up", edited(ac.geglu_vjp, ("{\"gate\": dy * up * _slope(gate, approximate),", "{\"gate\": dy * _slope(gate, approximate),")), of_gradient=True),
+    Mutant("swiglu", "branches_exchanged", "silu(up)·gate: the gate is the first argument, and is activated", edited(ga.swiglu, (_SWIGLU, "    return numerics.silu(up) * gate\n"))),
+    Mutant("swiglu", "sigmoid_for_silu", "σ(gate)·up, the plain GLU: silu(gate)", edited(ga.swiglu, (_SWIGLU, "    return numerics.sigmoid(gate) * up\n"))),
+    Mutant("swiglu", "gelu_for_silu", "gelu(gate)·up: that is geglu", edited(ga.swiglu, (_SWIGLU, "    return numerics.gelu(gate) * up\n"))),
+    Mutant("swiglu", "both_activated", "silu of the product: of the gate alone", edited(ga.swiglu, (_SWIGLU, "    return numerics.silu(gate * up)\n"))),
+    Mutant("swiglu", "gradients_exchanged", "the gradients of gate and up are exchanged", edited(ga.swiglu_vjp, ("{\"gate\": dy * up * silu_derivative(gate), \"up\":", "{\"up\": dy * up * silu_derivative(gate), \"gate\":")), of_gradient=True),
+    Mutant("geglu", "branches_exchanged", "gelu(up)·gate: the gate is the first argument, and is activated", edited(ga.geglu, (_GEGLU, "    return gelu(up, approximate=approximate) * gate\n"))),
+    Mutant("geglu", "tanh_for_erf", "approximate=\"none\" gives the approximation with tanh", edited(ga.geglu, (_GEGLU, "    return gelu(gate, approximate=\"tanh\") * up\n")), variant=True),
+    Mutant("geglu", "silu_for_gelu", "silu(gate)·up: that is swiglu", edited(ga.geglu, (_GEGLU, "    return numerics.silu(gate) * up\n"))),
+    Mutant("geglu", "gate_not_multiplied", "Φ(gate)·up: gelu(gate) is gate Φ(gate)", edited(ga.geglu, (_GEGLU, "    return numerics.normal_cdf(gate) * up\n"))),
+    Mutant("geglu", "gradient_misses_up", "dgate lacks the factor up", edited(ga.geglu_vjp, ("dy * up * slope", "dy * slope")), of_gradient=True),
 )  # fmt: skip
 
 MUTANTS = _RMS_NORM + _LAYER_NORM + _GROUP_NORM + _ACTIVATIONS

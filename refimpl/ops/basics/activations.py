@@ -1,29 +1,26 @@
-"""Activations and gates: softplus, silu, gelu, and their products with a second branch.
+"""Activations: softplus, silu, gelu.
 
     softplus(x) = log(1 + e^x)                                                                                   (1)
     silu(x)     = x σ(x),    σ(x) = 1 / (1 + e^-x)                                                               (2)
     gelu(x)     = x Φ(x),    Φ the normal distribution function, or its approximation                            (3)
                   x/2 (1 + tanh(√(2/π) (x + 0.044715 x³)))    = x σ(2 √(2/π) (x + 0.044715 x³))                  (4)
-    swiglu(gate, up) = silu(gate) up,    geglu(gate, up) = gelu(gate) up                                         (5)
 
 Elementwise, and easy to get wrong at the ends: e^x overflows, 1 + e^x loses e^x, and Φ as (1 + erf)/2 has no digit left
 below x = -6. The formulas used here have full relative accuracy in both tails.
 
 Glossary
-    x           input; gate, up: the two branches             W x, V x [3, eqs. 5, 6]
+    x           input
     Φ, φ        normal distribution function and density      [2, section 2]
     approximate "none" for (3), "tanh" for (4)
 
 Where implementations differ
     gelu is (3) in torch's default and (4) in GPT-2's, Gemma's and JAX's; they differ by up to 5e-4. torch's softplus
     returns x above 20. torch's gelu is (1 + erf)/2: its error is relative to x, not to the result, and allowed here.
-    Which half of a joined projection is the gate differs from model to model.
 
 References
     [1] S. Elfwing, E. Uchibe, K. Doya, "Sigmoid-weighted linear units", Neural Networks 107, 2018, section 2.
     [2] D. Hendrycks, K. Gimpel, "Gaussian error linear units", arXiv:1606.08415, section 2.
-    [3] N. Shazeer, "GLU variants improve transformer", arXiv:2002.05202, equations 5-6.
-    [4] C. Dugas et al., "Incorporating second-order functional knowledge", NeurIPS 2000: softplus.
+    [3] C. Dugas et al., "Incorporating second-order functional knowledge", NeurIPS 2000: softplus.
 """
 
 import numpy as np
@@ -35,16 +32,14 @@ from refimpl.op import Cost, Form, Law, Op
 
 _GELUS = ("none", "tanh")
 
-
-def _check(operator):
-    return lambda arguments, sizes: one_of(operator, "approximate", arguments.get("approximate", "none"), _GELUS)
-
-
 SOFTPLUS = Contract("softplus", takes="x (...)", gives="y (...)")
 SILU = Contract("silu", takes="x (...)", gives="y (...)")
-GELU = Contract("gelu", takes="x (...)", gives="y (...)", check=_check("gelu"))
-SWIGLU = Contract("swiglu", takes="gate (...); up (...)", gives="y (...)")
-GEGLU = Contract("geglu", takes="gate (...); up (...)", gives="y (...)", check=_check("geglu"))
+GELU = Contract(
+    "gelu",
+    takes="x (...)",
+    gives="y (...)",
+    check=lambda arguments, sizes: one_of("gelu", "approximate", arguments.get("approximate", "none"), _GELUS),
+)
 
 
 # -- softplus --------------------------------------------------------------------------------------------------------
@@ -242,122 +237,11 @@ def _slope(x, approximate):
     return sigmoid(2 * z) * (1 + 2 * x * slope * sigmoid(-2 * z))
 
 
-# -- gated pairs -----------------------------------------------------------------------------------------------------
-
-
-@SWIGLU.form
-def swiglu(gate, up):
-    """silu(gate) · up, equation (5): the gate of Llama's feed-forward layers.
-
-    Parameters
-    ----------
-    gate, up : ndarray, shapes that broadcast together
-
-    Returns
-    -------
-    y : ndarray
-
-    Raises
-    ------
-    ValueError, TypeError
-        If the shapes do not broadcast or an array is not numeric.
-
-    Notes
-    -----
-    Five operations. The projections before it and after it are the caller's.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> swiglu(np.array([1.0, -1.0]), np.array([2.0, 2.0])).round(4)
-    array([ 1.4621, -0.5379])
-    """
-    return numerics.silu(gate) * up
-
-
-@SWIGLU.gradient
-def swiglu_vjp(dy, gate, up):
-    """Gradient of `swiglu`: dgate = dy up silu'(gate), dup = dy silu(gate).
-
-    Parameters
-    ----------
-    dy : ndarray, the result's shape
-
-    Returns
-    -------
-    dict
-        "gate" and "up".
-    """
-    return {"gate": dy * up * silu_derivative(gate), "up": dy * numerics.silu(gate)}
-
-
-def swiglu_bound(gate, up, *, unit, store=0.0):
-    """|computed - exact|: silu's, times up, and a rounding; half-precision kernels may round silu before the product."""
-    return silu_bound(gate, unit=unit) * abs(up) + (2 * unit + store) * abs(numerics.silu(gate) * up)
-
-
-@GEGLU.form
-def geglu(gate, up, *, approximate="none"):
-    """gelu(gate) · up, equation (5).
-
-    Parameters
-    ----------
-    gate, up : ndarray, shapes that broadcast together
-    approximate : {"none", "tanh"}
-        As in `refimpl.gelu`.
-
-    Returns
-    -------
-    y : ndarray
-
-    Raises
-    ------
-    ValueError, TypeError
-        If the shapes do not broadcast, an array is not numeric, or approximate is neither.
-
-    Notes
-    -----
-    The projections before it and after it are the caller's.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> geglu(np.array([1.0, -1.0]), np.array([2.0, 2.0])).round(4)
-    array([ 1.6827, -0.3173])
-    """
-    return (numerics.gelu(gate) if approximate == "none" else gate * sigmoid(2 * _inner(gate)[0])) * up
-
-
-@GEGLU.gradient
-def geglu_vjp(dy, gate, up, *, approximate="none"):
-    """Gradient of `geglu`: dgate = dy up gelu'(gate), dup = dy gelu(gate).
-
-    Parameters
-    ----------
-    dy : ndarray, the result's shape
-
-    Returns
-    -------
-    dict
-        "gate" and "up".
-    """
-    return {"gate": dy * up * _slope(gate, approximate), "up": dy * gelu(gate, approximate=approximate)}
-
-
-def geglu_bound(gate, up, *, unit, store=0.0, approximate="none"):
-    """|computed - exact|: gelu's, times up, and a rounding; half-precision kernels may round gelu before the product."""
-    return gelu_bound(gate, unit=unit) * abs(up) + (2 * unit + store) * abs(gelu(gate, approximate=approximate) * up)
-
-
 # -- the records -----------------------------------------------------------------------------------------------------
 
 
 def _one(rng, *, c=33, batch=(7,)):
     return {"x": 3 * rng.standard_normal((*batch, c))}
-
-
-def _two(rng, *, c=33, batch=(7,)):
-    return {"gate": 3 * rng.standard_normal((*batch, c)), "up": rng.standard_normal((*batch, c))}
 
 
 def _hard(sample, name):
@@ -391,25 +275,11 @@ def _sum_is_x(f, call, bound, rng):
     yield "f(x) - f(-x)", got, call["x"].astype(np.float64), bound(**there) + bound(**back)
 
 
-def _linear_in_up(f, call, bound, rng):
-    twice = call | {"up": 2 * call["up"]}
-    yield "y of twice up", f(**twice), 2 * f(**call), 4 * bound(**call)
-
-
-def _gates_make_one(f, call, bound, rng):
-    """f(gate, up) - f(-gate, up) = gate up."""
-    there, back = (call | {"gate": v} for v in (call["gate"], -call["gate"]))
-    got = f(**there).astype(np.float64) - f(**back).astype(np.float64)
-    product = call["gate"].astype(np.float64) * call["up"].astype(np.float64)
-    yield "f(gate, up) - f(-gate, up)", got, product, bound(**there) + bound(**back)
-
-
 def _cost(each):
     return lambda c=1, batch=1: Cost(each * c * batch, each, 2 * c * batch)
 
 
 _SIZES = ({"c": 1}, {"c": 256}, {"batch": ()}, {"batch": (2, 3)})
-_PAIR_LAWS = (Law("linear_in_up", _linear_in_up, ("up",)), Law("gates_make_one", _gates_make_one, ("gate",)))
 
 OPS = (
     Op(
@@ -454,34 +324,5 @@ OPS = (
         lengths=(),
         sizes=_SIZES,
         laws=(Law("sum_is_x", _sum_is_x, ("x",)),),
-    ),
-    Op(
-        name="swiglu",
-        summary="silu(gate) · up",
-        contract=SWIGLU,
-        forms={"definition": Form(swiglu, _cost(5))},
-        gradient=swiglu_vjp,
-        sample=_two,
-        hard=_hard(_two, "gate"),
-        error_bound=swiglu_bound,
-        references=("shazeer2020, equation 6",),
-        lengths=(),
-        sizes=_SIZES,
-        laws=_PAIR_LAWS,
-    ),
-    Op(
-        name="geglu",
-        summary="gelu(gate) · up",
-        contract=GEGLU,
-        forms={"definition": Form(geglu, _cost(11))},
-        gradient=geglu_vjp,
-        sample=_two,
-        options={"approximate": _GELUS},
-        hard=_hard(_two, "gate"),
-        error_bound=geglu_bound,
-        references=("shazeer2020, equation 5",),
-        lengths=(),
-        sizes=_SIZES,
-        laws=_PAIR_LAWS,
     ),
 )

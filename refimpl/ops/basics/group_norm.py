@@ -21,7 +21,7 @@ import numpy as np
 from refimpl.core.contract import Contract, at_least_zero, positive_int
 from refimpl.core.costs import log2_ceil
 from refimpl.op import Cost, Form, Law, Op
-from refimpl.ops.basics.layer_norm import hard_rows, normalised, normalised_bound, normalised_vjp
+from refimpl.ops.basics.normalised import hard_rows, normalised, normalised_bound, normalised_vjp
 
 
 def _check(arguments, sizes):
@@ -96,7 +96,7 @@ def group_norm_vjp(dy, x, groups, weight=None, bias=None, *, eps=1e-5):
 def error_bound(x, groups, weight=None, bias=None, *, unit, store=0.0, eps=1e-5):
     """|computed - exact|, elementwise, of any form: that of layer norm, in each group.
 
-    See `refimpl.ops.basics.layer_norm.normalised_bound`; times the weight, and two roundings.
+    See `normalised_bound`; times the weight, and two roundings.
     """
     n, off = (v.reshape(x.shape) for v in normalised_bound(_split(x, groups), eps, unit))
     off = off + (2 * unit + store) * abs(n)

@@ -29,6 +29,7 @@ from refimpl.core.contract import Contract, at_least_zero
 from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import constant
 from refimpl.op import Cost, Form, Law, Op
+from refimpl.ops.basics.normalised import hard_rows, normalised, normalised_bound, normalised_vjp
 
 CONTRACT = Contract(
     "layer_norm",
@@ -121,41 +122,7 @@ def error_bound(x, weight=None, bias=None, *, unit, store=0.0, eps=1e-5):
     return off if bias is None else off + 2 * unit * (abs(bias) + abs(n if weight is None else n * weight))
 
 
-# -- what group norm needs, too --------------------------------------------------------------------------------------
-
-
-def normalised(x, eps):
-    """(x - μ) / √(v + ε) over the last axis, and 1 / √(v + ε)."""
-    away = x - _mean(x)
-    r = 1 / np.sqrt(_mean(away * away) + constant(eps, x))  # (..., 1)
-    return away * r, r
-
-
-def normalised_vjp(dn, n, r):
-    """The gradient of x, from that of n."""
-    return r * (dn - _mean(dn) - n * _mean(n * dn))
-
-
-def normalised_bound(x, eps, unit):
-    """n, and what it may be off.
-
-    The mean is off by c + 1 roundings of mean |x|, which moves all deviations d; the variance by 2 |d| times that (and its
-    square), and by c + 4 roundings of its own; n by the deviation's error over √(v + ε), and by half the variance's
-    relative error.
-    """
-    c = x.shape[-1]
-    away = x - _mean(x)
-    of_mean = (c + 1) * unit * _mean(abs(x))
-    total = _mean(away * away) + constant(eps, x)
-    of_away = of_mean + unit * abs(away)
-    of_total = _mean(2 * abs(away) * of_away + of_away * of_away) + (c + 4) * unit * total
-    safe = np.where(total == 0, np.ones_like(total), total)
-    n = away / np.sqrt(safe)
-    return n, of_away / np.sqrt(safe) + abs(n) * (of_total / safe + 4 * unit)
-
-
-def _mean(x):
-    return np.sum(x, axis=-1, keepdims=True) / max(x.shape[-1], 1)  # (..., 1)
+# -- what the forms share --------------------------------------------------------------------------------------------
 
 
 def _affine(y, weight, bias):
@@ -168,26 +135,6 @@ def _sample(rng, *, c=9, batch=(7,)):
         "x": 2 * rng.standard_normal((*batch, c)) + 1,
         "weight": rng.standard_normal(c) + 1,
         "bias": rng.standard_normal(c) + 1,
-    }
-
-
-def hard_rows(sample):
-    """Rows at which norms break, of a sample with x."""
-
-    def draws(change):
-        def draw(rng, **sizes):
-            call = sample(rng, **sizes)
-            return call | {"x": change(rng, call["x"])}
-
-        return draw
-
-    return {
-        "rows of zeros": draws(lambda rng, x: x * (rng.random((*x.shape[:-1], 1)) < 0.5)),
-        "constant rows": draws(lambda rng, x: 0 * x + x[..., :1]),
-        "far from 0": draws(lambda rng, x: x + 4096),
-        "narrower than eps": draws(lambda rng, x: x * 2.0**-10),
-        "large": draws(lambda rng, x: x * 2.0**40),
-        "one needle": draws(lambda rng, x: np.where(np.arange(x.shape[-1]) == 0, 1000.0, x / 1000)),
     }
 
 

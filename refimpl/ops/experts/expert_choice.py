@@ -26,7 +26,7 @@ from refimpl.core.contract import Contract, positive_int
 from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import softmax
 from refimpl.op import Cost, Form, Law, Op
-from refimpl.ops.experts.route import spread
+from refimpl.ops.experts.choice import spread
 
 
 def _check(arguments, sizes):

@@ -37,8 +37,9 @@ from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import gelu, gelu_derivative, silu, silu_derivative
 from refimpl.core.parallel import over_threads
 from refimpl.op import Cost, Form, Op
+from refimpl.ops.experts.choice import ORDERS, check_choice
 from refimpl.ops.experts.moe_laws import decided_tokens, laws
-from refimpl.ops.experts.route import ORDERS, check_choice, route, route_vjp
+from refimpl.ops.experts.route import route, route_vjp
 
 ACTIVATIONS = {
     "silu": (silu, silu_derivative),

@@ -38,7 +38,7 @@ import numpy as np
 from refimpl.core.contract import Contract, one_of
 from refimpl.core.costs import log2_ceil
 from refimpl.op import Cost, Form, Law, Op
-from refimpl.ops.quantization.ternary import check_bits, decided_activations, decided_weights
+from refimpl.ops.quantization.shared import check_bits, decided_activations, decided_weights
 
 WEIGHTS = ("ternary", "binary")
 
@@ -142,7 +142,7 @@ def bitlinear_vjp(dy, x, w, bias=None, *, weights="ternary", activation_bits=8):
     return {"x": dy @ w_hat.T, "w": dw, "bias": dy}
 
 
-def tangent(call):
+def _tangent(call):
     """What (4) differentiates: the layer of x and w plus what rounding adds to those of `call`."""
     x, w = call["x"], call["w"]
     x_hat, w_hat = _values(x, w, call.get("weights", "ternary"), call.get("activation_bits", 8))
@@ -306,6 +306,6 @@ OPS = (
             Law("weights_times_two", _weights_times_two, ("w",)),
             Law("bias_is_added", _bias_is_added, ("bias",)),
         ),
-        tangent=tangent,
+        tangent=_tangent,
     ),
 )

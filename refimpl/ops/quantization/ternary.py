@@ -29,15 +29,10 @@ import numpy as np
 from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
 from refimpl.op import Cost, Form, Law, Op
+from refimpl.ops.quantization.shared import check_bits, decided_activations, decided_weights, mean_of, unit_of
 
 TERNARY = Contract("ternary_quantize", takes="w (..., c, e)", gives="q:int (..., c, e); scale (...)")
 BINARY = Contract("binary_quantize", takes="w (..., c, e)", gives="q:int (..., c, e); scale (...)")
-
-
-def check_bits(operator: str, argument: str, bits) -> None:
-    """Raise ValueError unless so many bits hold a sign and a value."""
-    if isinstance(bits, bool) or not isinstance(bits, int | np.integer) or not 2 <= bits <= 16:
-        raise ValueError(f"{operator}: {argument} must be an integer from 2 to 16, got {bits!r}")
 
 
 ABSMAX = Contract(
@@ -80,8 +75,8 @@ def ternary_quantize(w):
     (array([[1, 0],
            [0, 1]], dtype=int8), 1.0)
     """
-    scale = _mean(abs(w))  # (..., 1, 1)
-    return _integers(np.clip(np.rint(w / _unit(scale)), -1, 1), 8), scale[..., 0, 0]
+    scale = mean_of(abs(w))  # (..., 1, 1)
+    return _integers(np.clip(np.rint(w / unit_of(scale)), -1, 1), 8), scale[..., 0, 0]
 
 
 @TERNARY.form
@@ -90,7 +85,7 @@ def ternary_quantize_threshold(w):
 
     round(w / γ) is 0 where |w| / γ <= 1/2, the bound included, since half way goes to even; and at least 1 in size beyond.
     """
-    scale = _mean(abs(w))  # (..., 1, 1)
+    scale = mean_of(abs(w))  # (..., 1, 1)
     return _integers(np.where(2 * abs(w) > scale, np.sign(w), np.zeros_like(w)), 8), scale[..., 0, 0]
 
 
@@ -100,7 +95,7 @@ def ternary_bound(w, *, unit, store=0.0):
     The sum of c e positive terms is off by at most a roundoff for each, whatever its order, and the division adds one.
     """
     c, e = w.shape[-2:]
-    return np.zeros(w.shape, np.int8), np.asarray((c * e + 2) * unit * _mean(abs(w))[..., 0, 0])
+    return np.zeros(w.shape, np.int8), np.asarray((c * e + 2) * unit * mean_of(abs(w))[..., 0, 0])
 
 
 @BINARY.form
@@ -136,8 +131,8 @@ def binary_quantize(w):
     (array([[ 1, -1],
            [ 1, -1]], dtype=int8), 1.75)
     """
-    above = w > _mean(w)  # (..., c, e)
-    return _integers(np.where(above, np.ones_like(w), -np.ones_like(w)), 8), _mean(abs(w))[..., 0, 0]
+    above = w > mean_of(w)  # (..., c, e)
+    return _integers(np.where(above, np.ones_like(w), -np.ones_like(w)), 8), mean_of(abs(w))[..., 0, 0]
 
 
 @ABSMAX.form
@@ -177,7 +172,7 @@ def absmax_quantize(x, *, bits=8):
     """
     Q = 2 ** (int(bits) - 1) - 1
     largest = np.max(abs(x), axis=-1, keepdims=True, initial=0)  # (..., 1)
-    return _integers(np.clip(np.rint(x / _unit(largest) * Q), -Q - 1, Q), bits), largest[..., 0] / Q
+    return _integers(np.clip(np.rint(x / unit_of(largest) * Q), -Q - 1, Q), bits), largest[..., 0] / Q
 
 
 def absmax_bound(x, *, unit, store=0.0, bits=8):
@@ -192,52 +187,11 @@ def absmax_bound(x, *, unit, store=0.0, bits=8):
 # -- what they share -------------------------------------------------------------------------------------------------
 
 
-def _mean(w):
-    """Of each matrix: (..., 1, 1); of an empty one 0."""
-    return np.sum(w, axis=(-2, -1), keepdims=True) / max(w.shape[-2] * w.shape[-1], 1)
-
-
-def _unit(scale):
-    """The scale, and 1 for 0: what can be divided by."""
-    return np.where(scale == 0, np.ones_like(scale), scale)
-
-
 def _integers(q, bits):
     """Whole numbers as integers; intervals stay, and NaN, of which no integer tells, is 0."""
     if q.dtype.kind == "O":
         return q
     return np.where(np.isnan(q), 0, q).astype(np.int8 if bits <= 8 else np.int16)
-
-
-def _short(x):
-    """Numbers of eight bits, as bfloat16 holds them: what is decided about them is so in every precision."""
-    mantissa, exponent = np.frexp(x)
-    return np.ldexp(np.rint(mantissa * 256) / 256, exponent)
-
-
-def decided_weights(rng, shape, margin=0.05):
-    """Normal weights (..., c, e), none of them near the mean or near half the mean size, where rounding would decide."""
-    w = _short(rng.standard_normal(shape))
-    for _ in range(1000):
-        near = abs(abs(w) / _unit(_mean(abs(w))) - 0.5) < margin
-        near |= (abs(w - _mean(w)) < margin * _mean(abs(w))) & (w.shape[-2] * w.shape[-1] > 1)  # one weight is its mean, exactly
-        if not np.any(near):
-            break
-        w[near] = _short(rng.standard_normal(int(near.sum())))
-    return w
-
-
-def decided_activations(rng, shape, margin=0.05, bits=(8, 4, 2)):
-    """Normal tokens (..., c), of which no element is near half way between two integers, at 8, 4 or 2 bits."""
-    x = _short(rng.standard_normal(shape))
-    for _ in range(1000):
-        largest = np.max(abs(x), axis=-1, keepdims=True, initial=0)
-        scaled = [abs(x) / _unit(largest) * (2 ** (b - 1) - 1) for b in bits]
-        near = np.any([abs(r - np.floor(r) - 0.5) < margin for r in scaled], axis=0)
-        if not np.any(near):
-            break
-        x[near] = _short((rng.uniform(-1, 1, shape) * largest)[near])
-    return x
 
 
 def _exact_ties(rng, w):

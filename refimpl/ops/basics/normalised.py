@@ -1,0 +1,59 @@
+"""What layer norm and group norm share: the normalised vector, its gradient and its error, and rows at which norms break."""
+
+import numpy as np
+
+from refimpl.core.numerics import constant
+
+
+def normalised(x, eps):
+    """(x - μ) / √(v + ε) over the last axis, and 1 / √(v + ε)."""
+    away = x - _mean(x)
+    r = 1 / np.sqrt(_mean(away * away) + constant(eps, x))  # (..., 1)
+    return away * r, r
+
+
+def normalised_vjp(dn, n, r):
+    """The gradient of x, from that of n."""
+    return r * (dn - _mean(dn) - n * _mean(n * dn))
+
+
+def normalised_bound(x, eps, unit):
+    """n, and what it may be off.
+
+    The mean is off by c + 1 roundings of mean |x|, which moves all deviations d; the variance by 2 |d| times that (and its
+    square), and by c + 4 roundings of its own; n by the deviation's error over √(v + ε), and by half the variance's
+    relative error.
+    """
+    c = x.shape[-1]
+    away = x - _mean(x)
+    of_mean = (c + 1) * unit * _mean(abs(x))
+    total = _mean(away * away) + constant(eps, x)
+    of_away = of_mean + unit * abs(away)
+    of_total = _mean(2 * abs(away) * of_away + of_away * of_away) + (c + 4) * unit * total
+    safe = np.where(total == 0, np.ones_like(total), total)
+    n = away / np.sqrt(safe)
+    return n, of_away / np.sqrt(safe) + abs(n) * (of_total / safe + 4 * unit)
+
+
+def _mean(x):
+    return np.sum(x, axis=-1, keepdims=True) / max(x.shape[-1], 1)  # (..., 1)
+
+
+def hard_rows(sample):
+    """Rows at which norms break, of a sample with x."""
+
+    def draws(change):
+        def draw(rng, **sizes):
+            call = sample(rng, **sizes)
+            return call | {"x": change(rng, call["x"])}
+
+        return draw
+
+    return {
+        "rows of zeros": draws(lambda rng, x: x * (rng.random((*x.shape[:-1], 1)) < 0.5)),
+        "constant rows": draws(lambda rng, x: 0 * x + x[..., :1]),
+        "far from 0": draws(lambda rng, x: x + 4096),
+        "narrower than eps": draws(lambda rng, x: x * 2.0**-10),
+        "large": draws(lambda rng, x: x * 2.0**40),
+        "one needle": draws(lambda rng, x: np.where(np.arange(x.shape[-1]) == 0, 1000.0, x / 1000)),
+    }
