@@ -2,7 +2,8 @@
 
     sizes      lengths 0, 1, primes, around every power of two, unequal lengths both ways
     options    all pairs of options, optional arrays, states in and out
-    shapes     batch axes, head ratios, single features
+    shapes     batch axes, head ratios, single and odd numbers of features, all sizes alike
+    broadcast  arrays in the other shapes of the contract; one array that serves the whole batch
     hard       the chapter's inputs at which implementations break
     long       many steps; more than ten thousand rows
     strides    the same values behind other strides: transposed, every other element, reversed, repeated with stride 0
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.conformance.domain import Domain
+from refimpl.conformance.shapes import reshaped
 from refimpl.op import Op
 
 LEVELS = ("quick", "standard", "exhaustive")
@@ -197,7 +199,7 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
         stream = np.random.default_rng([seed, *repr(key[:5]).encode(), *repr(sorted(sizes.items())).encode()])
         try:
             call = hard_call(op, hard, stream, sizes, combo, support, domain) if hard else draw(op, stream, sizes, combo)
-        except Refused:
+        except (Refused, ValueError, IndexError, ZeroDivisionError):
             return
         if call is None:
             return
@@ -223,6 +225,11 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
     for batch in ((), (2,), (2, 3)) if level != "quick" else ((), (3,)):
         yield from case("shapes", {**middle, "batch": batch}, next(turn))
         yield from case("shapes", {"batch": batch}, plain)
+    if level != "quick":
+        for sizes in _features(op):
+            yield from case("shapes", sizes, plain)
+            yield from case("shapes", {**middle, **sizes}, next(turn))
+    yield from _broadcast(op, seed, middle, rich, domain)
     for hard in op.hard:
         yield from case("hard", {}, plain, hard=hard)
         yield from case("hard", middle, next(turn), hard=hard)
@@ -234,7 +241,7 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
         yield from case("strides", {"batch": (2,)}, plain, view=view, label=view)
     for law in op.laws:
         if law.name == "linear" and level != "quick":
-            for power in (-12, 9):
+            for power in (-40, -12, 9, 40):
                 yield from case("scaled", middle, plain, label=f"{', '.join(law.arguments)} times 2^{power}", scale=(law.arguments, power))
     for number in range({"quick": 12, "standard": 90, "exhaustive": 900}[level]):
         sizes, combo, hard = _at_random(op, rng, chosen)
@@ -262,6 +269,37 @@ def _at_random(op: Op, rng: np.random.Generator, chosen: dict[str, tuple]) -> tu
 
 class Refused(Exception):
     """A combination cannot be drawn."""
+
+
+def _features(op: Op) -> Iterator[dict[str, int]]:
+    """Sizes beside the lengths: each odd, single, beyond a tile of 8 and of 32; all alike, so that axes cannot be told apart."""
+    letters = [n for n, v in default_sizes(op).items() if type(v) is int and n not in op.lengths]
+    for letter in letters:
+        yield from ({letter: size} for size in (1, 3, 9, 34))
+    if len(letters) + len(op.lengths) > 1:
+        yield dict.fromkeys(letters, 3)
+        yield dict.fromkeys((*op.lengths, *letters), 4)
+
+
+def _broadcast(op: Op, seed: int, middle: dict, combos: list[dict], domain: Domain) -> Iterator[Case]:
+    """Every other shape of every array, and each array once for the whole batch, where the candidate's batch axes are free."""
+    if "batch" not in default_sizes(op):
+        return
+    free, seen = domain.batch is None and domain.batch_rank is None, set()
+    for combo in combos:
+        sizes = domain.fit({**default_sizes(op), **middle, "batch": (2,)})
+        if sizes is None:
+            return
+        try:
+            call = draw(op, np.random.default_rng([seed, len(seen), 5]), sizes, combo)
+            variants = list(reshaped(op, call))
+        except (Refused, ValueError, IndexError, ZeroDivisionError):
+            continue
+        for _, label, varied in variants:
+            if label not in seen and (free or "whole batch" not in label):
+                seen.add(label)
+                name = ", ".join([label, described(op, sizes, varied)])
+                yield Case(op.name, "broadcast", name, varied, sizes, recipe={"sizes": sizes, "combo": combo, "hard": ""})
 
 
 def _lengths(op: Op, level: str) -> Iterator[dict[str, int]]:

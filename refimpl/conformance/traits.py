@@ -11,6 +11,7 @@ import numpy as np
 
 from refimpl.conformance.cases import default_sizes
 from refimpl.conformance.report import Report
+from refimpl.conformance.shapes import shared
 from refimpl.op import Op
 
 COMPLEX = "complex arrays"
@@ -37,12 +38,13 @@ def traits(op: Op, call: dict) -> tuple[str, ...]:
     for name, axes in op.contract.layout(**arrays).items():
         if axes != layout.get(name, axes):
             found.append(f"{name} of shape ({', '.join(['...', *axes]) if axes else ''})")
+    found += [f"one {name} for the whole batch" for name in shared(op, call)]
     _, batch = op.contract.sizes(**arrays)
     found.append({0: "no batch axis", 1: "one batch axis"}.get(len(batch), f"{len(batch)} batch axes"))
     return tuple(found)
 
 
-def real_parts(call: dict) -> dict | None:
+def real_parts(call: dict) -> dict:
     """The call with imaginary parts dropped, as code does that has no notion of them."""
     return {n: np.ascontiguousarray(v.real) if _complex(v) else v for n, v in call.items()}
 

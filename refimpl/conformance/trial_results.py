@@ -13,6 +13,7 @@ from refimpl.conformance.diagnosis import Evidence
 from refimpl.conformance.invoke import Answer
 from refimpl.conformance.precision import Precision, rounded
 from refimpl.conformance.report import Result
+from refimpl.conformance.shapes import shared
 from refimpl.conformance.traits import COMPLEX, real_parts, traits
 from refimpl.conformance.trial import Trial, trouble
 
@@ -83,8 +84,9 @@ def _judged(trial: Trial, case: Case, call: dict, to: Precision, right: dict, an
 
 
 def _excusable(trial: Trial, result: Result, call: dict, to: Precision, right: dict, answer: Answer) -> bool:
-    """The candidate raised; or has no notion of complex numbers: drops imaginary parts, or returns them."""
-    if result.status == "ERROR":
+    """The candidate raised; or sees that its batch axes do not fit; or has no notion of complex numbers: drops imaginary
+    parts, or returns them."""
+    if result.status == "ERROR" or (result.status == "SHAPE" and shared(trial.op, call)):
         return True
     if COMPLEX not in result.traits or answer.status != "OK":
         return False

@@ -1,0 +1,78 @@
+"""The other shapes that a call's arrays may have: alternatives that the contract names, and batch axes that broadcast.
+
+A sample has one shape for each argument, and the batch axes of the call on all of them. Code that was only ever run like
+that reads the wrong element when a mask is shared by all heads, or when one key serves the whole batch; and its gradient
+forgets to sum.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from refimpl.core.contract import Array, Shape
+from refimpl.op import Op
+
+
+def reshaped(op: Op, call: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Calls in which one array has another shape: its name, the shape in words, the call.
+
+    Only shapes that are cut out of the given ones are made: a mask for each head gives one for all heads, not the other
+    way round.
+    """
+    arrays = {a.name: a for a in op.contract.inputs if isinstance(call.get(a.name), np.ndarray)}
+    layout = op.contract.layout(**{n: call[n] for n in (*arrays, "state") if call.get(n) is not None})
+    _, batch = op.contract.sizes(**{n: call[n] for n in arrays})
+    for name, array in arrays.items():
+        for shape in array.shapes:
+            cut = _cut(call[name], layout[name], shape)
+            if cut is not None:
+                yield name, f"{name} of shape {shape}", {**call, name: cut}
+    if 1 in batch or not batch:
+        return
+    for name, array in arrays.items():
+        if _own_batch(array, call[name], layout[name]) == batch:
+            one = {**call, name: call[name][(slice(0, 1),) * len(batch)]}
+            if shared(op, one):
+                yield name, f"one {name} for the whole batch", one
+
+
+def shared(op: Op, call: dict[str, Any]) -> list[str]:
+    """The arrays of a call that have fewer batch entries than the others, and serve several."""
+    arrays = {a.name: a for a in op.contract.inputs if isinstance(call.get(a.name), np.ndarray)}
+    layout = op.contract.layout(**{n: call[n] for n in arrays})
+    _, batch = op.contract.sizes(**{n: call[n] for n in arrays})
+    return [n for n, a in arrays.items() if (own := _own_batch(a, call[n], layout[n])) is not None and own != batch]
+
+
+def _own_batch(array: Array, value: np.ndarray, axes: tuple[str, ...]) -> tuple[int, ...] | None:
+    """The batch axes of one array that has these other axes; None if its shape has none."""
+    fitting = [s for s in array.shapes if axes in (_names(s), _names(s, drop_heads=True))]
+    if not any(s.batched for s in fitting) or (value.ndim == len(axes) and not all(s.batched for s in fitting)):
+        return None
+    return value.shape[: value.ndim - len(axes)]
+
+
+def _names(shape: Shape, drop_heads: bool = False) -> tuple[str, ...]:
+    return tuple(a.rstrip("?") for a in shape.axes if not (drop_heads and a.endswith("?")))
+
+
+def _cut(value: np.ndarray, axes: tuple[str, ...], shape: Shape) -> np.ndarray | None:
+    """The first entries of an array along the axes that another shape lacks or has as 1; None if it has axes of its own."""
+    wanted = list(_names(shape))
+    if tuple(wanted) == axes:
+        return None
+    index: list[Any] = []
+    for axis in reversed(axes):
+        if wanted and wanted[-1] == axis:
+            index.append(slice(None))
+            wanted.pop()
+        elif wanted and wanted[-1] == "1" and len(wanted) >= len(axes) - len(index):
+            index.append(slice(0, 1))
+            wanted.pop()
+        else:
+            index.append(0)
+    if wanted:
+        return None
+    batch = value.ndim - len(axes)
+    return value[(*((slice(None) if shape.batched else 0,) * batch), *reversed(index))].copy()
