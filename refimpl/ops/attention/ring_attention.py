@@ -153,7 +153,7 @@ class _Ring:
     def __init__(self, q, k, v, mask, bias, options):
         if not len(q) == len(k) == len(v) or len(q) == 0:
             raise ValueError(f"ring_attention: q, k and v must be lists of as many shards, at least one, got {len(q)}, {len(k)}, {len(v)}")
-        self.q, self.k, self.v = ([_wide(np.asarray(x)) for x in shards] for shards in (q, k, v))
+        self.q, self.k, self.v = ([_wide(x) for x in shards] for shards in (q, k, v))
         self.mask, self.bias, self.options = mask, bias, dict(options)
         self.rows, self.keys = _slices(self.q), _slices(self.k)
         offset = self.options.pop("offset", None)
@@ -210,6 +210,7 @@ def _common(outputs, logs):
 
 def _wide(x):
     """Half precisions are merged in float32, and rounded once, at the end."""
+    x = x if isinstance(x, np.ndarray) else np.asarray(x)
     return x.astype(np.float32) if x.dtype.name in HALF else x
 
 
