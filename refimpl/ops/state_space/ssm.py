@@ -11,8 +11,9 @@ The recurrence of S4, S4D and S5, after `discretize`. One function, and the part
     scan           steps compose, so all prefixes come in log2 T rounds. How S5 is trained [2, section 2.2].
     matrix         y = M u with the Toeplitz matrix M_ts = K_{t-s} below the diagonal.
 
-All but the recurrence need what (1) has and `selective_scan` gives up or not: the convolution needs Ā, B̄ and C to be
-constant in time; the scan only needs them not to depend on x; the matrix, with constants that are not, is that of `ssd`.
+The convolution needs Ā, B̄ and C to be constant in time. The scan only needs them not to depend on x: that much
+`selective_scan` keeps, and with it the scan. And the matrix of a system whose steps change with the input is no longer
+Toeplitz but still of low rank below the diagonal: that is `ssd`.
 
 Glossary
     u, y           input, output, (..., T, c)              u, y in [1]
@@ -342,11 +343,11 @@ OPS = (
         hard={
             "a real system": _with(A_bar=_real, B_bar=_real, C=_real, state=_real),
             "a real dense system": _with(dense=True, A_bar=_real, B_bar=_real, C=_real, state=_real),
-            "on the unit circle": _with(A_bar=lambda rng, A: A / abs(A)),
+            "on the unit circle": _with(A_bar=lambda rng, A: ssm_system.of_norm_one(A)),
             "integrators": _with(A_bar=lambda rng, A: np.ones_like(A)),
             "maps of one for all": _with(B_bar=lambda rng, B: B[:1], C=lambda rng, C: C[:1]),
             "nothing stays": _with(A_bar=lambda rng, A: np.where(rng.random(A.shape) < 0.5, 0, A)),
-            "slightly unstable": _with(A_bar=lambda rng, A: A / abs(A) * (1 + 2.0**-9)),
+            "slightly unstable": _with(A_bar=lambda rng, A: ssm_system.of_norm_one(A) * (1 + 2.0**-9)),
             "delays": _with(dense=True, A_bar=_delays),
             "a Jordan block": _with(dense=True, A_bar=_jordan),
             "one needle": _with(u=lambda rng, u: u * (np.arange(u.shape[-2]) == u.shape[-2] // 3)[:, None], state=lambda rng, s: 0 * s),

@@ -243,11 +243,11 @@ OPS = (
         hard={
             "a real system": _with(A_bar=_real, B_bar=_real, C=_real),
             "a real dense system": _with(dense=True, A_bar=_real, B_bar=_real, C=_real),
-            "on the unit circle": _with(A_bar=lambda rng, A: A / abs(A)),
+            "on the unit circle": _with(A_bar=lambda rng, A: ssm_system.of_norm_one(A)),
             "integrators": _with(A_bar=lambda rng, A: np.ones_like(A)),
             "maps of one for all": _with(B_bar=lambda rng, B: B[:1], C=lambda rng, C: C[:1]),
             "nothing stays": _with(A_bar=lambda rng, A: np.where(rng.random(A.shape) < 0.5, 0, A)),
-            "slightly unstable": _with(A_bar=lambda rng, A: A / abs(A) * (1 + 2.0**-9)),
+            "slightly unstable": _with(A_bar=lambda rng, A: ssm_system.of_norm_one(A) * (1 + 2.0**-9)),
             "delays": _with(dense=True, A_bar=_delays),
             "a Jordan block": _with(dense=True, A_bar=_jordan),
             "cancelling states": _with(

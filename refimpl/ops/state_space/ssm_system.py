@@ -75,3 +75,8 @@ def drawn(rng, *, c, n, dense, shared):
 
     A = 0.7 * normal(rows, n, n) / np.sqrt(n) if dense else rng.uniform(0.4, 0.9, (rows, n)) * np.exp(1j * rng.uniform(-3, 3, (rows, n)))
     return {"A_bar": A, "B_bar": normal(rows, n), "C": normal(c, n)}
+
+
+def of_norm_one(A):
+    """Ā with every eigenvalue on the unit circle, or, dense, with a norm of 1."""
+    return A / (abs(A) if A.ndim == 2 else np.linalg.norm(A, 2, axis=(-2, -1), keepdims=True))
