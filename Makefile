@@ -33,7 +33,7 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/mypy
 
 bench: $(VENV)/.bench
-	cd asv_benchmarks && ../$(VENV)/bin/asv run --python=same --quick --show-stderr
+	cd asv_benchmarks && ../$(VENV)/bin/asv machine --yes > /dev/null && ../$(VENV)/bin/asv run --python=same --quick --show-stderr --launch-method forkserver
 
 clean:
 	rm -rf $(VENV) $(PEERS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Timings, as evidence; what an algorithm costs in operations is stated, and counted, elsewhere."""
