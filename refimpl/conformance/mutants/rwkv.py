@@ -42,9 +42,7 @@ _WKV = (
         "wkv",
         "bonus_in_denominator_forgotten",
         "the denominator counts the current step as e^k, the numerator as e^(u+k): no longer a mean",
-        edited(
-            wkv.wkv, ("/ (past * before.den + present)", "/ (past * before.den + np.exp(k - finite_or_zero(top)))")
-        ),
+        edited(wkv.wkv, ("/ (past * before.den + present)", "/ (past * before.den + np.exp(k - finite_or_zero(top)))")),
     ),
     Mutant(
         "wkv",
@@ -83,7 +81,13 @@ _WKV = (
         "wkv",
         "max_not_carried",
         "num and den are handed on without their unit e^max: the next call reads them as if max were 0",
-        edited(wkv.wkv, ("State(*(np.broadcast_to(x, channels) for x in state))", "State(*(np.broadcast_to(x, channels) for x in (*state[:2], 0 * state[1])))")),
+        edited(
+            wkv.wkv,
+            (
+                "State(*(np.broadcast_to(x, channels) for x in state))",
+                "State(*(np.broadcast_to(x, channels) for x in (*state[:2], 0 * state[1])))",
+            ),
+        ),
     ),
     Mutant(
         "wkv",
@@ -105,7 +109,10 @@ _WKV = (
         edited(
             wkv.wkv,
             ("m = np.maximum(faded, later.max)", "m = np.zeros_like(faded)"),
-            ("top = np.maximum(before.max, bonus)\n    past, present = np.exp(before.max - finite_or_zero(top)), np.exp(bonus - finite_or_zero(top))\n    return", "top = np.zeros_like(bonus)\n    past, present = np.exp(before.max - finite_or_zero(top)), np.exp(bonus - finite_or_zero(top))\n    return"),
+            (
+                "top = np.maximum(before.max, bonus)\n    past, present = np.exp(before.max - finite_or_zero(top)), np.exp(bonus - finite_or_zero(top))\n    return",
+                "top = np.zeros_like(bonus)\n    past, present = np.exp(before.max - finite_or_zero(top)), np.exp(bonus - finite_or_zero(top))\n    return",
+            ),
         ),
     ),
     Mutant(
@@ -287,7 +294,13 @@ _WKV6 = (
         "wkv6",
         "scaled_by_root_d",
         "o carries a factor 1/√d, as fla's code does unless told otherwise; RWKV-6 does not scale",
-        edited(wkv6.wkv6, ("    o = np.stack(outputs, axis=-2) if outputs else v  # (..., H, T, e)", "    o = np.stack(outputs, axis=-2) / np.sqrt(r.shape[-1] + 0 * v) if outputs else v")),
+        edited(
+            wkv6.wkv6,
+            (
+                "    o = np.stack(outputs, axis=-2) if outputs else v  # (..., H, T, e)",
+                "    o = np.stack(outputs, axis=-2) / np.sqrt(r.shape[-1] + 0 * v) if outputs else v",
+            ),
+        ),
         variant=True,
     ),
     Mutant(
@@ -307,7 +320,10 @@ _WKV6 = (
         "wkv6",
         "initial_state_ignored",
         "the initial state is not read",
-        edited(wkv6.wkv6, ("    r, k, v, w, S = aligned(state, r, k, v, w)\n    outputs", "    r, k, v, w, S = aligned(None, r, k, v, w)\n    outputs")),
+        edited(
+            wkv6.wkv6,
+            ("    r, k, v, w, S = aligned(state, r, k, v, w)\n    outputs", "    r, k, v, w, S = aligned(None, r, k, v, w)\n    outputs"),
+        ),
     ),
     Mutant(
         "wkv6",
@@ -396,13 +412,22 @@ _WKV7 = (
         "wkv7",
         "decay_before_removal",
         "aᵀS is read from the memory after its decay, as the gated delta rule does; the contract reads S_{t-1} as it was",
-        edited(wkv7.wkv7, ("    p = (a[..., None, :] @ S)[..., 0, :]  # (..., H, e)\n    return", "    p = (a[..., None, :] @ (np.exp(w)[..., None] * S))[..., 0, :]\n    return")),
+        edited(
+            wkv7.wkv7,
+            (
+                "    p = (a[..., None, :] @ S)[..., 0, :]  # (..., H, e)\n    return",
+                "    p = (a[..., None, :] @ (np.exp(w)[..., None] * S))[..., 0, :]\n    return",
+            ),
+        ),
     ),
     Mutant(
         "wkv7",
         "decay_after_update",
         "the decay acts on all of S_t, what step t wrote and moved included; it acts on S_{t-1} alone",
-        edited(wkv7.wkv7, (_STEP_7, "return np.exp(w)[..., None] * (S + b[..., :, None] * p[..., None, :] + k[..., :, None] * v[..., None, :])")),
+        edited(
+            wkv7.wkv7,
+            (_STEP_7, "return np.exp(w)[..., None] * (S + b[..., :, None] * p[..., None, :] + k[..., :, None] * v[..., None, :])"),
+        ),
     ),
     Mutant(
         "wkv7",
@@ -422,7 +447,10 @@ _WKV7 = (
         "o_t is read from S_{t-1}, as in wkv6; wkv7 reads S_t, which holds step t",
         edited(
             wkv7.wkv7,
-            ("        S = _step(S, w[..., t, :], k[..., t, :], v[..., t, :], a[..., t, :], b[..., t, :])\n        outputs", "        outputs"),
+            (
+                "        S = _step(S, w[..., t, :], k[..., t, :], v[..., t, :], a[..., t, :], b[..., t, :])\n        outputs",
+                "        outputs",
+            ),
             (_READ_7, _READ_7 + "        S = _step(S, w[..., t, :], k[..., t, :], v[..., t, :], a[..., t, :], b[..., t, :])\n"),
         ),
     ),
@@ -430,7 +458,10 @@ _WKV7 = (
         "wkv7",
         "read_on_the_value_side",
         "r is multiplied to the columns of S, S r for Sᵀ r (rows of S follow keys, columns follow values)",
-        edited(wkv7.wkv7, (_READ_7, "outputs.append((r[..., t, None, :] @ (np.swapaxes(S, -1, -2) if r.shape[-1] == v.shape[-1] else S))[..., 0, :])\n")),
+        edited(
+            wkv7.wkv7,
+            (_READ_7, "outputs.append((r[..., t, None, :] @ (np.swapaxes(S, -1, -2) if r.shape[-1] == v.shape[-1] else S))[..., 0, :])\n"),
+        ),
     ),
     Mutant(
         "wkv7",
@@ -450,7 +481,9 @@ _WKV7 = (
         "wkv7",
         "scaled_by_root_d",
         "o carries a factor 1/√d, as fla's code for this recurrence does unless told otherwise; RWKV-7 does not scale",
-        edited(wkv7.wkv7, (_READ_7, "outputs.append((r[..., t, None, :] / np.sqrt(r.shape[-1] + 0 * r[..., t, None, :]) @ S)[..., 0, :])\n")),
+        edited(
+            wkv7.wkv7, (_READ_7, "outputs.append((r[..., t, None, :] / np.sqrt(r.shape[-1] + 0 * r[..., t, None, :]) @ S)[..., 0, :])\n")
+        ),
         variant=True,
     ),
     Mutant(

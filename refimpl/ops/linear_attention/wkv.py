@@ -206,10 +206,11 @@ def wkv_vjp(dy, k, v, w, u, *, state=None, dstate=None):
         (3)  with p = e^{m_{t-1} - w - m_t}, q = e^{k_t - m_t}:
              dp = p (N_{t-1} dN + D_{t-1} dD),  dq = q (v dN + dD),  dm -= dp + dq;  dm goes to the larger argument of the max
              dv = q dN,  dk = dq,  dw = -dp,  dm_{t-1} = dp,  dN_{t-1} = p dN,  dD_{t-1} = p dD
-        (2)  g = dy / Δ:   dN += a g,  dD -= a g y,  dv += b g,  dm += a g (N - y D),  dk += b g (v - y),  du = b g (v - y)
+        (2)  g = dy / Δ:   dN += a g,  dD -= a g y,  dv += b g;  and with δ = a b g (v D - N) / Δ:  dk += δ,  du = δ,  dm -= δ
 
-    M needs no term in (2): what the two weights would give to it cancels, identically. m needs its own, for N and D come out
-    in its units; with no cotangent of the final state all that arrives at it cancels as well.
+    δ is b g (v - y), and -δ is a g (N - y D), without the difference of v and a y that may be all but v. M needs no term, for δ and -δ
+    cancel in it. m needs its own, for N and D come out in its units; with no cotangent of the final state all that arrives at it
+    cancels as well.
 
     A tie in (3) sends dm to m_{t-1} - w.
 
@@ -253,8 +254,8 @@ def wkv_vjp(dy, k, v, w, u, *, state=None, dstate=None):
         den = past * before.den + present
         y = (past * before.num + present * v_t) / den
         g = dy[..., t, :] / den
-        d_bonus = present * g * (v_t - y)
-        dm = dm + past * g * (before.num - y * before.den)
+        d_bonus = past * present * g * (v_t * before.den - before.num) / den
+        dm = dm - d_bonus
         dN, dD = dN + past * g, dD - past * g * y
         du = du + d_bonus
         dks.append(d_new + d_bonus)

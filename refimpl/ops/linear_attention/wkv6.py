@@ -267,7 +267,9 @@ def _rows_of_zeros(rng, x):
 
 
 _cost = {
-    "recurrent": lambda T, d, e, H=1, batch=1, **_: Cost(T * (7 * d * e + 5 * d + 2 * e) * H * batch, 5 * T, (3 * d * e + T * e) * H * batch),
+    "recurrent": lambda T, d, e, H=1, batch=1, **_: Cost(
+        T * (7 * d * e + 5 * d + 2 * e) * H * batch, 5 * T, (3 * d * e + T * e) * H * batch
+    ),
     "chunkwise": lambda T, d, e, H=1, batch=1, chunk=32, **_: Cost(
         T * (min(chunk, T) * (6 * d + 2 * e) + 5 * d * e + 9 * d) * H * batch,
         6 * min(chunk, T) + 3 * T / chunk,
