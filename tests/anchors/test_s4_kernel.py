@@ -44,7 +44,7 @@ def test_exact_fractions(form, length):
 @FORMS
 @pytest.mark.parametrize("measure", ["legs", "legt", "lagt"])
 def test_is_the_impulse_response_of_hippo_by_scipy(form, measure, rng):
-    """In the real basis: SciPy's bilinear rule, whose state is shifted so that D = C B̄ / 2-like terms stay out, and powers."""
+    """In the real basis, by cont2discrete and dimpulse, whose output comes a step late: its row k + 1 is C Ā^k B̄."""
     n, L, dt = 8, 40, 0.05
     A, B = hippo(measure, n)
     C = rng.standard_normal(n)
