@@ -3,7 +3,6 @@
 A candidate's output flows one way: cases -> truth and bounds -> the candidate's results -> gates -> diagnosis -> report.
 """
 
-import copy
 import importlib.util
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -104,7 +103,9 @@ def check(
     'conforms'
     """
     op = operator(op) if isinstance(op, str) else op
-    domain = copy.copy(domain) if domain is not None else Domain()
+    domain = Domain() if domain is None else domain
+    if isinstance(domain, Domain):
+        domain = domain.spelled_for(default_sizes(op))
     _validate(op, candidate, dtypes, level, domain, gradients, candidate_vjp, framework, timeout)
     precisions = [precision(name) for name in dtypes]
     fixed = {name: values[0] for name, values in domain.options.items() if len(values) == 1}

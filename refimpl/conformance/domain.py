@@ -1,5 +1,6 @@
 """What a candidate supports: sizes, batch shapes, options. What lies outside is not applicable, and said to be."""
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,14 @@ class Domain:
         parts += [f"options={self.options!r}"] if self.options else []
         parts += [f"batch={self.batch!r}"] if self.batch is not None else []
         return f"Domain({', '.join(parts)})"
+
+    def spelled_for(self, letters: Iterable[str]) -> "Domain":
+        """The same domain for an operator with those letters: H stands for both kinds of heads where there are two."""
+        spelled = copy.copy(self)
+        if "H" in self.sizes and "H" not in letters and {"Hq", "Hkv"} <= set(letters):
+            rest = {letter: rule for letter, rule in self.sizes.items() if letter != "H"}
+            spelled.sizes = {"Hq": self.sizes["H"], "Hkv": self.sizes["H"]} | rest
+        return spelled
 
     def check_names(self, operator: str, letters: Iterable[str], options: Iterable[str]) -> None:
         """Raise ValueError for a letter or an option that the operator does not have."""
