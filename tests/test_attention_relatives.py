@@ -299,3 +299,59 @@ def test_relative_attention_is_attention_with_the_position_as_a_bias(form, n, m,
     within(
         OPS["relative_attention"].forms[form].function(**call), want, 2 * limit + OPS["relative_attention"].error_bound(**call, unit=UNIT)
     )
+
+
+# -- attention-free ---------------------------------------------------------------------------------------------------
+
+
+def aft_call(rng, T=9, d=3):
+    return OPS["aft"].sample(rng, T=T, d=d)
+
+
+def aft_bound(call, **options):
+    return OPS["aft"].error_bound(**call, **options, unit=UNIT)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("form", list(OPS["aft_local"].forms))
+def test_aft_local_of_everything_is_aft_full(form, causal, rng):
+    call = aft_call(rng)
+    for s in (9, 100):
+        within(
+            OPS["aft_local"].forms[form].function(**call, s=s, causal=causal),
+            refimpl.aft(**call, causal=causal),
+            2 * aft_bound(call, causal=causal),
+        )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("form", list(OPS["aft_simple"].forms))
+def test_aft_simple_is_aft_without_biases(form, causal, rng):
+    call = aft_call(rng)
+    call["w"] = 0 * call["w"]
+    simple = {name: x for name, x in call.items() if name != "w"}
+    within(
+        OPS["aft_simple"].forms[form].function(**simple, causal=causal),
+        refimpl.aft(**call, causal=causal),
+        2 * aft_bound(call, causal=causal),
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("form", list(OPS["aft_conv"].forms))
+def test_aft_conv_is_aft_with_a_toeplitz_w(form, causal, rng):
+    call, kernel = aft_call(rng), rng.standard_normal(7)
+    call["w"] = np.array([[kernel[t - j + 3] if abs(t - j) <= 3 else 0 for j in range(9)] for t in range(9)])
+    got = OPS["aft_conv"].forms[form].function(**call | {"w": kernel}, causal=causal)
+    within(got, refimpl.aft(**call, causal=causal), 2 * aft_bound(call, causal=causal))
+
+
+def test_aft_with_a_decay_is_wkv(rng):
+    """RWKV's wkv: w_tj = -(t - 1 - j) decay for j < t, and a bonus for the own key; AFT's gate open."""
+    if "wkv" not in OPS:
+        pytest.skip("the catalogue has no wkv")
+    call, decay, bonus, T = aft_call(rng, d=1), 0.7, 0.4, 9
+    lag = np.arange(T)[:, None] - np.arange(T)
+    call |= {"q": np.full((T, 1), 100.0), "w": np.where(lag > 0, -(lag - 1) * decay, bonus)}
+    want = refimpl.wkv(call["k"], call["v"], np.array([decay]), np.array([bonus]))
+    within(refimpl.aft(**call, causal=True), want, 2 * aft_bound(call, causal=True))

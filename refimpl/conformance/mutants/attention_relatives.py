@@ -9,7 +9,7 @@ import numpy as np
 from refimpl.conformance.mutants import Mutant, edited
 
 _chapter = lambda name: importlib.import_module(f"refimpl.ops.attention.{name}")
-_rope, _relative = _chapter("rope"), _chapter("relative_attention")
+_rope, _relative, _aft, _aft_variants = map(_chapter, ("rope", "relative_attention", "aft", "aft_variants"))
 
 
 def _edits(operator, function, name, says, *edits, **kwargs):
@@ -268,4 +268,197 @@ RELATIVE = (
     ),
 )
 
-MUTANTS = ROPE + RELATIVE
+# -- AFT -------------------------------------------------------------------------------------------------------------
+
+
+def w_transposed(q, k, v, w, **options):
+    return _aft.aft(q, k, v, np.swapaxes(w, -1, -2), **options)
+
+
+def gate_left_away(q, k, v, w, **options):
+    return _aft.aft((0 * q + 100).astype(q.dtype), k, v, w, **options)
+
+
+def weights_not_normalised(q, k, v, w, **options):
+    s = _aft.scores(*(x.astype(np.result_type(x.dtype, np.float32)) for x in (k, w)), options.get("causal", False))
+    return (
+        _aft.sigmoid(q.astype(s.dtype)) * _aft.mean(np.exp(s - np.max(s, axis=-1, keepdims=True, initial=-1e30)), v.astype(s.dtype), s)
+    ).astype(q.dtype)
+
+
+def one_weight_for_all_channels(q, k, v, w, **options):
+    return _aft.aft(q, np.broadcast_to(k.mean(axis=-1, keepdims=True), k.shape).astype(k.dtype), v, w, **options)
+
+
+def maxima_apart(q, k, v, w, *, causal=False):
+    wide = lambda x: x.astype(np.result_type(x.dtype, np.float32))
+    e_k, e_w = (
+        np.exp(wide(k) - wide(k).max(axis=-2, keepdims=True, initial=-1e30)),
+        np.exp(wide(w) - wide(w).max(axis=-1, keepdims=True, initial=-1e30)),
+    )
+    e_w = np.tril(e_w) if causal else e_w
+    return (_aft.sigmoid(wide(q)) * (e_w @ (e_k * wide(v))) / (e_w @ e_k)).astype(q.dtype)
+
+
+def in_plain_exponentials(q, k, v, w, *, causal=False):
+    wide = lambda x: x.astype(np.result_type(x.dtype, np.float32))
+    e_k, e_w = np.exp(wide(k)), np.tril(np.exp(wide(w))) if causal else np.exp(wide(w))
+    return (_aft.sigmoid(wide(q)) * (e_w @ (e_k * wide(v))) / (e_w @ e_k)).astype(q.dtype)
+
+
+def conv_as_correction(q, k, v, w, *, causal=False):
+    """The paper's equation 5."""
+    k, v, w = (x.astype(np.result_type(x.dtype, np.float32)) for x in (k, v, w))
+    shape = np.broadcast_shapes(q.shape, k.shape, v.shape)
+    k, v, w = np.broadcast_to(k, shape), np.broadcast_to(v, shape), w if w.ndim > 1 else w[None]
+    heads = k[None] if k.ndim == 2 else k
+    W = _aft_variants._toeplitz(w, heads).astype(heads.dtype)
+    kernel, everything = np.expm1(W), np.ones(W.shape[-2:], W.dtype)
+    if causal:
+        kernel, everything = np.tril(kernel), np.tril(everything)
+    e = np.exp(heads - heads.max(axis=-2, keepdims=True, initial=-1e30))
+    values = (v[None] if v.ndim == 2 else v) * e
+    y = _aft.sigmoid(q.astype(e.dtype)) * ((kernel @ values + everything @ values) / (kernel @ e + everything @ e)).reshape(shape)
+    return y.astype(q.dtype)
+
+
+def _of_aft(function, says, **kwargs):
+    return _written("aft", _aft.aft, function, says, **kwargs)
+
+
+def _variant(operator, name, says, *edits, **kwargs):
+    return _edits(operator, getattr(_aft_variants, operator), name, says, *edits, **kwargs)
+
+
+def _variant_vjp(operator, name, says, *edits):
+    return _edits(operator, getattr(_aft_variants, f"{operator}_vjp"), name, says, *edits, of_gradient=True)
+
+
+_BAND = "return np.where(abs(_lags(w.shape[-1])) < s, w, np.zeros_like(w))"
+_SPREAD = "return np.where(abs(lags) < s, spread, np.zeros_like(spread))"
+AFT = (
+    _of_aft(w_transposed, "you read w as [key, query]: w[t, j] belongs to query t and key j"),
+    _of_aft(gate_left_away, "you leave the gate σ(q) away"),
+    _of_aft(weights_not_normalised, "you do not divide by the sum of the weights"),
+    _of_aft(one_weight_for_all_channels, "your weights are the same in all channels: each channel has its own softmax, over its own keys"),
+    _of_aft(
+        maxima_apart,
+        "you subtract the maxima of k and of w apart: where no pair has both, everything underflows to 0/0; take that of k_j + w_tj",
+    ),
+    _of_aft(in_plain_exponentials, "you take e^k and e^w without subtracting a maximum: they overflow though the mean is representable"),
+    _edits(
+        "aft",
+        _aft.aft,
+        "causal_not_looked_at",
+        "you ignore `causal`: query t then sees only keys j <= t",
+        ("s = scores(k, w, causal)\n    return", "s = scores(k, w, False)\n    return"),
+    ),
+    _edits(
+        "aft",
+        _aft.aft,
+        "gate_of_tanh",
+        "your gate is tanh; it is the sigmoid",
+        ("return sigmoid(q) * mean(weights(s), v, s)", "return np.tanh(q) * mean(weights(s), v, s)"),
+    ),
+    _edits(
+        "aft",
+        _aft.aft_vjp,
+        "gradient_of_w_of_one_channel",
+        "your gradient of w looks at one channel; w is shared, so it is the sum over them",
+        ('{"w": ds.sum(axis=-3)}', '{"w": ds[..., 0, :, :] * 1}'),
+        of_gradient=True,
+    ),
+    _edits(
+        "aft",
+        _aft.aft_vjp,
+        "gradient_of_q_without_gate",
+        "your gradient of q is dy o; the gate's slope is σ(q) σ(-q)",
+        ('return gradients | {"w"', 'gradients["q"] = gradients["q"] / (sigmoid(q) * sigmoid(-q))\n    return gradients | {"w"'),
+        of_gradient=True,
+    ),
+    _variant(
+        "aft_local",
+        "far_pairs_masked",
+        "pairs beyond the band are masked in yours; they attend, with a bias of 0",
+        (_BAND, "return np.where(abs(_lags(w.shape[-1])) < s, w, np.full_like(w, -np.inf))"),
+    ),
+    _variant("aft_local", "band_one_wider", "your band is |t - j| <= s; it is |t - j| < s", (_BAND, _BAND.replace("< s", "<= s"))),
+    _variant(
+        "aft_local",
+        "band_of_the_past",
+        "your band holds only t - j = 0 ... s - 1; it is |t - j| < s on both sides",
+        (_BAND, _BAND.replace("abs(_lags(w.shape[-1])) < s", "(_lags(w.shape[-1]) < s) & (_lags(w.shape[-1]) >= 0)")),
+    ),
+    _variant("aft_local", "s_not_looked_at", "you use all of w: it counts only for |t - j| < s", (_BAND, "return w")),
+    _variant_vjp(
+        "aft_local",
+        "gradient_beyond_the_band",
+        "biases beyond the band are not looked at, and have no gradient",
+        ('"w": _banded(ds.sum(axis=-3), s)', '"w": ds.sum(axis=-3)'),
+    ),
+    _variant(
+        "aft_simple",
+        "causal_by_the_whole",
+        "you ignore `causal`: query t then sees only keys j <= t",
+        ("    scored = scores(k, _no_bias(k), causal)", "    scored = scores(k, _no_bias(k), False)"),
+    ),
+    _variant(
+        "aft_simple",
+        "own_key_left_out",
+        "causal: query t sees keys j <= t, its own too",
+        (
+            "    scored = scores(k, _no_bias(k), causal)",
+            "    scored = scores(k, _no_bias(k) + (np.where(np.arange(k.shape[-2])[:, None] == np.arange(k.shape[-2]), -np.inf, 0 * k[..., :1, :1].sum()) if causal else 0), causal)",
+        ),
+    ),
+    _variant(
+        "aft_simple",
+        "softmax_over_channels",
+        "your softmax runs over the channels; it runs over time, in every channel",
+        (
+            "    return sigmoid(q) * mean(weights(scored), v, scored)\n\n\n@SIMPLE.form\n@as_data\ndef aft_simple_scan",
+            "    e = np.exp(k - np.max(k, axis=-1, keepdims=True))\n    return sigmoid(q) * np.where(causal, np.cumsum(e / e.sum(axis=-1, keepdims=True) * v, axis=-2), (e / e.sum(axis=-1, keepdims=True) * v).sum(axis=-2, keepdims=True))\n\n\n@SIMPLE.form\n@as_data\ndef aft_simple_scan",
+        ),
+    ),
+    _variant_vjp(
+        "aft_simple",
+        "gradient_of_v_only",
+        "the weights depend on k: your gradient of k is zero",
+        (
+            "    return vjp(dy, q, k, v, scores(k, _no_bias(k), causal))[0]",
+            '    return vjp(dy, q, k, v, scores(k, _no_bias(k), causal))[0] | {"k": 0 * k}',
+        ),
+    ),
+    _variant(
+        "aft_conv",
+        "kernel_reversed",
+        "your kernel runs the other way: w[h, t - j + s - 1], the last bias meets the farthest earlier key",
+        ("spread = w[:, np.clip", "spread = w[:, ::-1][:, np.clip"),
+    ),
+    _variant(
+        "aft_conv",
+        "beyond_the_kernel_masked",
+        "keys beyond the kernel are masked in yours; they attend, with a bias of 0",
+        (_SPREAD, "return np.where(abs(lags) < s, spread, np.full_like(spread, -np.inf))"),
+    ),
+    _variant(
+        "aft_conv",
+        "one_kernel_for_all_heads",
+        "you use the first head's kernel for all",
+        ("spread = w[:, np.clip", "spread = w[:1, np.clip"),
+    ),
+    _written(
+        "aft_conv",
+        _aft_variants.aft_conv,
+        conv_as_correction,
+        "you add (e^w - 1) e^k to a sum over all keys: where w silences a large key, its weight is added and taken away again, and all digits of the others with it",
+    ),
+    _variant_vjp(
+        "aft_conv",
+        "gradient_kernel_reversed",
+        "your gradient of w runs the other way than w",
+        ("dw[..., lag + s - 1] = ds", "dw[..., s - 1 - lag] = ds"),
+    ),
+)
+
+MUTANTS = ROPE + RELATIVE + AFT

@@ -29,8 +29,13 @@ def weights(s):
 
 
 def weights_vjp(p, dp, s):
-    """ds from dp: (1) gives ∂p_ij/∂s_ik = p_ij (1[j = k] - p_ik); a pair that is not allowed has none."""
+    """ds from dp: (1) gives ∂p_ij/∂s_ik = p_ij (1[j = k] - p_ik); a pair that is not allowed has none.
+
+    The mean of dp is taken off twice: where one weight is nearly 1, the first time leaves its own dp as a small number, and
+    what the light keys add to the mean is not lost beside it.
+    """
     dp = np.where(np.isneginf(s), np.zeros_like(dp), dp)
+    dp = dp - (p * dp).sum(axis=-1, keepdims=True)
     return p * (dp - (p * dp).sum(axis=-1, keepdims=True))
 
 
