@@ -110,8 +110,10 @@ _WKV = (
             wkv.wkv,
             ("m = np.maximum(faded, later.max)", "m = np.zeros_like(faded)"),
             (
-                "top = np.maximum(before.max, bonus)\n    past, present = np.exp(before.max - finite_or_zero(top)), np.exp(bonus - finite_or_zero(top))\n    return",
-                "top = np.zeros_like(bonus)\n    past, present = np.exp(before.max - finite_or_zero(top)), np.exp(bonus - finite_or_zero(top))\n    return",
+                "top = np.maximum(before.max, bonus)\n    past, present = np.exp(before.max - finite_or_zero(top)), "
+                "np.exp(bonus - finite_or_zero(top))\n    return",
+                "top = np.zeros_like(bonus)\n    past, present = np.exp(before.max - finite_or_zero(top)), "
+                "np.exp(bonus - finite_or_zero(top))\n    return",
             ),
         ),
     ),
