@@ -11,6 +11,7 @@
     random     sizes, options and hard inputs drawn together
 """
 
+import copy
 import inspect
 import itertools
 import math
@@ -325,12 +326,21 @@ def _affordable(op: Op, sizes: dict, level: str) -> bool:
 
 
 def hard_call(op: Op, name: str, rng, sizes: dict, combo: dict, support: Support, domain: Domain) -> dict | None:
-    """A chapter's hard input, with the combination's options where the input leaves them open."""
+    """A chapter's hard input, with the combination's options where the input leaves them open.
+
+    What makes the input hard is always in the call: an optional array that differs from the sample's is given.
+    """
+    before = copy.deepcopy(rng)
     try:
         given = op.hard[name](rng, **sizes)
     except (IndexError, ZeroDivisionError, ValueError):
         return None
     required, optional, defaults = parameters(op)
+    changed = _changed(op, before, sizes, given)
+    needed = {n for n in changed if n not in required and support.takes(n) and True in domain.options.get(n, (True,))}
+    if changed and not needed and not changed & set(required):
+        return None
+    combo = {**combo, **dict.fromkeys(needed, True)}
     fixed = {k: v for k, v in given.items() if k in defaults and not _same(v, defaults[k])}
     for option, value in fixed.items():
         allowed = domain.options.get(option)
@@ -338,6 +348,20 @@ def hard_call(op: Op, name: str, rng, sizes: dict, combo: dict, support: Support
             return None
     call = choose(op, given, sizes, {k: v for k, v in combo.items() if k not in fixed})
     return call | fixed
+
+
+def _changed(op: Op, rng, sizes: dict, given: dict) -> set[str]:
+    """The arrays in which a hard input differs from the sample; none if in all, which says nothing."""
+    base = op.sample(rng, **sizes)
+    arrays = [n for n, v in given.items() if n in base and v is not None and not np.isscalar(v)]
+    changed = {n for n in arrays if not _equal(given[n], base[n])}
+    return changed if len(changed) < len(arrays) else set()
+
+
+def _equal(a, b) -> bool:
+    if isinstance(a, tuple):
+        return isinstance(b, tuple) and len(a) == len(b) and all(map(_equal, a, b))
+    return np.array_equal(a, b, equal_nan=isinstance(a, np.ndarray) and a.dtype.kind in "fc")
 
 
 def _scaled(value, power: int):

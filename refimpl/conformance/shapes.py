@@ -75,4 +75,4 @@ def _cut(value: np.ndarray, axes: tuple[str, ...], shape: Shape) -> np.ndarray |
     if wanted:
         return None
     batch = value.ndim - len(axes)
-    return value[(*((slice(None) if shape.batched else 0,) * batch), *reversed(index))].copy()
+    return np.array(value[(*((slice(None) if shape.batched else 0,) * batch), *reversed(index))])

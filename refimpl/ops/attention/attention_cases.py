@@ -37,17 +37,27 @@ def _needle(k):
     return k * np.where(np.arange(k.shape[-2]) == k.shape[-2] // 2, 12.0, 1.0)[:, None]
 
 
+def _mask_per_head(rng, **sizes):
+    """Every head sees what the first does, some keys further on."""
+    call = sample(rng, **sizes)
+    shifted = [np.roll(call["mask"], h, axis=-1) for h in range(call["q"].shape[-3])]
+    return call | {"mask": np.concatenate(shifted, axis=-3)}
+
+
 HARD = {
     "first rows see nothing": _with({"causal": True, "offset": -2}),
     "first rows see nothing, with lse": _with({"causal": True, "offset": -2, "return_lse": True}),
     "window beyond the keys": _with({"window": (1, 0), "offset": 3}),
     "fully masked rows": _with(mask=lambda mask: mask & _along(mask, [True, False, True])),
+    "a mask for each head": _mask_per_head,
+    "biases that disallow": _with(bias=lambda bias: np.where(_along(bias, [True, False, True]) & (bias < 1), bias, -np.inf)),
     "one key each": _with({"window": (0, 0)}),
     "equal scores": _with(k=np.zeros_like),
     "equal keys and values": _with(k=lambda k: k[..., :1, :] + 0 * k, v=lambda v: v[..., :1, :] + 0 * v),
     "needle": _with(k=_needle),
     "rising scores": _with(q=lambda q: abs(q) + 0.5, k=lambda k: abs(k) * np.linspace(-4, 4, k.shape[-2])[:, None]),
     "large scores": _with(q=lambda q: 40 * q),
+    "scores beyond half precision": _with(q=lambda q: 2000 * q, k=lambda k: 32 * k),
     "huge scores, capped": _with({"softcap": 20.0}, q=lambda q: 1000 * q),
     "huge common offset": _with(bias=lambda bias: bias + 3000.0),
     "scores far below zero": _with(bias=lambda bias: bias - 2000.0),

@@ -389,6 +389,14 @@ def _gates_shut(rng, **sizes):
     return call | {"i": call["i"] - 1e3 * (which > 0.75), "f": call["f"] - 1e3 * ((which > 0.5) & (which < 0.75))}
 
 
+def _written_once(rng, **sizes):
+    """One write of e^60, then a forget gate of -100 and no more: the stabiliser falls to -40, and the result with it."""
+    call = _sample(rng, **sizes)
+    t = np.arange(call["i"].shape[-1])
+    i, f = np.where(t == 0, 60.0, -1e3), np.where(t == 1, -100.0, 30.0)
+    return call | {"i": i + 0 * call["i"], "f": f + 0 * call["f"]}
+
+
 def _cost(work, depth, peak):
     return lambda T, d, e, H=1, batch=1, chunk=64, **_: Cost(
         work(T, d, e, chunk) * H * batch, depth(T, d, e, chunk), peak(T, d, e, chunk) * H * batch
@@ -427,6 +435,8 @@ OPS = (
         options={"forget": ("sigmoid", "exp"), "eps": (0.0, 0.25)},
         hard={
             "gates of -1e3": _gates_shut,
+            "written once, then forgotten": _written_once,
+            "large keys": _with(k=lambda rng, x: 128 * x),
             "gates of +50": _with(i=_sometimes(50.0), f=_sometimes(50.0)),
             "exponential forget gates of +50": _with(f=_sometimes(50.0), forget="exp"),
             "all gates far below": _with(i=lambda rng, x: x - 40, f=lambda rng, x: x - 40, state=lambda rng, s: s._replace(m=s.m - 40)),

@@ -341,6 +341,7 @@ OPS = (
             "decay exactly 0": _with(a=lambda rng, a: np.where(rng.random(a.shape) < 0.3, 0.0, a)),
             "decay exactly 1": _with(a=lambda rng, a: np.ones_like(a)),
             "decay nearly 1": _with(a=lambda rng, a: 1 - 2.0**-12 * rng.random(a.shape)),
+            "growth and decay": _with(a=lambda rng, a: 1 + 0.1 * rng.uniform(-1, 1, a.shape)),
             "alternating decay -1": _with(a=lambda rng, a: -np.ones_like(a)),
             "constant decay": _with(a=lambda rng, a: a[..., :1, :]),
             "one needle": _with(b=lambda rng, b: b * (np.arange(b.shape[-2]) == b.shape[-2] // 3)[:, None], state=lambda rng, s: s * 0),

@@ -42,6 +42,10 @@ def _needle(rng, x):
     return x * (np.arange(x.shape[-2]) == x.shape[-2] // 3)[:, None]
 
 
+def _first(rng, x):
+    return x * (np.arange(x.shape[-2]) == 0)[:, None]
+
+
 def _alternating(rng, x):
     """Pairs +x, -x along the states, 0 where one is left over."""
     n = x.shape[-1]
@@ -60,6 +64,8 @@ HARD = {
         options={"delta_softplus": True},
         delta=lambda rng, d: np.where(rng.random(d.shape) < 0.3, rng.choice([-1e3, 50.0], d.shape), d),
     ),
+    "steps nearly shut": _with(options={"delta_softplus": True}, delta=lambda rng, d: d - 14),
+    "one input, then strong decay": _with(u=_first, delta=lambda rng, d: 0 * d + 1, A=lambda rng, A: A - 22, state=lambda rng, s: 0 * s),
     "gate in both tails": _with(z=lambda rng, z: np.where(rng.random(z.shape) < 0.5, rng.choice([-1e3, -30.0, 50.0, 1e3], z.shape), z)),
     "one needle": _with(u=_needle, state=lambda rng, s: 0 * s),
     "cancelling states": _with(
