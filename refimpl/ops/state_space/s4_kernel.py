@@ -175,9 +175,9 @@ def s4_kernel_vjp(dy, Lambda, P, B, C, dt, length):
 def error_bound(Lambda, P, B, C, dt, length, *, unit, store=0.0):
     """|computed - exact|, elementwise, of any form in arithmetic of unit roundoff `unit`.
 
-    Powers: (2 + 2 √n) u times the condition of I - Δ/2 A for the solve [2, section 9.3], what the roundings of A do to it, and
+    Powers: (1 + √n) u times the condition of I - Δ/2 A for the solve [2, section 9.3], what the roundings of A do to it, and
     (2 + √n) u a product (sums of n round like √n), each carried to step k by the norms of the powers of Ā [2, section 3.5]. Transform: at every z, each Cauchy term is off by
-    (8 + 2 √n) u of itself and 4 u (2 + Δ|Λ|) / |D|, carried through (5); C̃ by the error of Ā^L, times the resolvent; the
+    (8 + 2 √n) u of itself and 2 u (2 + Δ|Λ|) / |D|, carried through (5); C̃ by the error of Ā^L, times the resolvent; the
     mean over z of all that reaches every K_k, with 3 log2(4L) u ‖K‖ of the transform [2, section 24.1]. Operands kept
     in a half precision add `store`, to the powers only.
     """
@@ -190,7 +190,7 @@ def error_bound(Lambda, P, B, C, dt, length, *, unit, store=0.0):
     M = np.eye(n, dtype=A.dtype) - dt / 2 * A
     inverse = _spectral(linalg.solve(M, np.eye(n, dtype=A.dtype)))
     of_A = (P.shape[-1] + 3) * unit * (abs(Lambda).max(initial=0) + _norm(P) ** 2) * abs(dt) / 2 * inverse
-    solved = ((2 + 2 * np.sqrt(n)) * unit + store) * inverse * _spectral(M) + of_A
+    solved = ((1 + np.sqrt(n)) * unit + store) * inverse * _spectral(M) + of_A
     off_A, off_B = solved * (1 + _spectral(A_bar)), solved * _norm(B_bar)
     powers, states, power = [np.ones_like(off_A)], [_norm(B_bar)], A_bar
     for _ in range(length):
@@ -203,7 +203,7 @@ def error_bound(Lambda, P, B, C, dt, length, *, unit, store=0.0):
     spread = np.convolve(a, x)[:length]  # Σ ‖Ā^i‖ ‖Ā^j B̄‖ over i + j = k
     before = np.concatenate([0 * spread[:1], spread[:-1]])
     by_powers = c * (off_A * before + off_B * a[:-1] + rounding * spread + (n * unit + 2 * store) * x[:-1])
-    of_last = (off_A + 2 * rounding) * np.convolve(a, a)[length - 1] + 4 * unit * (1 + a[-1])
+    of_last = (off_A + rounding) * np.convolve(a, a)[length - 1] + 4 * unit * (1 + a[-1])
     return by_powers + _transform_bound(Lambda, P, B, C - C @ np.linalg.matrix_power(A_bar, length), dt, c * of_last, unit, k)
 
 
@@ -218,7 +218,7 @@ def _transform_bound(Lambda, P, B, C, dt, off_C, unit, k):
     Q = (P @ inverse) * s[:, None, None]  # (L, n, r)
     resolved = (B - (Q @ ((np.conj(P).T / D[:, None, :]) @ B)[..., None])[..., 0]) / D  # (L, n)
     size = 1 / abs(D)
-    off = unit * (8 + 2 * np.sqrt(n) + 4 * (2 + abs(dt * Lambda)) * size) * size  # (L, n)
+    off = unit * (8 + 2 * np.sqrt(n) + 2 * (2 + abs(dt * Lambda)) * size) * size  # (L, n)
     s, inverse, P, B, C = abs(s)[:, None, None], abs(inverse), abs(P), abs(B)[:, None], abs(C)
     sums = lambda x, w, y: (x * w[:, None, :]) @ y
     row, off_row = sums(C, size, P) @ inverse * s, sums(C, off, P) @ inverse * s  # (L, 1, r)
