@@ -187,7 +187,7 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
     plain = combos[0] | ({"return_state": True} if "return_state" in chosen else {})
     rich = sorted(combos, key=lambda c: -sum(bool(v) for v in c.values() if not callable(v)))
     turn = itertools.cycle(rich)
-    seen = set()
+    seen: set[tuple] = set()
 
     def case(klass: str, sizes: dict, combo: dict, *, hard: str = "", view: str = "contiguous", label: str = "", scale=None):
         sizes = domain.fit({**default_sizes(op), **sizes})

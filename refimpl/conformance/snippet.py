@@ -1,6 +1,7 @@
 """Python that reproduces a failure, with nothing but the package, NumPy and the candidate."""
 
 import textwrap
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ def _nested(value: np.ndarray) -> str:
     """The numbers in brackets, each with as many digits as tell it from its neighbours."""
     if value.ndim:
         return f"[{', '.join(map(_nested, value))}]"
-    x = value[()]
+    x: Any = value[()]
     if x.dtype.kind != "f":
         return repr(x.item()) if np.isfinite(x) else f"complex({_nested(value.real)}, {_nested(value.imag)})"
     if not np.isfinite(x):

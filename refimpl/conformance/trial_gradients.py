@@ -47,7 +47,9 @@ def _reshaped(trial: Trial, to: Precision, sizes: dict, combos: list[dict]) -> I
     free = trial.domain.batch is None and trial.domain.batch_rank is None
     for number, combo in enumerate(combos if "batch" in default_sizes(trial.op) else ()):
         drawn = trial.draw(np.random.default_rng([trial.seed, number, 23]), {**sizes, "batch": (2,)}, combo, to)
-        for name, label, call in reshaped(trial.op, drawn.call) if drawn is not None else ():
+        if drawn is None:
+            continue
+        for name, label, call in reshaped(trial.op, drawn.call):
             if label in seen or call[name].dtype.kind in "iub" or not (free or "whole batch" not in label):
                 continue
             seen.add(label)
