@@ -355,3 +355,25 @@ def test_aft_with_a_decay_is_wkv(rng):
     call |= {"q": np.full((T, 1), 100.0), "w": np.where(lag > 0, -(lag - 1) * decay, bonus)}
     want = refimpl.wkv(call["k"], call["v"], np.array([decay]), np.array([bonus]))
     within(refimpl.aft(**call, causal=True), want, 2 * aft_bound(call, causal=True))
+
+
+# -- Linformer ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", list(OPS["linformer_attention"].forms))
+@pytest.mark.parametrize(("n", "m"), [(5, 5), (3, 8)])
+def test_linformer_without_mixing_is_dense(form, n, m, rng):
+    """E = F = I; and any one permutation in place of I."""
+    q, k, v = qkv(rng, n, m)
+    want, limit = attention(q, k, v), attention_bound(q, k, v)
+    for E in (np.eye(m), np.eye(m)[rng.permutation(m)]):
+        got = OPS["linformer_attention"].forms[form].function(q, k, v, E, E)
+        within(got, want, limit + OPS["linformer_attention"].error_bound(q, k, v, E, E, unit=UNIT))
+
+
+def test_linformer_that_picks_positions_is_attention_to_those(rng):
+    q, k, v = qkv(rng, 4, 9)
+    E = np.eye(9)[[1, 4, 6]]
+    mask = np.isin(np.arange(9), [1, 4, 6])[None]
+    limit = attention_bound(q, k, v, mask=mask) + OPS["linformer_attention"].error_bound(q, k, v, E, E, unit=UNIT)
+    within(refimpl.linformer_attention(q, k, v, E, E), attention(q, k, v, mask=mask), limit)

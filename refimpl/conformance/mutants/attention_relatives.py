@@ -9,7 +9,7 @@ import numpy as np
 from refimpl.conformance.mutants import Mutant, edited
 
 _chapter = lambda name: importlib.import_module(f"refimpl.ops.attention.{name}")
-_rope, _relative, _aft, _aft_variants = map(_chapter, ("rope", "relative_attention", "aft", "aft_variants"))
+_rope, _relative, _aft, _aft_variants, _linformer = map(_chapter, ("rope", "relative_attention", "aft", "aft_variants", "linformer"))
 
 
 def _edits(operator, function, name, says, *edits, **kwargs):
@@ -461,4 +461,64 @@ AFT = (
     ),
 )
 
-MUTANTS = ROPE + RELATIVE + AFT
+# -- Linformer -------------------------------------------------------------------------------------------------------
+
+
+def _of_linformer(name, says, *edits, **kwargs):
+    return _edits("linformer_attention", _linformer.linformer_attention, name, says, *edits, **kwargs)
+
+
+def _of_linformer_vjp(name, says, *edits):
+    return _edits("linformer_attention", _linformer.linformer_attention_vjp, name, says, *edits, of_gradient=True)
+
+
+_PROJECTED = "keys, values = E @ k, F @ v  # (..., H, r, d), (..., H, r, e)"
+_SCORED = "s = _scale(q, scale) * (q @ keys.mT)  # (..., H, n, r)"
+LINFORMER = (
+    _of_linformer(
+        "projections_swapped", "E projects the keys and F the values; yours are swapped", (_PROJECTED, "keys, values = F @ k, E @ v")
+    ),
+    _of_linformer("one_projection", "you project the values with E too; F is theirs", (_PROJECTED, "keys, values = E @ k, E @ v")),
+    _of_linformer(
+        "projected_after_the_softmax",
+        "you take the softmax over all positions and mix afterwards; mixtures are scored first, and the softmax is over them",
+        (_SCORED, "s = _scale(q, scale) * (q @ k.mT)\n    return (weights(s) @ E.T) @ values"),
+    ),
+    _of_linformer(
+        "scaled_by_rank",
+        "you scale by 1/√r; it is 1/√d, the features of a key",
+        (_SCORED, "s = (1 / sqrt_of(max(E.shape[0], 1), q) if scale is None else scale) * (q @ keys.mT)"),
+    ),
+    _of_linformer(
+        "not_scaled", "you do not scale the scores (1/√d unless given)", (_SCORED, "s = (1 if scale is None else scale) * (q @ keys.mT)")
+    ),
+    _of_linformer("scale_not_looked_at", "you scale by 1/√d whatever `scale` says", (_SCORED, "s = _scale(q, None) * (q @ keys.mT)")),
+    _of_linformer(
+        "first_positions_only",
+        "you drop positions beyond the first r; all m are mixed",
+        (_PROJECTED, "at = slice(0, E.shape[0])\n    keys, values = E[:, at] @ k[..., at, :], F[:, at] @ v[..., at, :]"),
+    ),
+    _of_linformer(
+        "mean_in_place_of_sum",
+        "you divide the projections by m; a row of E is a sum over positions as it stands",
+        (_PROJECTED, "keys, values = E @ k / max(k.shape[-2], 1), F @ v / max(k.shape[-2], 1)"),
+    ),
+    _of_linformer_vjp(
+        "gradient_of_F_is_that_of_E", "your gradient of F is that of E; F has dṽ vᵀ", ('"F": dvalues @ v.mT', '"F": dkeys @ k.mT')
+    ),
+    _of_linformer_vjp(
+        "gradient_of_k_by_F",
+        "your gradient of k goes back to the positions by Fᵀ; keys were projected by E, so it is Eᵀ",
+        ('"k": E.T @ dkeys', '"k": F.T @ dkeys'),
+    ),
+    _of_linformer_vjp(
+        "gradient_scaled_twice",
+        "your gradients of q and k have the scale twice",
+        (
+            "s = scale * (q @ keys.mT)\n    p = weights(s)\n    ds = scale",
+            "s = scale * (q @ keys.mT)\n    p = weights(s)\n    ds = scale * scale",
+        ),
+    ),
+)
+
+MUTANTS = ROPE + RELATIVE + AFT + LINFORMER
