@@ -286,7 +286,8 @@ def _broadcast(op: Op, seed: int, middle: dict, combos: list[dict], domain: Doma
     """Every other shape of every array, and each array once for the whole batch, where the candidate's batch axes are free."""
     if "batch" not in default_sizes(op):
         return
-    free, seen = domain.batch is None and domain.batch_rank is None, set()
+    free = domain.batch is None and domain.batch_rank is None
+    seen: set[str] = set()
     for combo in combos:
         sizes = domain.fit({**default_sizes(op), **middle, "batch": (2,)})
         if sizes is None:
