@@ -46,6 +46,7 @@ from refimpl.core.parallel import over_threads
 from refimpl.laws import causal, hand_off
 from refimpl.op import Cost, Form, Op
 from refimpl.ops.gated_rnn.mlstm_bound import bound
+from refimpl.ops.gated_rnn.mlstm_cases import hard_inputs
 from refimpl.ops.gated_rnn.mlstm_laws import RECALLS, SAME_MEMORY
 
 
@@ -368,35 +369,6 @@ def _sample(rng, *, H=2, T=7, d=4, e=3, batch=()):
     }
 
 
-def _with(**changes):
-    """A hard call: the sample, with some arrays replaced and some options set."""
-
-    def draw(rng, **sizes):
-        call = _sample(rng, **sizes)
-        return call | {name: change(rng, call[name]) if name in call else change for name, change in changes.items()}
-
-    return draw
-
-
-def _sometimes(value):
-    return lambda rng, x: np.where(rng.random(x.shape) < 0.3, value + x, x)
-
-
-def _gates_shut(rng, **sizes):
-    """Single steps that write nothing or keep nothing. Not both, and not the first: e^-m would leave the range of floats."""
-    call = _sample(rng, **sizes)
-    which = rng.random(call["i"].shape) * (np.arange(call["i"].shape[-1]) > 0)
-    return call | {"i": call["i"] - 1e3 * (which > 0.75), "f": call["f"] - 1e3 * ((which > 0.5) & (which < 0.75))}
-
-
-def _written_once(rng, **sizes):
-    """One write of e^60, then a forget gate of -100 and no more: the stabiliser falls to -40, and the result with it."""
-    call = _sample(rng, **sizes)
-    t = np.arange(call["i"].shape[-1])
-    i, f = np.where(t == 0, 60.0, -1e3), np.where(t == 1, -100.0, 30.0)
-    return call | {"i": i + 0 * call["i"], "f": f + 0 * call["f"]}
-
-
 def _cost(work, depth, peak):
     return lambda T, d, e, H=1, batch=1, chunk=64, **_: Cost(
         work(T, d, e, chunk) * H * batch, depth(T, d, e, chunk), peak(T, d, e, chunk) * H * batch
@@ -433,23 +405,7 @@ OPS = (
         gradient=mlstm_vjp,
         sample=_sample,
         options={"forget": ("sigmoid", "exp"), "eps": (0.0, 0.25)},
-        hard={
-            "gates of -1e3": _gates_shut,
-            "written once, then forgotten": _written_once,
-            "large keys": _with(k=lambda rng, x: 128 * x),
-            "gates of +50": _with(i=_sometimes(50.0), f=_sometimes(50.0)),
-            "exponential forget gates of +50": _with(f=_sometimes(50.0), forget="exp"),
-            "all gates far below": _with(i=lambda rng, x: x - 40, f=lambda rng, x: x - 40, state=lambda rng, s: s._replace(m=s.m - 40)),
-            "huge common offset": _with(i=lambda rng, x: x + 300, state=lambda rng, s: s._replace(m=s.m + 300)),
-            "queries of zeros": _with(q=lambda rng, x: x * (rng.random((*x.shape[:-1], 1)) < 0.5), i=lambda rng, x: x + 60),
-            "small queries": _with(q=lambda rng, x: x * 2.0**-17, i=lambda rng, x: x + 40, state=lambda rng, s: s._replace(m=s.m + 40)),
-            "nothing is forgotten": _with(f=lambda rng, x: 0 * x, forget="exp"),
-            "no initial state": _with(state=lambda rng, s: None),
-            "empty initial state": _with(state=lambda rng, s: State(0 * s.C, 0 * s.n, np.full_like(s.m, -np.inf))),
-            "one needle": _with(
-                i=lambda rng, x: 0 * x + np.where(np.arange(x.shape[-1]) == x.shape[-1] // 3, 20.0, -20.0), f=lambda rng, x: x + 8
-            ),
-        },
+        hard=hard_inputs(_sample),
         error_bound=error_bound,
         references=("beck2024, equations 19-27, appendix A.3", "beck2025, section 3"),
         sizes=({"d": 1, "e": 1}, {"d": 5, "e": 5}, {"d": 16, "e": 8}, {"H": 1}, {"H": 3, "batch": (2,)}, {"batch": (2, 2)}),
