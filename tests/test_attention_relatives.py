@@ -22,6 +22,7 @@ from refimpl import (
     sliding_window_mask,
     strided_mask,
 )
+from refimpl.conformance.mutants import edited
 
 OPS = refimpl.OPS
 UNIT = 2.0**-53
@@ -111,6 +112,47 @@ def test_gradients_of_packed_sequences_equal_separate_calls(rng):
         alone = refimpl.attention_vjp(do[:, part], q[:, part], k[:, part], v[:, part], causal=True)
         for name in "qkv":
             np.testing.assert_allclose(packed[name][:, part], alone[name], rtol=0, atol=64 * UNIT * np.max(abs(alone[name])))
+
+
+MISTAKES = {
+    "the window's left edge left out": (sliding_window_mask, ("j >= P - left\n", "j > P - left\n"), (9,), {"window": (2, 0)}),
+    "starts aligned": (
+        sliding_window_mask,
+        ("(m - n if offset is None else offset), np", "(0 if offset is None else offset), np"),
+        (4, 9),
+        {"window": (2, 0)},
+    ),
+    "the strided window one shorter": (strided_mask, ("j >= P - stride,", "j > P - stride,"), (9,), {"stride": 3, "part": "local"}),
+    "not causal": (strided_mask, ('return (j <= P) & _part("strided', 'return (j < 99) & _part("strided'), (9,), {"stride": 3}),
+    "segments of the query's position": (fixed_mask, ("local=j // stride == P // stride", "local=P - j < stride"), (9,), {"stride": 3}),
+    "the first of each segment": (fixed_mask, ("j % stride >= stride - c", "j % stride < c"), (9,), {"stride": 3}),
+    "global tokens only see": (
+        longformer_mask,
+        ("mask[tokens, :] = mask[:, tokens] = True", "mask[tokens, :] = True"),
+        (9,),
+        {"window": (1, 1), "global_tokens": [4]},
+    ),
+    "dilated reach not longer": (longformer_mask, ("P - left * dilation", "P - left"), (9,), {"window": (2, 2), "dilation": 2}),
+    "padding is a segment": (segment_mask, (" & (segment_q[:, None] >= 0)", ""), ([3, 2],), {"n": 7}),
+    "starts of segments aligned": (
+        segment_mask,
+        ("to_end_q[:, None] <= to_end_k", "to_end_q[:, None] < to_end_k"),
+        ([3, 2], [4, 2]),
+        {"causal": True},
+    ),
+    "slopes from 1": (alibi_bias, ("-8 * (h + 1) / H", "-8 * h / H"), (4, 3, 3), {}),
+    "slopes of any H by one formula": (alibi_bias, ("below = 1 << (int(heads).bit_length() - 1)", "below = heads"), (6, 3, 3), {}),
+    "every slope of the next power": (alibi_bias, ("2 * rest", "rest"), (6, 3, 3), {}),
+    "a reward for distance": (alibi_bias, ("return -_slopes", "return _slopes"), (4, 3, 3), {}),
+    "distance from the start": (alibi_bias, ("(m - n if offset", "(0 if offset"), (4, 2, 5), {}),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_pattern_shows(mistake):
+    """Each of these was made by somebody; the anchors' sizes must tell it from the right pattern, or they prove nothing."""
+    function, edit, args, options = MISTAKES[mistake]
+    assert not np.array_equal(edited(function, edit)()(*args, **options), function(*args, **options))
 
 
 # -- blocks ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import numpy as np
 
 from refimpl.conformance.mutants import Mutant, edited
 
+_attention, _block_sparse = (importlib.import_module(f"refimpl.ops.attention.{name}") for name in ("attention", "block_sparse"))
 _chapter = lambda name: importlib.import_module(f"refimpl.ops.attention.{name}")
 _rope, _relative, _aft, _aft_variants, _linformer = map(_chapter, ("rope", "relative_attention", "aft", "aft_variants", "linformer"))
 
@@ -56,7 +57,9 @@ ROPE = (
         "your layouts are the other way round: 'half' pairs feature i with i + dims/2 (Llama), 'interleaved' pairs 2i with 2i + 1 (GPT-J)",
         (
             "    first, second = _places(2 * theta.shape[-1], layout)\n    return x[..., first]",
-            '    layout = {"half": "interleaved"}.get(layout, "half")\n    first, second = _places(2 * theta.shape[-1], layout)\n    return x[..., first]',
+            '    layout = {"half": "interleaved"}.get(layout, "half")\n'
+            "    first, second = _places(2 * theta.shape[-1], layout)\n"
+            "    return x[..., first]",
         ),
         (
             '    turned = np.concatenate([a, b], axis=-1) if layout == "half"',
@@ -77,7 +80,8 @@ ROPE = (
         "rope",
         _rope.rope,
         "halves_rotated_pairs_frequencies",
-        "you rotate halves but give the frequencies to neighbours (each repeated, as for interleaved pairs): with 'half' both of i and i + dims/2 have ω_i",
+        "you rotate halves but give the frequencies to neighbours, each repeated as for interleaved pairs: "
+        "with 'half' both of i and i + dims/2 have ω_i",
         (
             "    return _joined(a * cos - b * sin, a * sin + b * cos, rest, layout)\n\n\n@CONTRACT.form\ndef rope_complex",
             """    if layout == "half":
@@ -122,7 +126,9 @@ ROPE = (
         "of a partial rotation you turn the last `dims` features; it is the first",
         (
             "    first, second = _places(2 * theta.shape[-1], layout)\n    return x[..., first]",
-            "    x = np.roll(x, 2 * theta.shape[-1] - x.shape[-1], axis=-1)\n    first, second = _places(2 * theta.shape[-1], layout)\n    return x[..., first]",
+            "    x = np.roll(x, 2 * theta.shape[-1] - x.shape[-1], axis=-1)\n"
+            "    first, second = _places(2 * theta.shape[-1], layout)\n"
+            "    return x[..., first]",
         ),
         ("    return np.concatenate([turned, rest], axis=-1)", "    return np.concatenate([rest, turned], axis=-1)"),
     ),
@@ -204,7 +210,9 @@ RELATIVE = (
         "you take i - j for the distance: with a memory query i stands at i + m - n",
         (
             "rows, allowed = _distances(q, k, r, causal)\n    of_pairs",
-            "rows, allowed = _distances(q, k, r, causal)\n    rows = abs(np.arange(q.shape[-2])[:, None] - np.arange(k.shape[-2]))\n    of_pairs",
+            "rows, allowed = _distances(q, k, r, causal)\n"
+            "    rows = abs(np.arange(q.shape[-2])[:, None] - np.arange(k.shape[-2]))\n"
+            "    of_pairs",
         ),
     ),
     _of_relative(
@@ -408,7 +416,8 @@ AFT = (
         "causal: query t sees keys j <= t, its own too",
         (
             "    scored = scores(k, _no_bias(k), causal)",
-            "    scored = scores(k, _no_bias(k) + (np.where(np.arange(k.shape[-2])[:, None] == np.arange(k.shape[-2]), -np.inf, 0 * k[..., :1, :1].sum()) if causal else 0), causal)",
+            "    own = np.where(np.eye(k.shape[-2]) > 0, -np.inf, _no_bias(k)) if causal else _no_bias(k)\n"
+            "    scored = scores(k, own, causal)",
         ),
     ),
     _variant(
@@ -417,7 +426,14 @@ AFT = (
         "your softmax runs over the channels; it runs over time, in every channel",
         (
             "    return sigmoid(q) * mean(weights(scored), v, scored)\n\n\n@SIMPLE.form\n@as_data\ndef aft_simple_scan",
-            "    e = np.exp(k - np.max(k, axis=-1, keepdims=True))\n    return sigmoid(q) * np.where(causal, np.cumsum(e / e.sum(axis=-1, keepdims=True) * v, axis=-2), (e / e.sum(axis=-1, keepdims=True) * v).sum(axis=-2, keepdims=True))\n\n\n@SIMPLE.form\n@as_data\ndef aft_simple_scan",
+            "    e = np.exp(k - np.max(k, axis=-1, keepdims=True))\n"
+            "    mixed = e / e.sum(axis=-1, keepdims=True) * v\n"
+            "    return sigmoid(q) * (np.cumsum(mixed, axis=-2) if causal else mixed.sum(axis=-2, keepdims=True))\n"
+            "\n"
+            "\n"
+            "@SIMPLE.form\n"
+            "@as_data\n"
+            "def aft_simple_scan",
         ),
     ),
     _variant_vjp(
@@ -451,7 +467,8 @@ AFT = (
         "aft_conv",
         _aft_variants.aft_conv,
         conv_as_correction,
-        "you add (e^w - 1) e^k to a sum over all keys: where w silences a large key, its weight is added and taken away again, and all digits of the others with it",
+        "you add (e^w - 1) e^k to a sum over all keys: where w silences a large key, its weight is added and taken away again, "
+        "and all digits of the others with it",
     ),
     _variant_vjp(
         "aft_conv",
@@ -521,4 +538,40 @@ LINFORMER = (
     ),
 )
 
-MUTANTS = ROPE + RELATIVE + AFT + LINFORMER
+# -- block-sparse attention ------------------------------------------------------------------------------------------
+
+
+def _in_blocks(name, says, *edits):
+    """The form in small blocks after edits of its chapter."""
+    build = edited(_block_sparse.attention_block_sparse, *edits)
+    wrap = functools.wraps(_attention.attention)
+    return Mutant("attention", name, says, lambda: wrap(functools.partial(build(), block_q=16, block_k=16)))
+
+
+BLOCKS = (
+    _in_blocks(
+        "blocks_seen_wholly",
+        "of a block that holds anything you let all pairs attend; inside of a block the mask still decides",
+        ("k[keys], pairs), pairs, rows, keys)", "k[keys], pairs), pairs._replace(mask=None), rows, keys)"),
+    ),
+    _in_blocks(
+        "block_judged_by_its_corner",
+        "you skip a block if its first pair is masked; it may be skipped only if all are",
+        (
+            "(layout is None or layout[i, j])",
+            "(layout is None or np.broadcast_to(pairs.mask, (q.shape[-2], k.shape[-2]))[rows.start, keys.start])",
+        ),
+    ),
+    _in_blocks(
+        "window_judged_by_the_last_query",
+        "you skip blocks by the window of a tile's last query; those that only its first sees are lost",
+        ("keys.stop - 1 >= first - pairs.left", "keys.stop - 1 >= last - pairs.left"),
+    ),
+    _in_blocks(
+        "diagonal_block_skipped",
+        "you skip the block on the causal diagonal: it is visible in part",
+        ("keys.start <= last + pairs.right", "keys.stop - 1 <= last + pairs.right"),
+    ),
+)
+
+MUTANTS = ROPE + RELATIVE + AFT + LINFORMER + BLOCKS
