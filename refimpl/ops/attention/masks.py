@@ -19,10 +19,10 @@ are pairs (left, right), P - left <= j <= P + right, both ends included, None be
 
 Where implementations differ
     Sliding windows: `sliding_window=w` of transformers is window=(w - 1, 0); flash-attn's pairs are ours. Strided: the
-    paper's window goes back l positions and so holds l + 1; OpenAI's code has one fewer (the same, once both sets are joined). Longformer's w is window=(w // 2,
-    w // 2) here; its global tokens also have projections of their own, which no mask can say. BigBird draws other blocks for every
-    head in public code: call once per head and stack. Public packed kernels take running sums ("cu_seqlens") where
-    `segment_mask` takes lengths.
+    paper's window goes back l positions and so holds l + 1; OpenAI's code has one fewer (the same, once both sets are
+    joined). Longformer's w is window=(w // 2, w // 2) here; its global tokens also have projections of their own, which
+    no mask can say. BigBird draws other blocks for every head in public code: call once per head and stack. Public packed
+    kernels take running sums ("cu_seqlens") where `segment_mask` takes lengths.
 
 References
     [1] R. Child, S. Gray, A. Radford, I. Sutskever, "Generating long sequences with sparse transformers", 2019, section 4.3.
