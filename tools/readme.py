@@ -30,11 +30,10 @@ def operators() -> str:
     """The catalogue as a table."""
     from refimpl.show import parts
 
-    rows = ["| part | operator | forms, the first being the definition |", "|---|---|---|"]
+    rows = ["| part | operators, with their forms, the first being the definition |", "|---|---|"]
     for part, ops in parts().items():
-        for op in ops:
-            rows.append(f"| {part.replace('_', ' ')} | `{op.name}` | {', '.join(op.forms)} |")
-            part = ""
+        listed = "; ".join(f"`{op.name}` {', '.join(op.forms)}" for op in ops)
+        rows.append(f"| {part.replace('_', ' ')} | {listed} |")
     return "\n".join(rows)
 
 
