@@ -129,7 +129,8 @@ class Layout:
             roles = self._roles(shape)
             if roles is not None and shape.batched and ndim == len(roles) + 1:
                 here = "b" + roles
-                return [here.index(r) for r in self.order if r in here]
+                order = self.order if "h" in self.order else self.order.replace("b", "bh")  # groups stand beside the batch
+                return [here.index(r) for r in order if r in here]
         return None
 
     def argument_in(self, name: str, value, call: dict):

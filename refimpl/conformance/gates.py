@@ -16,6 +16,7 @@ from refimpl.core.contract import real_dtype
 
 PEERS_FACTOR = 4.0  # G2: RMS error of a slice over the worst of the ensemble's
 BIAS_FLOOR = 0.3  # G3: in roundoffs of the result; a factor of 1.002 is 0.51 of bfloat16's
+GAIN_FLOOR = 0.6  # G3, factors on arguments: a scale of 1/√d kept in the half type is off by up to half a roundoff
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,19 @@ class Finding:
     bad: np.ndarray | None = None
 
 
-def exact(name: str, got, right: np.ndarray, to: Precision, wanted: np.dtype, state: bool, secondary: bool) -> Finding | None:
-    """G0: kind of thing, shape, dtype (`wanted`), non-finite places."""
+def exact(name: str, got, right: np.ndarray, to: Precision, wanted: np.dtype, state: bool, secondary: bool, mixed: bool = False) -> Finding | None:
+    """G0: kind of thing, shape, dtype (`wanted`), non-finite places.
+
+    In a half precision, results beside the first (`secondary`) may be in float32; and where the other arrays are complex,
+    which no half type is (`mixed`), the real result may be in the half type that was asked for.
+    """
     if not isinstance(got, np.ndarray):
         return Finding("SHAPE", f"{name} is {type(got).__name__}, expected an array of shape {right.shape}", name)
     if got.shape != right.shape:
         return Finding("SHAPE", f"{name} has shape {got.shape}, expected {right.shape}", name)
     legal = {wanted} | ({np.dtype(np.float32)} if secondary and to.half else set())
+    if mixed and to.half and not state and wanted.kind == "f":
+        legal.add(to.dtype)
     if got.dtype not in legal and not (wanted.kind in "iu" and got.dtype.kind in "iu"):
         return Finding("DTYPE", f"{name} has dtype {got.dtype}, expected {wanted}", name)
     if got.dtype.kind in "iub":
@@ -111,15 +118,44 @@ def like_peers(name: str, got: np.ndarray, right: np.ndarray, peers: list[np.nda
 
 
 def unbiased(name: str, got: np.ndarray, right: np.ndarray, peers: list[np.ndarray], unit: float) -> Finding | None:
-    """G3: the common factor between the result and the truth."""
-    if right.size < 500:
-        return None
-    ours, others = _slope(got, right), [abs(_slope(p, right)) for p in peers]
-    allowed = max(BIAS_FLOOR * unit, 6 * max(others, default=0.0), 8 * unit / np.sqrt(right.size))
-    if abs(ours) <= allowed:
-        return None
-    message = f"{name} is {1 + ours:.6g} times the truth on average, where rounding leaves a factor within {allowed:.2g} of 1"
-    return Finding("BIAS", message, name, ratio=abs(ours) / allowed)
+    """G3: the common factor between the result and the truth, of all and of every head, batch entry and feature."""
+    parts = [("", got, right, peers)]
+    for axis, count in enumerate(right.shape):  # each head, each batch entry, each feature
+        if 1 < count <= 64:
+            parts += [
+                (f" at {i} along axis {axis}", got.take(i, axis), right.take(i, axis), [p.take(i, axis) for p in peers]) for i in range(count)
+            ]
+    for where, g, r, ps in parts:
+        if r.size < 500:
+            continue
+        ours, others = _slope(g, r), [abs(_slope(p, r)) for p in ps]
+        allowed = max(BIAS_FLOOR * unit, 6 * max(others, default=0.0), 8 * unit / np.sqrt(r.size))
+        if abs(ours) > allowed:
+            message = f"{name}{where} is {1 + ours:.6g} times the truth on average, where rounding leaves a factor within {allowed:.2g} of 1"
+            return Finding("BIAS", message, name, ratio=abs(ours) / allowed)
+    return None
+
+
+def ungained(name: str, got: np.ndarray, right: np.ndarray, peers: list[np.ndarray], directions: dict[str, np.ndarray], unit: float) -> Finding | None:
+    """G3 for the arguments: the error has no part along what a small factor on one of them does to the result.
+
+    A factor on the scores, the steps or the rates of half a percent hides below the roundoff of every single element; the
+    regression of all errors on the derivative finds it. `directions`: by argument, d result / d log argument. A constant
+    that a kernel keeps in the half precision is off by up to its roundoff, hence the floor.
+    """
+    error = _signed(got, right)
+    for argument, direction in directions.items():
+        square = float(np.sum(direction**2))
+        if right.size < 1000 or square == 0:
+            continue
+        ours = float(np.sum(error * direction)) / square
+        others = [abs(float(np.sum(_signed(p, right) * direction))) / square for p in peers]
+        noise = float(np.sqrt(np.sum((right.astype(np.float64) * direction) ** 2))) / square
+        allowed = max(GAIN_FLOOR * unit, 6 * max(others, default=0.0), 8 * unit * noise)
+        if abs(ours) > allowed:
+            message = f"{name} is what {1 + ours:.6g} times {argument} would give, where rounding leaves a factor within {allowed:.2g} of 1"
+            return Finding("BIAS", message, name, ratio=abs(ours) / allowed)
+    return None
 
 
 def teeth(right: np.ndarray, limit: np.ndarray) -> set[str]:
@@ -140,6 +176,12 @@ def teeth(right: np.ndarray, limit: np.ndarray) -> set[str]:
 def _difference(a: np.ndarray, right: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
         d = abs(a.astype(right.dtype) - right).astype(np.float64)
+    return np.where(np.isfinite(d), d, 0.0)
+
+
+def _signed(a: np.ndarray, right: np.ndarray) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        d = (a.astype(right.dtype) - right).astype(np.float64)
     return np.where(np.isfinite(d), d, 0.0)
 
 

@@ -81,26 +81,30 @@ class Trial:
             return Finding("SHAPE", f"returned {', '.join(got) or 'another number of results'}, expected {', '.join(right)}")
         first = next(iter(right))
         compute, out = self.op.contract.precision(**call)
+        mixed = out == compute  # complex arrays beside half-precision ones
         for name, exact in right.items():
             state = name.startswith("state")
             wanted = gates.result_dtype(exact, compute, out, state)
-            finding = gates.exact(name, got[name], exact, to, wanted, state, secondary=name != first)
+            finding = gates.exact(name, got[name], exact, to, wanted, state, secondary=name != first, mixed=mixed)
             if finding is not None:
                 return finding
         findings = [f for name in right if (f := gates.bounded(name, got[name], right[name], limits[name])) is not None]
         if findings:
             return max(findings, key=lambda f: f.ratio)
         if to.half and klass in _PEERED and right[first].size >= 256:
-            return self._statistics(first, got[first], right[first], call, to)
+            return self._statistics(first, got[first], right[first], call, to, gains=klass == "long")
         return None
 
-    def _statistics(self, name: str, got: np.ndarray, right: np.ndarray, call: dict, to: Precision) -> Finding | None:
+    def _statistics(self, name: str, got: np.ndarray, right: np.ndarray, call: dict, to: Precision, gains: bool) -> Finding | None:
         """G2 and G3, in a half precision, where rounding is so coarse that mistakes hide below the bound."""
         peers = ensemble(self.op, call, to)
         if not peers:
             return None
         floor = 0.5 * to.unit * np.abs(right).astype(np.float64) + truth.smallest(to)
-        return gates.like_peers(name, got, right, peers, floor) or gates.unbiased(name, got, right, peers, to.unit)
+        finding = gates.like_peers(name, got, right, peers, floor) or gates.unbiased(name, got, right, peers, to.unit)
+        if finding is None and gains and right.dtype.kind == "f":
+            finding = gates.ungained(name, got, right, peers, truth.directions(self.op, call, name, right, to), to.unit)
+        return finding
 
     def failure(self, case: Case, to: Precision, finding: Finding, call: dict) -> Result:
         """A finding as the report shows it: the place, the pattern in words, Python that reproduces it."""

@@ -48,6 +48,22 @@ def tolerance(op: Op, call: dict, to: Precision, right: dict[str, np.ndarray]) -
     return limits
 
 
+def directions(op: Op, call: dict, name: str, right: np.ndarray, to: Precision) -> dict[str, np.ndarray]:
+    """What a factor on one argument does to a result: the derivative by the factor, for every real array of the call."""
+    step, found = 2.0**-7, {}
+    wide = widened(call, to.truth)
+    for argument, value in wide.items():
+        if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+            continue
+        try:
+            moved = truth(op, {**wide, argument: value * (1 + step)}, to)[name]
+        except ValueError:
+            continue
+        with np.errstate(all="ignore"):
+            found[argument] = np.nan_to_num(((moved - right) / step).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    return found
+
+
 def smallest(to: Precision) -> float:
     """What may be flushed to zero: below the smallest normal number of the arithmetic, or half a step of the result."""
     import ml_dtypes
