@@ -159,7 +159,7 @@ def _conclude(trial: Trial, fail_fast: bool) -> None:
             report.smallest = smallest(trial)
         report.diagnosis, report.variant = explain(trial.op, _spread(trial.evidence))
         unexplained = any(f.status in _NO_VARIANT for f in report.failures)
-        if report.variant and (unexplained or not breaks_the_same_laws(trial, report.variant)):
+        if report.variant and (unexplained or not breaks_the_same_laws(trial, report.variant.split(" and "))):
             report.variant = ""
     for name, seen in trial.teeth.items():
         missing = {"zeros", "sign"} - seen

@@ -35,7 +35,7 @@ class Evidence:
 
 
 def explain(op: Op, evidence: list[Evidence]) -> tuple[list[str], str]:
-    """Sentences, best explanation first, and the name of a legitimate variant that explains every failure, if any."""
+    """Sentences, best explanation first, and the legitimate variants, joined by " and ", that explain every failure, if any do."""
     failing = [e for e in evidence if e.failed]
     if not failing:
         return [], ""
@@ -54,9 +54,22 @@ def explain(op: Op, evidence: list[Evidence]) -> tuple[list[str], str]:
             scored.append((hits / len(failing), -clashes, mutant))
     scored.sort(key=lambda s: (-s[0], -s[1], s[2].variant))
     sentences = [_sentence(share, clashes, m) for share, clashes, m in scored[:4]]
-    variant = next((m.name for share, clashes, m in scored if m.variant and share == 1.0), "")
-    full_wrong = any(share == 1.0 and not m.variant and clashes > c for share, clashes, m in scored for s, c, v in scored if v.name == variant)
-    return sentences + _from_the_numbers(op, failing), "" if full_wrong else variant
+    variants = _variants(op, failing)
+    full_wrong = any(share == 1.0 and not m.variant and clashes > c for share, clashes, m in scored for s, c, v in scored if v.name in variants)
+    return sentences + _from_the_numbers(op, failing), "" if full_wrong else " and ".join(variants)
+
+
+def _variants(op: Op, failing: list[Evidence]) -> list[str]:
+    """Few legitimate variants of which each failure is one or the other; empty where some failure is none."""
+    explained = {m.name: {i for i, e in enumerate(failing) if e.cotangents is None and _matches(op, m, e)} for m in mutants(op.name) if m.variant}
+    left, chosen = set(range(len(failing))), []
+    while left:
+        name = max(explained, key=lambda n: len(explained[n] & left), default=None)
+        if name is None or not explained[name] & left:
+            return []
+        chosen.append(name)
+        left -= explained.pop(name)
+    return chosen
 
 
 def _sentence(share: float, clashes: int, mutant: Mutant) -> str:

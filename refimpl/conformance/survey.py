@@ -562,7 +562,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         package="fla-core",
         function="fused_recurrent_gated_delta_rule",
         build=lambda: adapters.gated_delta_rule(_from("fla.ops.gated_delta_rule", "fused_recurrent_gated_delta_rule")),
-        needs=("fla.ops",),
+        needs=("fla.ops", "triton"),
         domain=DELTA_RULE,
     ),
 )

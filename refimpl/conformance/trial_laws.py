@@ -30,11 +30,15 @@ def law_jobs(trial: Trial, to: Precision) -> Iterator[tuple[str, Callable[[], An
             yield f"{to.name} laws", functools.partial(_law, trial, law, to, T, combo, label)
 
 
-def breaks_the_same_laws(trial: Trial, variant: str) -> bool:
-    """Whether the laws that the candidate breaks are those that a variant breaks, so that it explains them too."""
-    function = next(m.function for m in mutants(trial.op.name) if m.name == variant)
-    results = [_held(trial, function, *broken) for broken in trial.broken_laws]
-    return all(r is not None and r.status == "PROPERTY" for r in results)
+def breaks_the_same_laws(trial: Trial, variants: list[str]) -> bool:
+    """Whether the laws that the candidate breaks are those that these variants break, so that they explain them too."""
+    functions = [m.function for m in mutants(trial.op.name) if m.name in variants]
+
+    def breaks(function: Callable, broken: tuple) -> bool:
+        result = _held(trial, function, *broken)
+        return result is not None and result.status == "PROPERTY"
+
+    return all(any(breaks(function, broken) for function in functions) for broken in trial.broken_laws)
 
 
 class _NoAnswer(Exception):
