@@ -283,6 +283,7 @@ def damages(op, call) -> dict:
         if isinstance(v, np.ndarray):
             found[f"{n} shifted"] = _with(n, _shift if v.ndim else (lambda u: u + 1))
             found[f"{n} doubled"] = _with(n, lambda u: 2 * u)
+            found[f"{n} moved"] = _with(n, lambda u: u + (0.1 + 0.2j if u.dtype.kind == "c" else 0.25) if u.dtype.kind in "fc" else u)
             found[f"{n} cut"] = _with(n, lambda u: np.clip(u.real, -0.5, 0.5) if u.dtype.kind == "f" else u / (1 + abs(u)))
             found[f"{n} centred"] = _with(n, lambda u: u - u.mean() if u.size else u)
             found[f"{n}, a ramp over rows"] = _with(n, _along(-2))
