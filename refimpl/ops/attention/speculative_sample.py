@@ -126,6 +126,12 @@ def acceptance_rate(target, draft):
     References
     ----------
     [1, theorem 3.5].
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> float(acceptance_rate(np.array([0.5, 0.5]), np.array([0.25, 0.75])))
+    0.75
     """
     return np.minimum(target, draft).sum(axis=-1)
 
