@@ -342,13 +342,13 @@ def hard_call(op: Op, name: str, rng, sizes: dict, combo: dict, support: Support
     if changed and not needed and not changed & set(required):
         return None
     combo = {**combo, **dict.fromkeys(needed, True)}
-    fixed = {k: v for k, v in given.items() if k in defaults and not _same(v, defaults[k])}
+    fixed = {k: v for k, v in given.items() if k in defaults}
     for option, value in fixed.items():
-        allowed = domain.options.get(option)
-        if (allowed is not None and not any(_same(value, a) for a in allowed)) or (allowed is None and not support.takes(option)):
+        allowed, usual = domain.options.get(option), _same(value, defaults[option])
+        if (allowed is not None and not any(_same(value, a) for a in allowed)) or (allowed is None and not usual and not support.takes(option)):
             return None
     call = choose(op, given, sizes, {k: v for k, v in combo.items() if k not in fixed})
-    return call | fixed
+    return call | {k: v for k, v in fixed.items() if not _same(v, defaults[k])}
 
 
 def _changed(op: Op, rng, sizes: dict, given: dict) -> set[str]:

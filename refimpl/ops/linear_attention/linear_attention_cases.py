@@ -92,6 +92,7 @@ HARD = {
     "gates of -50 and +50": _with(decay=_spikes(-1)),
     "gates of -50 and +50 in channels": _with(per_channel=True, decay=_spikes(-2), beta=lambda rng, b: None),
     "growth of nothing": _with(
+        options={"feature_map": None},  # the others make something of keys of 0
         decay=_grows_from_nothing,
         k=lambda rng, k: k * (np.arange(k.shape[-2]) >= k.shape[-2] // 2)[:, None],
         state=lambda rng, S: None,
