@@ -188,6 +188,7 @@ def jax_attention(f: Callable) -> Callable:
         h = _Heads(q, k, v)
         aligned = h.starts_aligned(offset)
         _refuse(h.q.shape[-1] != h.v.shape[-1], "keys and values are of one size")
+        _refuse(bias is not None and bool((bias == -math.inf).any()), "masked by a finite number, so that a bias of -inf is another thing")
         _refuse(window is not None and (not aligned or None in window), "local_window_size counts from the starts, and both ways")
         options: dict[str, Any] = {} if scale is None else {"scale": scale}
         if window is not None:
@@ -218,6 +219,7 @@ def eager_attention(f: Callable, *, softcap: bool = False, sinks: bool = False) 
         if sinks:
             _refuse(sink is None, "this model always has sinks")
             module.sinks = _spread(sink, (h.heads,))
+        _refuse(bias is not None and bool((bias == -math.inf).any()), "these models mask with a finite number, never with -inf")
         rule, additive = h.allowed(causal, offset, window, mask), h.pairs(bias)
         if rule is not None:
             additive = h.q.new_zeros((1, 1, h.n, h.m)) if additive is None else additive
