@@ -250,7 +250,7 @@ def test_interrupt_prints_what_is_done(write, tmp_path):
         time.sleep(0.05)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=180)
     assert "Traceback" not in out + err
     assert process.returncode == 130
     assert "interrupted" in out + err

@@ -26,6 +26,7 @@ compute in float32 and are rounded once, at the end; states stay in the compute 
 and Python scalars, do not promote. Object arrays (of intervals) pass through untouched.
 """
 
+import contextlib
 import functools
 import inspect
 import re
@@ -189,21 +190,21 @@ class Contract:
 
     def sizes(self, **arguments) -> tuple[dict[str, int], tuple[int, ...]]:
         """Sizes by letter, and the batch shape, of a call's arguments."""
-        seen = self._see(arguments)
+        seen = self._see(arguments, partial=True)
         return seen.sizes, seen.batch
 
     def precision(self, **arguments) -> tuple[np.dtype | None, np.dtype | None]:
         """The dtypes in which a call is computed and given back (None for object arrays)."""
-        seen = self._see(arguments)
+        seen = self._see(arguments, partial=True)
         return seen.compute, seen.out
 
     def layout(self, **arguments) -> dict[str, tuple[str, ...]]:
         """The named axes of each array of a call: which of its alternative shapes it has."""
-        return self._see(arguments).layout
+        return self._see(arguments, partial=True).layout
 
     def axis(self, letter: str, **arguments) -> dict[str, int]:
         """Where a letter's axis stands, counted from the end, in each array of a call that has it."""
-        layout = self._see(arguments).layout
+        layout = self._see(arguments, partial=True).layout
         return {name: axes.index(letter) - len(axes) for name, axes in layout.items() if letter in axes}
 
     def result_axis(self, letter: str, one_head=False) -> dict[str, int]:
@@ -242,7 +243,8 @@ class Contract:
                 raise TypeError(f"{self.name}: {name} must be an array, got None")
         return dict(bound.arguments)
 
-    def _see(self, bound: dict[str, Any]) -> _Call:
+    def _see(self, bound: dict[str, Any], partial: bool = False) -> _Call:
+        """A call in normal form; `partial` calls hold arrays only, so that what `check` says of options does not count."""
         arguments = {k: (v.item() if isinstance(v, np.generic) and not isinstance(v, np.longdouble) else v) for k, v in bound.items()}
         given = self._given(arguments)
         strong = [a for name, (array, a, weak) in given.items() if not weak and array.kind == "number" and array.name.split(".")[0] != "state"]
@@ -268,7 +270,8 @@ class Contract:
         if bound.get("state") is not None and self._has_fields(bound["state"]):
             arguments["state"] = _tuple_like(bound["state"], [normal[s.name] for s in self.states])
         if self.check is not None:
-            self.check(arguments, plain)
+            with contextlib.suppress(*((ValueError, TypeError, KeyError) if partial else ())):
+                self.check(arguments, plain)
         return _Call(arguments, {n: a for n, (_, a, _) in given.items()}, plain, batch, layout, one_head, compute, out)
 
     def _given(self, arguments) -> dict[str, tuple[Array, np.ndarray, bool]]:
