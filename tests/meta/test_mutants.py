@@ -9,6 +9,13 @@ from refimpl.conformance.mutants import mutants
 
 DTYPES = ("float32", "bfloat16")
 MUTANTS = mutants()
+
+
+def spread(items, every):
+    """Test parameters: one in so many by default, all of them by `pytest tests/meta --run thorough`."""
+    return [pytest.param(item, marks=() if i % every == 0 else pytest.mark.thorough) for i, item in enumerate(items)]
+
+
 FORMS = [(op, form) for op in refimpl.OPS for form, f in refimpl.OPS[op].forms.items() if f.stabilised]
 
 
@@ -33,7 +40,7 @@ def examine(mutant, dtype, **settings):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.operator}-{m.name}")
+@pytest.mark.parametrize("mutant", spread(MUTANTS, 4), ids=lambda m: f"{m.operator}-{m.name}")
 def test_every_mutant_is_caught(mutant, dtype, tally):
     if dtype in mutant.hidden:
         tally("mutants", dtype, hidden=True)
@@ -43,10 +50,9 @@ def test_every_mutant_is_caught(mutant, dtype, tally):
     assert report.failures, str(report)
 
 
-NAMED_IN_CI = MUTANTS[::8]  # the rest by `pytest tests/meta --run thorough`
-
-
-def _named(mutant, tally):
+@pytest.mark.parametrize("mutant", spread(MUTANTS, 40), ids=lambda m: f"{m.operator}-{m.name}")
+def test_verdict_and_diagnosis(mutant, tally):
+    """The verdict of a whole check; how often the diagnosis names the mistake is counted."""
     if "float32" in mutant.hidden:
         return
     report = examine(mutant, "float32")
@@ -54,18 +60,14 @@ def _named(mutant, tally):
     assert report.verdict in (("deviates", "wrong") if mutant.variant else ("wrong",)), str(report)
 
 
-@pytest.mark.parametrize("mutant", NAMED_IN_CI, ids=lambda m: f"{m.operator}-{m.name}")
-def test_verdict_and_diagnosis(mutant, tally):
-    """The verdict of a whole check; how often the diagnosis names the mistake is counted."""
-    _named(mutant, tally)
+@pytest.mark.parametrize("operator, form", FORMS, ids=str)
+def test_no_form_is_accused_at_a_glance(operator, form, tally):
+    report = refimpl.check(operator, refusing(refimpl.OPS[operator].forms[form].function), dtypes=["float32"], level="quick")
+    tally("forms", "quick", accused=not report.ok)
+    assert report.ok, str(report)
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("mutant", [m for m in MUTANTS if m not in NAMED_IN_CI], ids=lambda m: f"{m.operator}-{m.name}")
-def test_verdict_and_diagnosis_of_the_rest(mutant, tally):
-    _named(mutant, tally)
-
-
 @pytest.mark.parametrize("operator, form", FORMS, ids=str)
 def test_no_form_is_accused(operator, form, tally):
     op = refimpl.OPS[operator]
