@@ -92,7 +92,7 @@ class Trial:
         if findings:
             return max(findings, key=lambda f: f.ratio)
         if to.half and klass in _PEERED and right[first].size >= 256:
-            return self._statistics(first, got[first], right[first], call, to, gains=klass == "long")
+            return self._statistics(first, got[first], right[first], call, to, gains=right[first].size >= 2000)
         return None
 
     def _statistics(self, name: str, got: np.ndarray, right: np.ndarray, call: dict, to: Precision, gains: bool) -> Finding | None:
