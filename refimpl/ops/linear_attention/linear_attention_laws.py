@@ -70,8 +70,10 @@ def _mean(f, call, bound, rng):
     q, k, v = abs(call["q"]) + 1, abs(call["k"]) + 1, call["v"]
     value = rng.uniform(1, 2, v.shape[-1]).astype(v.dtype)
     call = keep | {"q": q, "k": k, "v": np.broadcast_to(value, v.shape).copy(), "normalize": True}
-    o = f(**call)
-    yield "o of equal values", o, np.broadcast_to(value, o.shape), 2 * bound(**call)
+    for what, factor in (("", 1), (" and a normaliser below 0", -1)):
+        call["q"] = factor * q
+        o = f(**call)
+        yield f"o of equal values{what}", o, np.broadcast_to(value, o.shape), 2 * bound(**call)
 
 
 def unless(option, law):
