@@ -6,7 +6,7 @@ import numpy as np
 def sample(rng, *, n=5, m=7, Hq=4, Hkv=2, d=3, e=2, batch=()):
     """All arrays of a call. Values stand off zero, so that the sum of weights shows; no row is wholly masked."""
     mask = rng.random((*batch, 1, n, m)) < 0.75
-    mask = mask | (np.arange(n)[:, None] % max(m, 1) == np.arange(m))
+    mask = mask | _one_each(mask)
     return {
         "q": rng.standard_normal((*batch, Hq, n, d)),
         "k": rng.standard_normal((*batch, Hkv, m, d)),
@@ -15,6 +15,12 @@ def sample(rng, *, n=5, m=7, Hq=4, Hkv=2, d=3, e=2, batch=()):
         "bias": rng.standard_normal((*batch, Hq, n, m)),
         "sink": rng.uniform(-0.5, 1.5, Hq),
     }
+
+
+def _one_each(pairs):
+    """One key for every query."""
+    n, m = pairs.shape[-2:]
+    return np.arange(n)[:, None] % max(m, 1) == np.arange(m)
 
 
 def _with(options=None, **changes):
