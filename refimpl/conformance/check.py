@@ -23,7 +23,7 @@ from refimpl.conformance.traits import excuse
 from refimpl.conformance.trial import Trial
 from refimpl.conformance.trial_gradients import gradient_jobs
 from refimpl.conformance.trial_laws import breaks_the_same_laws, law_jobs
-from refimpl.conformance.trial_results import result_jobs, settle_batch
+from refimpl.conformance.trial_results import result_jobs, settle
 from refimpl.op import Op
 
 _EVIDENCE = 20  # failing cases that the diagnosis explains
@@ -119,7 +119,7 @@ def check(
     trial = Trial(op, subject, report, level, seed, domain)
     start = time.perf_counter()
     try:
-        settle_batch(trial, precisions[0])
+        settle(trial, precisions[0])
         jobs: Iterable = (job for p in precisions for job in _jobs(trial, p, gradients))
         total = 0
         if progress:

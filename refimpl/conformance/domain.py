@@ -43,6 +43,7 @@ class Domain:
         self.batch = None if batch is None else [tuple(b) for b in batch]
         self.batch_rank: int | None = None  # found by trying, or given by a layout
         self.sizes = {letter: _rule(letter, rule) for letter, rule in sizes.items()}
+        self.square = False  # only as many values as keys, e = d: found by trying
 
     def __repr__(self) -> str:
         parts = [f"{k}={v!r}" for k, v in self.sizes.items()]
@@ -80,6 +81,8 @@ class Domain:
                 if nearest is None:
                     return None
                 fitted[letter] = nearest
+        if self.square:
+            fitted["e"] = fitted["d"]
         return fitted
 
 

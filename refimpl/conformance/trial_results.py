@@ -1,6 +1,7 @@
 """Trials of results: every case against the truth; the same call again; how many batch axes a candidate takes."""
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,23 +21,24 @@ from refimpl.conformance.trial import Trial, trouble
 Job = tuple[str, Callable[[], Any]]
 
 
-def settle_batch(trial: Trial, to: Precision) -> None:
-    """Find how many batch axes the candidate takes, where it does not take none: a layout or a trial says."""
-    domain, layout = trial.domain, trial.subject.layout
+def settle(trial: Trial, to: Precision) -> None:
+    """Find what every call needs where the candidate raises: a number of batch axes, as many values as keys (e = d)."""
+    domain, layout, sizes = trial.domain, trial.subject.layout, default_sizes(trial.op)
     if layout is not None and "b" in layout.order:
         domain.batch_rank = 1
-    if domain.batch is not None or domain.batch_rank is not None or "batch" not in default_sizes(trial.op):
-        return
+    ranks = (0, 1, 2) if domain.batch is None and domain.batch_rank is None and "batch" in sizes else (None,)
+    squares = (False, True) if {"d", "e"} <= set(sizes) and "e" not in domain.sizes else (False,)
     combo = {name: values[0] for name, values in trial.factors().items()}
-    for rank in (0, 1, 2):
-        drawn = trial.draw(np.random.default_rng(0), {"batch": (2,) * rank}, combo, to)
-        if drawn is None:
-            return
-        if trial.subject.call(drawn.call).status != "ERROR":
+    for domain.square, rank in itertools.product(squares, ranks):
+        drawn = trial.draw(np.random.default_rng(0), {"batch": (2,) * rank} if rank else {}, combo, to)
+        if drawn is not None and trial.subject.call(drawn.call).status != "ERROR":
             if rank:
                 domain.batch_rank = rank
                 trial.report.not_checked.append(f"other than {rank} batch {'axis' if rank == 1 else 'axes'} (it raises)")
+            if domain.square:
+                trial.report.not_checked.append("e other than d (it raises)")
             return
+    domain.square = False
 
 
 def result_jobs(trial: Trial, to: Precision) -> Iterator[Job]:
