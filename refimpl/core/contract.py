@@ -17,6 +17,7 @@ The language
     (4, c, d), (..., W-1)  axes of a fixed or a derived size
     a (c) | (..., T, c)    alternatives, told apart by rank against the first argument's
     q (..., H?, n, d)      an axis of heads, which may be missing: one head
+    gates[N] (..., T, c)   a tuple (or list) of N arrays, each of that shape, with batch axes of its own
     mask:bool, seed:int    kinds: bool, int; `free` is numeric but does not take part in the choice of precision
     state.C (..., d, e)    a field of a state that is a NamedTuple
     state (...); state.z   a state that is one array, or, where an option wants it, a NamedTuple of it and further fields
@@ -30,6 +31,7 @@ import contextlib
 import functools
 import inspect
 import re
+from collections import namedtuple
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,22 +76,28 @@ class Shape:
 
 @dataclass(frozen=True)
 class Array:
-    """An argument or a result: name, kind, and the alternatives of its shape."""
+    """An argument or a result: name, kind, and the alternatives of its shape; of a tuple of arrays, the letter of their number."""
 
     name: str
     kind: str
     shapes: tuple[Shape, ...]
+    count: str = ""
 
     @classmethod
     def parse(cls, text: str) -> "Array":
-        match = re.fullmatch(r"\s*([\w.]+)(?::(\w+))?\s*(\(.*\))\s*", text)
+        match = re.fullmatch(r"\s*([\w.]+)(?:\[(\w+)\])?(?::(\w+))?\s*(\(.*\))\s*", text)
         if match is None:
             raise ValueError(f"contract: cannot read {text!r}")
-        name, kind, shapes = match.groups()
-        return cls(name, kind or "number", tuple(Shape.parse(s) for s in shapes.split("|")))
+        name, count, kind, shapes = match.groups()
+        return cls(name, kind or "number", tuple(Shape.parse(s) for s in shapes.split("|")), count or "")
+
+    def part(self, i: int) -> "Array":
+        """One array of a tuple."""
+        return Array(f"{self.name}[{i}]", self.kind, self.shapes)
 
     def __str__(self) -> str:
-        return f"{self.name} {' or '.join(map(str, self.shapes))}"
+        many = f"{self.count} arrays " if self.count else ""
+        return f"{self.name} {many}{' or '.join(map(str, self.shapes))}"
 
 
 @dataclass
@@ -104,6 +112,7 @@ class _Call:
     one_head: bool
     compute: np.dtype | None
     out: np.dtype | None
+    work: np.dtype | None  # of inputs and cotangents as an algorithm sees them: `compute`, or `out` if it takes halves as they are
 
 
 @dataclass(frozen=True)
@@ -148,26 +157,27 @@ class Contract:
         """The state's arrays: none, one, or the fields of a NamedTuple."""
         return tuple(a for a in self.arrays if a.name.split(".")[0] == "state")
 
-    def form(self, function: Callable) -> Callable:
-        """Decorate an algorithm: validate, normalise, compute, round."""
+    def form(self, function: Callable, half: bool = False) -> Callable:
+        """Decorate an algorithm: validate, normalise, compute, round. With `half`, it takes half precisions as they are."""
         signature = inspect.signature(function)
 
         @functools.wraps(function)
         def call(*args, **kwargs):
             bound = self._bind(signature, args, kwargs)
-            seen = self._see(bound)
+            seen = self._see(bound, half=half)
             result = function(**seen.arguments)
             return self._give(result, seen, bound.get("return_state", False))
 
         call.contract = self  # type: ignore[attr-defined]
         return call
 
-    def gradient(self, function: Callable) -> Callable:
+    def gradient(self, function: Callable, half: bool = False) -> Callable:
         """Decorate an adjoint ``vjp(dy, *inputs, dstate=None, **options) -> dict``.
 
         The function returns gradients in the normalised, broadcast shapes; the decorator sums broadcast axes, takes
         the real part for real arguments, and casts each to its argument's dtype. `dy` and `dstate` arrive in the
-        compute precision, with heads; a missing part of a tuple `dy` arrives as zeros.
+        compute precision, with heads; a missing part of a tuple `dy` arrives as zeros. With `half`, half precisions
+        arrive as they are.
         """
         signature = inspect.signature(function)
 
@@ -175,7 +185,7 @@ class Contract:
         def call(*args, **kwargs):
             bound = self._bind(signature, args, kwargs)
             dy, dstate = bound.pop("dy"), bound.pop("dstate", None)
-            seen = self._see(bound)
+            seen = self._see(bound, half=half)
             extra = {"dstate": self._cotangent_state(dstate, seen)} if "dstate" in signature.parameters else {}
             gradients = function(self._cotangent(dy, seen), **seen.arguments, **extra)
             return self._give_gradients(gradients, seen)
@@ -243,36 +253,41 @@ class Contract:
                 raise TypeError(f"{self.name}: {name} must be an array, got None")
         return dict(bound.arguments)
 
-    def _see(self, bound: dict[str, Any], partial: bool = False) -> _Call:
+    def _see(self, bound: dict[str, Any], partial: bool = False, half: bool = False) -> _Call:
         """A call in normal form; `partial` calls hold arrays only, so that what `check` says of options does not count."""
         arguments = {k: (v.item() if isinstance(v, np.generic) and not isinstance(v, np.longdouble) else v) for k, v in bound.items()}
         given = self._given(arguments)
         strong = [a for name, (array, a, weak) in given.items() if not weak and array.kind == "number" and array.name.split(".")[0] != "state"]
         compute, out = _precision(strong)
+        work = out if half and out is not None and out.name in HALF else compute
         sizes: dict[str, tuple[int, str]] = {}
         normal, batches, one_head = {}, {}, False
         layout: dict[str, tuple[str, ...]] = {}
         first_rank = None
+        tuples = [a for a in self.arrays if a.count and arguments.get(a.name) is not None]
+        sizes |= {a.count: (len(arguments[a.name]), a.name) for a in tuples}
         for name, (array, value, _) in given.items():
             value, shape, inserted = self._fit(array, value, sizes, first_rank, one_head)
             if first_rank is None:
                 first_rank, one_head = value.ndim - len(shape.axes), inserted
-            layout[name] = tuple(a.rstrip("?") for a in shape.axes if not (inserted and a.endswith("?")))
+            layout[name.partition("[")[0]] = tuple(a.rstrip("?") for a in shape.axes if not (inserted and a.endswith("?")))
             if shape.batched:
                 batches[name] = value.shape[: value.ndim - len(shape.axes)]
-            normal[name] = _cast(value, array, compute)
+            normal[name] = _cast(value, array, compute if array in self.states else work)
         batch = self._broadcast(batches)
         plain = {k: v[0] for k, v in sizes.items()}
         self._apply_rules(plain)
         for name, value in normal.items():
-            if "." not in name:
+            if name in arguments:
                 arguments[name] = value
+        for array in tuples:
+            arguments[array.name] = _tuple_like(arguments[array.name], [normal[p.name] for p in self._parts(array, arguments)])
         if bound.get("state") is not None and self._has_fields(bound["state"]):
             arguments["state"] = _tuple_like(bound["state"], [normal[s.name] for s in self.states])
         if self.check is not None:
             with contextlib.suppress(*((ValueError, TypeError, KeyError) if partial else ())):
                 self.check(arguments, plain)
-        return _Call(arguments, {n: a for n, (_, a, _) in given.items()}, plain, batch, layout, one_head, compute, out)
+        return _Call(arguments, {n: a for n, (_, a, _) in given.items()}, plain, batch, layout, one_head, compute, out, work)
 
     def _given(self, arguments) -> dict[str, tuple[Array, np.ndarray, bool]]:
         """The arrays of this call, by name: contract, value, and whether it is a Python scalar."""
@@ -282,12 +297,23 @@ class Contract:
             if arguments.get(name) is None:
                 continue
             value = arguments[name]
+            if array.count:
+                parts = zip(self._parts(array, arguments), value, strict=True)
+                given |= {part.name: (part, self._array(part, v), isinstance(v, _PYTHON_SCALARS)) for part, v in parts}
+                continue
             if array in self.states and self._has_fields(value):
                 value = value[self.states.index(array)]
             elif part:
                 continue
             given[array.name] = (array, self._array(array, value), isinstance(value, _PYTHON_SCALARS))
         return given
+
+    def _parts(self, array: Array, arguments) -> list[Array]:
+        """The arrays of an argument that is a tuple of them; TypeError if it is none."""
+        value = arguments[array.name]
+        if not isinstance(value, tuple | list):
+            raise TypeError(f"{self.name}: {array.name} must be a tuple of arrays {array.shapes[0]}, got {_describe(value)}")
+        return [array.part(i) for i in range(len(value))]
 
     def _has_fields(self, state) -> bool:
         """Whether a state is given field by field; TypeError if it should be and is not, or has too few."""
@@ -305,7 +331,7 @@ class Contract:
 
     def _array(self, array: Array, value) -> np.ndarray:
         try:
-            value = value if isinstance(value, np.ndarray) else np.asarray(value)
+            value = value if _is_array(value) else np.asarray(value)
         except Exception as error:
             raise TypeError(f"{self.name}: {array.name} must be an array, got {type(value).__name__} ({error})") from None
         kind = value.dtype.kind
@@ -393,7 +419,7 @@ class Contract:
     @staticmethod
     def _squeeze(value, array: Array, seen: _Call):
         heads = array.shapes[0].heads
-        return np.squeeze(value, heads) if seen.one_head and heads is not None and isinstance(value, np.ndarray) else value
+        return np.squeeze(value, heads) if seen.one_head and heads is not None and _is_array(value) else value
 
     def _cotangent(self, dy, seen: _Call):
         several = isinstance(dy, tuple)
@@ -406,13 +432,13 @@ class Contract:
             name = f"dy ({array.name})" if several else "dy"
             if part is None:
                 like = np.dtype(object) if seen.compute is None else real_dtype(seen.compute)
-                part = np.zeros(shape, dtype=like)
+                part = np.zeros_like(next(iter(seen.original.values())), shape=shape, dtype=like)
             part = self._array(Array(name, "number", array.shapes), part)
             if part.shape != shape:
                 raise ValueError(f"{self.name}: {name} must have the result's shape {shape}, got {part.shape}")
             if seen.one_head and array.shapes[0].heads is not None:
                 part = np.expand_dims(part, part.ndim + 1 + array.shapes[0].heads)
-            out.append(_cast(part, array, seen.compute))
+            out.append(_cast(part, array, seen.work))
         return tuple(out) if several else out[0]
 
     def _cotangent_state(self, dstate, seen: _Call):
@@ -425,7 +451,8 @@ class Contract:
         for value, array in zip(fields, self.states, strict=False):
             shape = array.shapes[0]
             if value is None:
-                value = np.zeros(_expected(shape, seen.sizes, seen.batch), dtype=seen.compute or object)
+                like = next(iter(seen.original.values()))
+                value = np.zeros_like(like, shape=_expected(shape, seen.sizes, seen.batch), dtype=seen.compute or object)
             else:
                 value = self._array(Array(f"d{array.name}", "number", array.shapes), value)
                 expected = _expected(shape, seen.sizes, seen.batch, drop_heads=seen.one_head)
@@ -448,9 +475,17 @@ class Contract:
                 given[name] = _tuple_like(normal, [_like(v, n, o) for v, n, o in zip(g, normal, original, strict=True)])
             elif name in seen.original:
                 given[name] = _like(g, seen.arguments[name], seen.original[name])
+            elif isinstance(seen.arguments[name], tuple):
+                normal, original = seen.arguments[name], [seen.original[f"{name}[{i}]"] for i in range(len(g))]
+                given[name] = _tuple_like(normal, [_like(v, n, o) for v, n, o in zip(g, normal, original, strict=True)])
             else:
                 given[name] = g
         return given
+
+
+def _is_array(value) -> bool:
+    """Whether a value is an array of NumPy, or one that answers to NumPy's functions (CuPy's)."""
+    return isinstance(value, np.ndarray) or (hasattr(value, "__array_function__") and hasattr(value, "dtype"))
 
 
 def real_dtype(dtype) -> np.dtype:
@@ -494,7 +529,7 @@ def _cast(value: np.ndarray, array: Array, compute: np.dtype | None) -> np.ndarr
 
 
 def _round(value, out: np.dtype | None):
-    if out is None or out.name not in HALF or not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+    if out is None or out.name not in HALF or not _is_array(value) or value.dtype.kind != "f":
         return value
     return value.astype(out)
 
@@ -503,7 +538,7 @@ def _own(value, given):
     """The result itself, or a copy where it is (part of) an argument: a state handed through must not be the caller's."""
     if isinstance(value, tuple):
         return type(value)(*(_own(v, given) for v in value)) if hasattr(value, "_fields") else tuple(_own(v, given) for v in value)
-    shared = isinstance(value, np.ndarray) and any(np.may_share_memory(value, g) for g in given)
+    shared = _is_array(value) and any(np.may_share_memory(value, g) for g in given)
     return value.copy() if shared else value
 
 
@@ -552,8 +587,19 @@ def _tuple_like(state: tuple, parts: list) -> tuple:
     return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
 
 
+@functools.cache
+def _tuple_type(name: str, count: int) -> type:
+    return namedtuple(name, [f"{name}_{i + 1}" for i in range(count)])
+
+
+def tuple_of(name: str, arrays) -> tuple:
+    """A tuple of arrays as chapters draw it: a NamedTuple, which its fields tell from an option that is a tuple of numbers."""
+    arrays = tuple(arrays)
+    return _tuple_type(name, len(arrays))(*arrays)
+
+
 def _describe(value) -> str:
-    return f"shape {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+    return f"shape {value.shape}" if _is_array(value) else type(value).__name__
 
 
 def one_of(operator: str, argument: str, value, choices):

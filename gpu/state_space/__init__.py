@@ -1,0 +1,1 @@
+"""The mirror of `refimpl.ops.state_space`."""
