@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import broadcastable_shapes, mutually_broadcastable_shapes
 
-from refimpl.core.contract import Contract, Shape, one_of, positive_int, unbroadcast
+from refimpl.core.contract import Contract, Shape, one_of, positive_int, tuple_of, unbroadcast
 
 FAST = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 SUM = Contract(
@@ -275,3 +275,70 @@ def test_options():
     for bad in (0, -1, 1.0, True, None):
         with pytest.raises(ValueError, match="f: block must be an integer of at least 1"):
             positive_int("f", "block", bad)
+
+
+# -- tuples of arrays ------------------------------------------------------------------------------------------------
+
+CHAIN = Contract("chain", takes="x (..., T, c); gates[N] (..., T, c); w (N, c)", gives="y (..., T, c)")
+
+
+@CHAIN.form
+def chain(x, gates, w):
+    assert type(gates) is not list
+    for gate, factor in zip(gates, w, strict=True):
+        x = x * gate * factor
+    return x
+
+
+@CHAIN.gradient
+def chain_vjp(dy, x, gates, w):
+    parts = [dy * chain(x, gates, w) / gate for gate in gates]
+    return {
+        "x": dy * chain(np.ones_like(x), gates, w),
+        "gates": tuple(parts),
+        "w": np.stack([(p * g).sum(axis=-2) for p, g in zip(parts, gates, strict=True)]) / w,
+    }
+
+
+def test_a_tuple_of_arrays_is_read_part_by_part():
+    """Each part has batch axes of its own and takes part in the choice of precision; N is how many there are."""
+    rng = np.random.default_rng(0)
+    x, a, b = rng.random((2, 4, 3)) + 1, rng.random((5, 1, 4, 3)) + 1, rng.random((4, 3)) + 1
+    w = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    for gates in ((a, b), [a, b], tuple_of("gates", (a, b))):
+        y = chain(x, gates, w)
+        assert y.shape == (5, 2, 4, 3)
+        assert np.array_equal(y, x * a * w[0] * b * w[1])
+    assert CHAIN.sizes(x=x, gates=(a, b), w=w) == ({"N": 2, "T": 4, "c": 3}, (5, 2))
+    assert CHAIN.layout(x=x, gates=(a, b)) == {"x": ("T", "c"), "gates": ("T", "c")}
+    assert chain(x.astype("f4"), (a.astype("f4"), b.astype("f4")), w.astype("f4")).dtype == np.float32
+    assert chain(x.astype("f4"), (a.astype("f4"), b), w.astype("f4")).dtype == np.float64
+    assert np.array_equal(chain(x, (), np.ones((0, 3))), x)
+
+
+def test_the_gradient_of_a_tuple_is_a_tuple_of_its_kind():
+    rng = np.random.default_rng(0)
+    x, a, b = rng.random((2, 4, 3)) + 1, rng.random((5, 1, 4, 3)).astype("f4") + 1, rng.random((4, 3)) + 1
+    dy = rng.random((5, 2, 4, 3))
+    plain = chain_vjp(dy, x, (a, b), np.ones((2, 3)))["gates"]
+    assert type(plain) is tuple
+    assert [(g.shape, g.dtype) for g in plain] == [(a.shape, a.dtype), (b.shape, b.dtype)]
+    assert np.allclose(plain[1], (dy * x * a).sum(axis=(0, 1)), rtol=1e-14)
+    named = tuple_of("gates", (a, b))
+    assert type(chain_vjp(dy, x, named, np.ones((2, 3)))["gates"]) is type(named)
+
+
+@pytest.mark.parametrize(
+    ("gates", "error", "words"),
+    [
+        (np.ones((2, 4, 3)), TypeError, r"chain: gates must be a tuple of arrays \(\.\.\., T, c\), got shape \(2, 4, 3\)"),
+        ((np.ones((4, 3)), "no"), TypeError, r"chain: gates\[1\] must be numeric"),
+        ((np.ones((4, 3)), np.ones((4, 2))), ValueError, r"chain: gates\[1\] must have shape .* got \(4, 2\) \(c = 3 from x, got 2\)"),
+        ((np.ones((4, 3)),), ValueError, r"chain: w must have shape .* \(N = 1 from gates, got 2\)"),
+        ((np.ones((3, 4, 3)), np.ones((2, 4, 3))), ValueError, r"chain: batch axes must broadcast together, got .*gates\[1\] \(2,\)"),
+        (None, TypeError, "chain: gates must be an array"),
+    ],
+)
+def test_what_is_wrong_with_a_tuple_is_said(gates, error, words):
+    with pytest.raises(error, match=words):
+        chain(np.ones((4, 3)), gates, np.ones((2, 3)))
