@@ -34,6 +34,7 @@ References
         equations 2-4, algorithm 2, sections 3.3 and 3.5, theorem 1.
     [2] A. Ali, I. Zimerman and L. Wolf, "The hidden attention of Mamba models", arXiv:2403.01590, 2024, section 3.1.
     [3] T. Dao and A. Gu, "Transformers are SSMs", arXiv:2405.21060, 2024, section 6 and listing 1 (segment sums).
+    [4] N. J. Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., SIAM, 2002, section 3.3.
 """
 
 import numpy as np
