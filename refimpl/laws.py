@@ -25,7 +25,7 @@ def causal(contract: Contract, *names: str, letter: str = "T") -> Law:
             changed = dict(call)
             for name in names:
                 if name in axes:
-                    changed[name] = _change_after(call[name], axes[name], cut, rng)
+                    changed[name] = _map(lambda x, axis=axes[name], cut=cut: _change_after(x, axis, cut, rng), call[name])
             other = _named(contract, f, changed)
             for name, axis in contract.result_axis(letter, one_head=_one_head(contract, call)).items():
                 if name in base:
@@ -87,15 +87,22 @@ def time_invariant(contract: Contract, *names: str, letter: str = "T") -> Law:
     def holds(f: Callable, call: dict, bound: Callable, rng) -> Iterator[Comparison]:
         axes, T = _time(contract, call, letter)
         call = {n: v for n, v in call.items() if n != "state"}
-        steady = {n: np.repeat(v[_slice(axes[n], 0, 1)], T, axis=axes[n]) if n in axes and n not in names else v for n, v in call.items()}
+
+        def constant(x, axis):
+            return np.repeat(x[_slice(axis, 0, 1)], T, axis=axis)
+
+        def later(x, name, axis):
+            pad = np.repeat(x[_slice(axis, 0, 1)], delay, axis=axis)
+            return np.concatenate([np.zeros_like(pad) if name in names else pad, x], axis=axis)
+
         delay = 3
+        constants = {n: _map(lambda x, axis=axis: constant(x, axis), call[n]) for n, axis in axes.items() if n in call and n not in names}
+        steady = {n: constants.get(n, v) for n, v in call.items()}
         late = dict(steady)
         for name, axis in axes.items():
             if name == "state" or name not in steady:
                 continue
-            pad = steady[name][_slice(axis, 0, 1)]
-            pad = np.repeat(np.zeros_like(pad) if name in names else pad, delay, axis=axis)
-            late[name] = np.concatenate([pad, steady[name]], axis=axis)
+            late[name] = _map(lambda x, name=name, axis=axis: later(x, name, axis), steady[name])
         base, limit = _named(contract, f, steady), _named_bound(contract, bound, steady)
         delayed = _named(contract, f, late)
         for name, axis in contract.result_axis(letter, one_head=_one_head(contract, call)).items():
@@ -112,7 +119,7 @@ def _time(contract: Contract, call: dict, letter: str) -> tuple[dict[str, int], 
     arrays = _arrays(contract, call)
     axes = {n: a for n, a in contract.axis(letter, **arrays).items() if "." not in n and n != "state"}
     sizes, _ = contract.sizes(**arrays)
-    axes = {n: a for n, a in axes.items() if np.shape(call[n])[a] == sizes[letter]}
+    axes = {n: a for n, a in axes.items() if all(np.shape(v)[a] == sizes[letter] for v in _parts(call[n]))}
     return axes, sizes[letter]
 
 
@@ -153,6 +160,10 @@ def _change_after(x: np.ndarray, axis: int, cut: int, rng) -> np.ndarray:
 
 def _shuffled(x: np.ndarray, rng) -> np.ndarray:
     return rng.permuted(x, axis=-1) / 2 if x.ndim else x / 2
+
+
+def _parts(value) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _map(g: Callable, value):

@@ -291,7 +291,8 @@ def _arguments(op: Op, described: Mapping[str, str]) -> Iterator[ShapeRow]:
     for array in op.contract.arrays:
         name = array.name.partition(".")[0]
         optional = defaults.get(name, inspect.Parameter.empty) is not inspect.Parameter.empty
-        yield ShapeRow(array.name, " or ".join(map(str, array.shapes)), array.kind, optional, described.get(array.name, described.get(name, "")))
+        many = f"{array.count} arrays " if array.count else ""
+        yield ShapeRow(array.name, many + " or ".join(map(str, array.shapes)), array.kind, optional, described.get(array.name, described.get(name, "")))
 
 
 def _results(op: Op, definition: Mapping[str, str]) -> Iterator[ShapeRow]:

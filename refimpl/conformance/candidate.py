@@ -152,6 +152,9 @@ class Layout:
         return tuple(moved) if several else moved[0]
 
     def _move(self, array, value, back: bool):
+        if array is not None and array.count and isinstance(value, tuple):
+            moved = [self._move(array.part(i), v, back) for i, v in enumerate(value)]
+            return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
         if array is None or not isinstance(value, np.ndarray):
             return value
         order = self._permutation(array, value.ndim)

@@ -20,29 +20,35 @@ def reshaped(op: Op, call: dict[str, Any]) -> Iterator[tuple[str, str, dict[str,
     Only shapes that are cut out of the given ones are made: a mask for each head gives one for all heads, not the other
     way round.
     """
-    arrays = {a.name: a for a in op.contract.inputs if isinstance(call.get(a.name), np.ndarray)}
-    layout = op.contract.layout(**{n: call[n] for n in (*arrays, "state") if call.get(n) is not None})
-    _, batch = op.contract.sizes(**{n: call[n] for n in arrays})
-    for name, array in arrays.items():
+    arrays = _inputs(op, call)
+    layout = op.contract.layout(**arrays, **({"state": call["state"]} if call.get("state") is not None else {}))
+    _, batch = op.contract.sizes(**arrays)
+    entries = [(a, v, put) for a, v, put in op.contract.entries(call) if isinstance(v, np.ndarray)]
+    for array, value, put in entries:
         for shape in array.shapes:
-            cut = _cut(call[name], layout[name], shape)
+            cut = _cut(value, layout[array.argument], shape)
             if cut is not None:
-                yield name, f"{name} of shape {shape}", {**call, name: cut}
+                yield array.argument, f"{array.name} of shape {shape}", put(cut)
     if 1 in batch or not batch:
         return
-    for name, array in arrays.items():
-        if _own_batch(array, call[name], layout[name]) == batch:
-            one = {**call, name: call[name][(slice(0, 1),) * len(batch)]}
+    for array, value, put in entries:
+        if _own_batch(array, value, layout[array.argument]) == batch:
+            one = put(value[(slice(0, 1),) * len(batch)])
             if shared(op, one):
-                yield name, f"one {name} for the whole batch", one
+                yield array.argument, f"one {array.name} for the whole batch", one
 
 
 def shared(op: Op, call: dict[str, Any]) -> list[str]:
     """The arrays of a call that have fewer batch entries than the others, and serve several."""
-    arrays = {a.name: a for a in op.contract.inputs if isinstance(call.get(a.name), np.ndarray)}
-    layout = op.contract.layout(**{n: call[n] for n in arrays})
-    _, batch = op.contract.sizes(**{n: call[n] for n in arrays})
-    return [n for n, a in arrays.items() if (own := _own_batch(a, call[n], layout[n])) is not None and own != batch]
+    arrays = _inputs(op, call)
+    layout = op.contract.layout(**arrays)
+    _, batch = op.contract.sizes(**arrays)
+    entries = [(a, v) for a, v, _ in op.contract.entries(call) if isinstance(v, np.ndarray)]
+    return [a.name for a, v in entries if (own := _own_batch(a, v, layout[a.argument])) is not None and own != batch]
+
+
+def _inputs(op: Op, call: dict[str, Any]) -> dict[str, Any]:
+    return {a.name: call[a.name] for a in op.contract.inputs if call.get(a.name) is not None}
 
 
 def _own_batch(array: Array, value: np.ndarray, axes: tuple[str, ...]) -> tuple[int, ...] | None:

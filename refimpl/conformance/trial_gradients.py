@@ -50,7 +50,8 @@ def _reshaped(trial: Trial, to: Precision, sizes: dict, combos: list[dict]) -> I
         if drawn is None:
             continue
         for name, label, call in reshaped(trial.op, drawn.call):
-            if label in seen or call[name].dtype.kind in "iub" or not (free or "whole batch" not in label):
+            value = call[name][0] if isinstance(call[name], tuple) else call[name]
+            if label in seen or value.dtype.kind in "iub" or not (free or "whole batch" not in label):
                 continue
             seen.add(label)
             yield Drawn(call, truth.truth(trial.op, call, to), drawn.sizes), label

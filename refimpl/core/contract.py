@@ -32,7 +32,7 @@ import functools
 import inspect
 import re
 from collections import namedtuple
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +90,11 @@ class Array:
             raise ValueError(f"contract: cannot read {text!r}")
         name, count, kind, shapes = match.groups()
         return cls(name, kind or "number", tuple(Shape.parse(s) for s in shapes.split("|")), count or "")
+
+    @property
+    def argument(self) -> str:
+        """The argument that it is, or is a part of: ``gates`` of ``gates[0]``, ``state`` of ``state.C``."""
+        return re.split(r"[.\[]", self.name)[0]
 
     def part(self, i: int) -> "Array":
         """One array of a tuple."""
@@ -198,6 +203,20 @@ class Contract:
         chosen = [next((s for s in r.shapes if s.letters <= sizes.keys()), r.shapes[0]) for r in self.results]
         return [_expected(shape, sizes, batch, drop_heads=one_head) for shape in chosen]
 
+    def entries(self, call: Mapping[str, Any]) -> Iterator[tuple[Array, np.ndarray, Callable[[Any], dict]]]:
+        """Every array of a call that is no state, the parts of a tuple each; with a function that puts another in its place."""
+        for array in self.inputs:
+            value = call.get(array.name)
+            if array.count and isinstance(value, tuple):
+                for i, part in enumerate(value):
+
+                    def put(new, name=array.name, value=value, i=i):
+                        return {**call, name: _tuple_like(value, [*value[:i], new, *value[i + 1 :]])}
+
+                    yield array.part(i), part, put
+            elif value is not None:
+                yield array, value, lambda new, name=array.name: {**call, name: new}
+
     def sizes(self, **arguments) -> tuple[dict[str, int], tuple[int, ...]]:
         """Sizes by letter, and the batch shape, of a call's arguments."""
         seen = self._see(arguments, partial=True)
@@ -291,15 +310,15 @@ class Contract:
 
     def _given(self, arguments) -> dict[str, tuple[Array, np.ndarray, bool]]:
         """The arrays of this call, by name: contract, value, and whether it is a Python scalar."""
-        given = {}
+        given: dict[str, tuple[Array, np.ndarray, bool]] = {}
         for array in self.arrays:
             name, _, part = array.name.partition(".")
             if arguments.get(name) is None:
                 continue
             value = arguments[name]
             if array.count:
-                parts = zip(self._parts(array, arguments), value, strict=True)
-                given |= {part.name: (part, self._array(part, v), isinstance(v, _PYTHON_SCALARS)) for part, v in parts}
+                for one, v in zip(self._parts(array, arguments), value, strict=True):
+                    given[one.name] = (one, self._array(one, v), isinstance(v, _PYTHON_SCALARS))
                 continue
             if array in self.states and self._has_fields(value):
                 value = value[self.states.index(array)]
