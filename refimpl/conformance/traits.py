@@ -1,6 +1,7 @@
 """What is unusual about a call, and whether a candidate that fails on it simply does not do such calls.
 
-A kernel may be written for real arrays, for one batch axis, for one of the shapes that an argument may have. Where every
+A kernel may be written for real arrays, for one batch axis, for one of the shapes that an argument may have, for sequences
+of at least one step. Where every
 call of such a trait makes it raise, and others pass, the trait is not applicable and is said to be; a wrong number is
 never excused.
 """
@@ -39,9 +40,16 @@ def traits(op: Op, call: dict) -> tuple[str, ...]:
         if axes != layout.get(name, axes):
             found.append(f"{name} of shape ({', '.join(['...', *axes]) if axes else ''})")
     found += [f"one {name} for the whole batch" for name in shared(op, call)]
+    found += empty(op, call)
     _, batch = op.contract.sizes(**arrays)
     found.append({0: "no batch axis", 1: "one batch axis"}.get(len(batch), f"{len(batch)} batch axes"))
     return tuple(found)
+
+
+def empty(op: Op, call: dict) -> list[str]:
+    """The lengths of a call that are 0, in words."""
+    sizes, _ = op.contract.sizes(**{n: v for n, v in call.items() if n in {a.name.partition(".")[0] for a in op.contract.arrays}})
+    return [f"{letter} = 0" for letter in op.lengths if sizes.get(letter) == 0]
 
 
 def real_parts(call: dict) -> dict:

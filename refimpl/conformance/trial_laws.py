@@ -11,6 +11,7 @@ from refimpl.conformance.cases import parameters
 from refimpl.conformance.mutants import mutants
 from refimpl.conformance.precision import Precision
 from refimpl.conformance.report import Result
+from refimpl.conformance.traits import empty
 from refimpl.conformance.trial import Trial, trouble
 from refimpl.op import Law
 
@@ -52,6 +53,8 @@ def _law(trial: Trial, law: Law, to: Precision, T: int, combo: dict, label: str)
             raise _NoAnswer("NOT_APPLICABLE", f"the law speaks of {outside}, which the candidate does not take")
         answer = trial.subject.call(call)
         failed = trouble(answer)
+        if failed is not None and failed[0] == "ERROR" and (none := empty(trial.op, call)):  # judged by the cases that have the trait
+            raise _NoAnswer("NOT_APPLICABLE", f"it does not take {', '.join(none)}: {failed[1]}")
         if failed is not None:
             raise _NoAnswer(*failed)
         return answer.result
@@ -80,16 +83,19 @@ def _held(trial: Trial, f: Callable, law: Law, to: Precision, T: int, combo: dic
         return tuple(parts) if len(parts) > 1 else parts[0]
 
     result = Result(f"laws[{law.name}, {label}]", "laws", to.name, "PASS")
+    compared = False
     try:
         with np.errstate(all="ignore"):
             for what, got, want, limit in law.holds(f, drawn.call, bound, rng):
+                compared = True
                 message, ratio = _difference(np.asarray(got), np.asarray(want), limit)
                 if message:
                     result.status, result.message, result.ratio = "PROPERTY", f"the law '{law.name}' fails: {what} {message}", ratio
                     break
     except _NoAnswer as no:
-        result.status, result.message = no.args
-    except (ValueError, TypeError, IndexError, AttributeError) as error:
+        status, result.message = no.args
+        result.status = "PASS" if compared and status == "NOT_APPLICABLE" else status
+    except Exception as error:  # results of a wrong number or shape, of which a law makes what it may
         result.status, result.message = "PROPERTY", f"the law '{law.name}' cannot be tried: {type(error).__name__}: {error}"
     return result
 
