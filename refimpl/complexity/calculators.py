@@ -171,8 +171,8 @@ def flops_per_token(config: Config | str, T: int) -> int:
     -------
     int
         Twice the active parameters that multiply (all but the embedding's look-up, norms and biases), plus 4 T per
-        feature of attention (scores and weighted values; a window bounds T), plus the recurrence's own work: 6 for each
-        element of a state space model's state, 5 for one of a matrix memory.
+        feature of attention (scores and weighted values; a window bounds T), plus the recurrence's own work: 7 for each
+        element of a selective state space model's state, 5 for one of Mamba-2's or of a matrix memory.
 
     Examples
     --------
@@ -207,8 +207,45 @@ def sequence_flops(config: Config | str, T: int, *, causal: bool = True) -> int:
     """
     config = _config("sequence_flops", config)
     T = _whole("sequence_flops", "T", T)
-    seen = sum(4 * count * a.heads * a.head_dim * _pairs(T, a.window, causal) for count, a in config.attention())
+    seen = sum(4 * count * a.heads * a.head_dim * attention_pairs(T, window=a.window, causal=causal) for count, a in config.attention())
     return T * (2 * _multiplying(config) + _recurrent_flops(config)) + seen
+
+
+def attention_pairs(T: int, *, window: int | None = None, causal: bool = True) -> int:
+    """Pairs of query and key that attention over T tokens looks at.
+
+    Parameters
+    ----------
+    T : int
+        Tokens, at least 0.
+    window : int, optional
+        A query sees so many positions at most, its own included.
+    causal : bool
+        A query sees nothing after itself.
+
+    Examples
+    --------
+    >>> attention_pairs(1000), attention_pairs(1000, causal=False), attention_pairs(1000, window=100)
+    (500500, 1000000, 95050)
+    """
+    T = _whole("attention_pairs", "T", T)
+    w = T if window is None else min(T, _whole("attention_pairs", "window", window, 1))
+    return w * (w + 1) // 2 + (T - w) * w if causal else T * w
+
+
+def layer_flops(T: int, d: int, *, causal: bool = False) -> int:
+    """Operations of one Transformer layer of the textbook over T tokens: 24 T d² for its matrices, 4 d for each pair.
+
+    Four square projections (8 T d²), an MLP of width 4d (16 T d²), scores and weighted values (4 T² d; a causal kernel
+    does half of it).
+
+    Examples
+    --------
+    >>> layer_flops(2048, 4096) / layer_flops(1024, 4096)
+    2.08
+    """
+    T, d = _whole("layer_flops", "T", T), _whole("layer_flops", "d", d, 1)
+    return 24 * T * d * d + (2 if causal else 4) * T * T * d
 
 
 def longest_context(config: Config | str, memory: float, *, weight_bits: float = 16, kv_bits: float = 16) -> int:
@@ -291,18 +328,9 @@ def _map_flops(config: Config, T: int) -> int:
 
 
 def _recurrent_flops(config: Config) -> int:
-    """For each element of a state: decay, product of inputs and addition, product with C and sum; dt A in Mamba is one more."""
-    each = {Mamba: 6, Mamba2: 5, MLSTM: 5, RWKV4: 4}
+    """For each element of a state: decay, product of inputs, addition, product with C and sum; Mamba has dt A and its exp for each too."""
+    each = {Mamba: 7, Mamba2: 5, MLSTM: 5, RWKV4: 4}
     return sum(b.count * each[type(b.mixer)] * b.mixer.state(config.d)[0] for b in config.blocks if type(b.mixer) in each)
-
-
-def _pairs(T: int, window: int | None, causal: bool) -> int:
-    """Pairs of query and key that attention looks at."""
-    if not causal:
-        return T * (T if window is None else min(T, window))
-    if window is None or T <= window:
-        return T * (T + 1) // 2
-    return window * (window + 1) // 2 + (T - window) * window
 
 
 def _config(function: str, config) -> Config:
