@@ -7,6 +7,9 @@ import importlib
 from typing import Any
 
 _LAZY = {
+    "Counts": "refimpl.complexity.counter",
+    "Uncounted": "refimpl.complexity.counter",
+    "measure": "refimpl.complexity.runs",
     "Config": "refimpl.complexity.presets",
     "PRESETS": "refimpl.complexity.presets",
     "active_parameters": "refimpl.complexity.calculators",

@@ -1,6 +1,5 @@
 """From a call by the contract's names to a call as the candidate wants it, and its answer back into the contract's form."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 from refimpl.conformance.cases import Support, parameters
 from refimpl.conformance.frameworks import framework as make_framework
 from refimpl.conformance.invoke import Answer, Invoker, Request
-from refimpl.conformance.worker import Child, load
+from refimpl.conformance.worker import Child, keywords, load, source
 from refimpl.op import Op
 
 
@@ -26,21 +25,25 @@ class Candidate:
     fixed : dict
         Options that the domain fixes to one value.
     isolate : bool
-        Run it in a process of its own.
+        Run it in a process of its own; then nothing of it is imported here.
+    memory : float, optional
+        GiB that this process may take.
     """
 
-    def __init__(self, op: Op, function: Callable | str, *, framework="numpy", device=None, vjp=None, layout=None, timeout=60.0, fixed=None, isolate=False):
+    def __init__(self, op: Op, function: Callable | str, *, framework="numpy", device=None, vjp=None, layout=None, timeout=60.0, fixed=None, isolate=False, memory=None):
         self.framework = framework
         self.op, self.layout = op, Layout(op, layout) if layout else None
         self.fixed = fixed or {}
-        self.support = _support(load(function) if isinstance(function, str) else function)
         self.can_differentiate = vjp is not None or framework != "numpy"
         if isolate:
-            self._invoke: Any = Child(function, framework, device, vjp, timeout)
+            self._invoke: Any = Child(function, framework, device, vjp, timeout, memory)
+            names, self.source = self._invoke.keywords, self._invoke.source
         else:
             function = load(function) if isinstance(function, str) else function
             vjp = load(vjp) if isinstance(vjp, str) else vjp
             self._invoke = Invoker(function, make_framework(framework, device), vjp, timeout)
+            names, self.source = keywords(function), source(function)
+        self.support = Support(None if names is None else frozenset(names))
 
     @property
     def mutable(self) -> bool:
@@ -50,6 +53,20 @@ class Candidate:
     def close(self) -> None:
         if isinstance(self._invoke, Child):
             self._invoke.close()
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether its process was lost so often in a row that there is no point in asking on."""
+        return isinstance(self._invoke, Child) and self._invoke.hopeless
+
+    def hope(self) -> None:
+        """Ask on nevertheless: in another precision it may do better."""
+        if isinstance(self._invoke, Child):
+            self._invoke.lost = 0
+
+    def finish(self) -> Answer:
+        """Whether results that were returned long ago still are what they were."""
+        return self._invoke(Request([], {}, [], finish=True))
 
     def call(self, call: dict, *, view="contiguous", repeat=1, poison=(), second: dict | None = None) -> Answer:
         """Results in the contract's form: one array, or a tuple, the state last.
@@ -85,17 +102,6 @@ class Candidate:
 
     def _back(self, result):
         return self.layout.results_back(result) if self.layout and result is not None else result
-
-
-def _support(function: Callable) -> Support:
-    """The keywords that a function takes: all of them where it has ** or no readable signature."""
-    try:
-        found = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return Support()
-    if any(p.kind is p.VAR_KEYWORD for p in found):
-        return Support()
-    return Support(frozenset(p.name for p in found if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)))
 
 
 class Layout:

@@ -43,10 +43,11 @@ class Domain:
         self.batch = None if batch is None else [tuple(b) for b in batch]
         self.batch_rank: int | None = None  # found by trying, or given by a layout
         self.sizes = {letter: _rule(letter, rule) for letter, rule in sizes.items()}
-        self.square = False  # only as many values as keys, e = d: found by trying
+        self._said = {letter: getattr(rule, "__qualname__", rule) for letter, rule in sizes.items()}
+        self.equal: tuple[tuple[str, str], ...] = ()  # sizes that must be others' (e = d, Hq = Hkv): found by trying
 
     def __repr__(self) -> str:
-        parts = [f"{k}={v!r}" for k, v in self.sizes.items()]
+        parts = [f"{k}={v!r}" for k, v in self._said.items()]
         parts += [f"options={self.options!r}"] if self.options else []
         parts += [f"batch={self.batch!r}"] if self.batch is not None else []
         return f"Domain({', '.join(parts)})"
@@ -81,8 +82,8 @@ class Domain:
                 if nearest is None:
                     return None
                 fitted[letter] = nearest
-        if self.square:
-            fitted["e"] = fitted["d"]
+        for letter, other in self.equal:
+            fitted[letter] = fitted[other]
         return fitted
 
 

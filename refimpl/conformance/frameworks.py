@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+_array = np.array  # kept, since a candidate may replace what NumPy calls by this name
+
 
 class Numpy:
     """NumPy itself; the others have the same methods."""
@@ -37,7 +39,7 @@ class Numpy:
             raise TypeError(f"returned {type(y).__name__}, not an array")
         if not isinstance(y, np.ndarray) and hasattr(y, "detach"):
             return Torch.to_numpy(y)
-        return np.array(y, copy=True, subok=False)
+        return _array(y, copy=True, subok=False)
 
     def overwrite(self, x: Any, value: np.ndarray) -> None:
         """Put other values into an array's memory."""
@@ -98,7 +100,7 @@ class Torch(Numpy):
             bits = torch.int16 if name == "bfloat16" else torch.uint8
             flat = y.reshape(-1).view(bits).numpy().copy()
             return flat.view(getattr(ml_dtypes, name)).reshape(tuple(y.shape))
-        return np.array(y.numpy(), copy=True)
+        return _array(y.numpy(), copy=True)
 
     def overwrite(self, x: Any, value: np.ndarray) -> None:
         with self.torch.no_grad():
@@ -152,7 +154,7 @@ class Jax(Numpy):
         return self.jax.device_put(np.array(x, order="C", copy=True), self.device)
 
     def numpy(self, y: Any) -> np.ndarray:
-        return np.array(y, copy=True)
+        return _array(y, copy=True)
 
     def overwrite(self, x: Any, value: np.ndarray) -> None:
         """JAX's arrays cannot be changed: the first values stay."""
@@ -205,7 +207,7 @@ class Cupy(Numpy):
         return self.cupy.asnumpy(y) if isinstance(y, self.cupy.ndarray) else super().numpy(y)
 
     def synchronize(self) -> None:
-        self.cupy.cuda.get_current_stream().synchronize()
+        self.cupy.cuda.Device().synchronize()
 
 
 FRAMEWORKS = {c.name: c for c in (Numpy, Torch, Jax, Cupy)}

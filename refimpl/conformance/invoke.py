@@ -28,6 +28,7 @@ class Request:
     vjp: bool = False
     repeat: int = 1
     second: dict | None = None
+    finish: bool = False
 
 
 @dataclass
@@ -42,15 +43,25 @@ class Answer:
     stale: bool = False
 
 
+_KEPT = 2**24  # bytes of results that are kept to be looked at again
+
+
 class Invoker:
-    """Calls one function again and again; remembers the last result, to see whether a later call changes it."""
+    """Calls one function again and again; keeps some results, to see whether they change after they were returned.
+
+    A request that says `finish` calls nothing: it asks whether what is kept still holds what it held.
+    """
 
     def __init__(self, function, arrays: Numpy, vjp=None, timeout: float | None = None):
         self.function, self.arrays, self.vjp, self.timeout = function, arrays, vjp, timeout
         self._last: tuple[list, list[np.ndarray]] | None = None
+        self._kept: list[tuple[list, list[np.ndarray]]] = []
+        self._calls = 0
 
     def __call__(self, request: Request) -> Answer:
         try:
+            if request.finish:
+                return Answer(stale=any(map(self._changed, self._kept)))
             with _alarm(self.timeout), np.errstate(all="ignore"):
                 return self._call(request)
         except _TookTooLong:
@@ -61,8 +72,20 @@ class Invoker:
             return Answer(status="CRASH", message=f"the candidate left by SystemExit({error.code!r})")
         except MemoryError as error:
             return Answer(status="CRASH", message=f"out of memory: {error}")
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            return self._failed(_where(error))
+
+    def _failed(self, message: str) -> Answer:
+        """An exception; one that says that memory has run out, or after which its device answers no more, is a crash."""
+        if any(sign in message.lower() for sign in OUT_OF_MEMORY):
+            return Answer(status="CRASH", message=f"out of memory: {message}")
+        try:
+            self.arrays.synchronize()
         except Exception as error:
-            return Answer(status="ERROR", message=_where(error))
+            return Answer(status="CRASH", message=f"the device answers no more after {message}: {error}")
+        return Answer(status="ERROR", message=message)
 
     def _call(self, request: Request) -> Answer:
         positional = [self._in(x, request.view) for x in request.positional]
@@ -73,12 +96,13 @@ class Invoker:
         runs, raw = [], None
         for _ in range(request.repeat):
             raw = self._differentiate(request, positional, keywords) if request.cotangents is not None else self.function(*positional, **keywords)
+            runs.append(self._out(raw))  # at once: waiting for the whole device first would hide that the caller's stream does not wait
             self.arrays.synchronize()
-            runs.append(self._out(raw))
         if request.second is not None:
             runs += self._other_values(request, inputs, positional, keywords)
-        stale = self._changed_last()
-        self._last = ([v for v in _leaves(raw)], [v for v in _leaves(runs[-1])]) if request.cotangents is None else None
+        stale = self._last is not None and self._changed(self._last)
+        if request.second is None and request.cotangents is None:
+            self._keep(raw, runs[-1])
         mutated = tuple(n for n, x in inputs.items() if not _same_bits(self._back(x), originals[n]))
         return Answer(runs[0], runs[1:], mutated=mutated, stale=stale)
 
@@ -134,14 +158,22 @@ class Invoker:
         blocks = [self.arrays.array(np.full(max(1, size // 4), np.nan, dtype=np.float32), "contiguous") for size in sizes for _ in range(2)]
         del blocks
 
-    def _changed_last(self) -> bool:
-        if self._last is None:
-            return False
-        raw, copies = self._last
+    def _keep(self, raw, copies) -> None:
+        """What was returned, and copies of it: always the last, and those of calls 1, 2, 4, 8 and so on."""
+        self._last = (_leaves(raw), _leaves(copies))
+        self._calls += 1
+        if self._calls & (self._calls - 1) == 0 and sum(c.nbytes for _, kept in [*self._kept, self._last] for c in kept) <= _KEPT:
+            self._kept.append(self._last)
+
+    def _changed(self, kept: tuple[list, list[np.ndarray]]) -> bool:
+        raw, copies = kept
         try:
             return any(not _same_bits(self._back(r), c) for r, c in zip(raw, copies, strict=True))
         except Exception:  # a freed or deleted buffer: the candidate's own affair
             return False
+
+
+OUT_OF_MEMORY = ("out of memory", "out_of_memory", "can't allocate memory", "cannot allocate memory", "resource_exhausted", "bad_alloc", "memoryerror")
 
 
 class _TookTooLong(BaseException):
@@ -186,4 +218,4 @@ def _same_bits(a, b) -> bool:
         return isinstance(a, tuple) and len(a) == len(b) and all(map(_same_bits, a, b))
     if not isinstance(b, np.ndarray):
         return True
-    return a.shape == b.shape and a.dtype == b.dtype and np.ascontiguousarray(a).tobytes() == np.ascontiguousarray(b).tobytes()
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()

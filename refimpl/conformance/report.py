@@ -59,6 +59,19 @@ class Result:
         plain["ratio"] = float(self.ratio) if np.isfinite(self.ratio) else str(self.ratio)
         return plain
 
+    def record(self) -> dict:
+        """Plain data from which `of_record` makes the same result again."""
+        return self.to_dict() | {"excusable": self.excusable}
+
+    @classmethod
+    def of_record(cls, record: dict) -> "Result":
+        plain = dict(record) | {"ratio": float(record.get("ratio", 0.0))}
+        for key in ("index", "traits"):
+            plain[key] = tuple(plain.get(key, ()))
+        for key in ("got", "expected"):
+            plain[key] = _Number(plain[key]) if key in plain else None
+        return cls(**plain)
+
 
 @dataclass
 class Report:
@@ -99,7 +112,7 @@ class Report:
             if all(c.status in ("ERROR", "CRASH", "TIMEOUT") for c in self.failures) and not any(c.status == "PASS" for c in self.cases):
                 return "inconclusive"
             return "deviates" if self.variant else "wrong"
-        return "conforms" if any(c.status == "PASS" for c in self.cases) and not self.reason else "inconclusive"
+        return "conforms" if any(c.status == "PASS" for c in self.cases) and not self.reason and not self.interrupted else "inconclusive"
 
     @property
     def ok(self) -> bool:
@@ -148,7 +161,8 @@ class Report:
         return "\n".join(lines)
 
     def _verdict_words(self) -> str:
-        words = {"conforms": "conforms", "wrong": "is WRONG", "inconclusive": f"could not be judged{': ' + self.reason if self.reason else ''}"}
+        reason = self.reason or ("the run was interrupted" if self.interrupted else "")
+        words = {"conforms": "conforms", "wrong": "is WRONG", "inconclusive": f"could not be judged{': ' + reason if reason else ''}"}
         return words.get(self.verdict, f"DEVIATES: {self.variant}")
 
     def _counts(self, judged: list[Result]) -> str:
@@ -218,6 +232,15 @@ class Report:
         from refimpl.conformance.page import page
 
         return page(self)
+
+
+class _Number(str):
+    """A number that has been on disk: shown as it was."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def _shown(value) -> str:

@@ -82,19 +82,19 @@ def _held(trial: Trial, f: Callable, law: Law, to: Precision, T: int, combo: dic
             parts.append(trial.state_of([v for n, v in limits.items() if n.startswith("state")]))
         return tuple(parts) if len(parts) > 1 else parts[0]
 
-    result = Result(f"laws[{law.name}, {label}]", "laws", to.name, "PASS")
-    compared = False
+    result = Result(f"laws[{law.name}, {label}]", "laws", to.name, "NOT_APPLICABLE", "the law says nothing of this call")
     try:
         with np.errstate(all="ignore"):
             for what, got, want, limit in law.holds(f, drawn.call, bound, rng):
-                compared = True
+                if result.status == "NOT_APPLICABLE":
+                    result.status, result.message = "PASS", ""
                 message, ratio = _difference(np.asarray(got), np.asarray(want), limit)
                 if message:
                     result.status, result.message, result.ratio = "PROPERTY", f"the law '{law.name}' fails: {what} {message}", ratio
                     break
     except _NoAnswer as no:
         status, result.message = no.args
-        result.status = "PASS" if compared and status == "NOT_APPLICABLE" else status
+        result.status = result.status if status == "NOT_APPLICABLE" else status
     except Exception as error:  # results of a wrong number or shape, of which a law makes what it may
         result.status, result.message = "PROPERTY", f"the law '{law.name}' cannot be tried: {type(error).__name__}: {error}"
     return result

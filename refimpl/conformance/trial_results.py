@@ -19,26 +19,28 @@ from refimpl.conformance.traits import COMPLEX, real_parts, traits
 from refimpl.conformance.trial import Trial, trouble
 
 Job = tuple[str, Callable[[], Any]]
+_PAIRS = (("e", "d"), ("Hq", "Hkv"))  # sizes that a kernel may want to be the same
 
 
 def settle(trial: Trial, to: Precision) -> None:
-    """Find what every call needs where the candidate raises: a number of batch axes, as many values as keys (e = d)."""
+    """Find what every call needs where the candidate raises: a number of batch axes; as many values as keys, as many heads."""
     domain, layout, sizes = trial.domain, trial.subject.layout, default_sizes(trial.op)
     if layout is not None and "b" in layout.order:
         domain.batch_rank = 1
     ranks = (0, 1, 2) if domain.batch is None and domain.batch_rank is None and "batch" in sizes else (None,)
-    squares = (False, True) if {"d", "e"} <= set(sizes) and "e" not in domain.sizes else (False,)
+    pairs = [pair for pair in _PAIRS if set(pair) <= set(sizes) and pair[0] not in domain.sizes]
+    equalities = [some for count in range(len(pairs) + 1) for some in itertools.combinations(pairs, count)]
     combo = {name: values[0] for name, values in trial.factors().items()}
-    for domain.square, rank in itertools.product(squares, ranks):
+    for equal, rank in itertools.product(equalities, ranks):
+        domain.equal = equal
         drawn = trial.draw(np.random.default_rng(0), {"batch": (2,) * rank} if rank else {}, combo, to)
         if drawn is not None and trial.subject.call(drawn.call).status != "ERROR":
             if rank:
                 domain.batch_rank = rank
                 trial.report.not_checked.append(f"other than {rank} batch {'axis' if rank == 1 else 'axes'} (it raises)")
-            if domain.square:
-                trial.report.not_checked.append("e other than d (it raises)")
+            trial.report.not_checked += [f"{letter} other than {other} (it raises)" for letter, other in equal]
             return
-    domain.square = False
+    domain.equal = ()
 
 
 def result_jobs(trial: Trial, to: Precision) -> Iterator[Job]:
