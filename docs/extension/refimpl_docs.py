@@ -1,0 +1,30 @@
+"""The Sphinx extension: writes the pages of the book before they are read, and sets equations."""
+
+from pathlib import Path
+
+import operator_pages
+import prose
+from docutils import nodes
+from docutils.parsers.rst import Directive
+
+
+class Equations(Directive):
+    """Set-off lines of a chapter, numbered as they are there."""
+
+    has_content = True
+
+    def run(self) -> list[nodes.Node]:
+        text = "\n".join(self.content)
+        return [nodes.raw("", prose.equations_html("\n".join(f"    {line}" for line in text.split("\n"))), format="html")]
+
+
+def escape_bars(app, what, name, object, options, lines: list[str]) -> None:
+    """Docstrings write |x| for a size; reStructuredText would look for a substitution of that name."""
+    lines[:] = [line.replace("|", "\\|") if "``" not in line else line for line in lines]
+
+
+def setup(app) -> dict:
+    app.add_directive("equations", Equations)
+    app.connect("autodoc-process-docstring", escape_bars)
+    app.connect("builder-inited", lambda app: operator_pages.write(Path(app.srcdir)))
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
