@@ -264,7 +264,7 @@ def _prepare(a, b, state, reverse=False):
     """Decay and input of every step and an initial state, with all batch axes; time reversed where asked."""
     a = a[None, :] if a.ndim == 1 else a
     batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2], () if state is None else state.shape[:-1])
-    zero = np.zeros_like(a[..., :1, :].sum(axis=-2) * b[..., :1, :].sum(axis=-2), shape=(*batch, b.shape[-1]))  # (..., c)
+    zero = np.zeros_like(a[..., :0, :].sum(axis=-2) * b[..., :0, :].sum(axis=-2), shape=(*batch, b.shape[-1]))  # (..., c)
     a, b = (np.broadcast_to(x, (*batch, *b.shape[-2:])) for x in (a, b))
     if reverse:
         a, b = a[..., ::-1, :], b[..., ::-1, :]
