@@ -54,8 +54,11 @@ def check(
     size: Annotated[list[str] | None, typer.Option(metavar="LETTER=SIZES", help="Sizes that are supported: d=64,128, or T=%64 for multiples.")] = None,
     seed: Annotated[int, typer.Option(help="Of the inputs; the same seed gives the same cases.")] = 0,
     timeout: Annotated[float, typer.Option(help="Seconds that one case may take.")] = 60.0,
+    memory: Annotated[float | None, typer.Option(metavar="GIB", help="Host memory that the candidate may take. [default: half of the machine's]")] = None,
     no_isolate: Annotated[bool, typer.Option("--no-isolate", help="Run the candidate in this process (quicker; a crash ends the run).")] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failure.")] = False,
+    save: Annotated[Path | None, typer.Option(metavar="PATH", help="Where results are kept as they arrive. [default: a cache folder]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of the same check.")] = False,
     json: Annotated[Path | None, typer.Option(metavar="PATH", help="Also write the report as JSON.")] = None,
     junit: Annotated[Path | None, typer.Option(metavar="PATH", help="Also write the report as JUnit XML.")] = None,
     html: Annotated[Path | None, typer.Option(metavar="PATH", help="Also write the report as a page with pictures.")] = None,
@@ -68,10 +71,10 @@ def check(
 
     if operator not in catalogue():
         fail(unknown(operator))
-    for path in (json, junit, html):
+    for path in (json, junit, html, save):
         if path is not None and not path.absolute().parent.is_dir():
             fail(f"cannot write {path}: there is no folder {path.absolute().parent}")
-    if os.getcwd() not in sys.path:
+    if no_isolate and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as python -m does: MODULE:NAME is looked for where the user stands
 
     import refimpl
@@ -92,7 +95,10 @@ def check(
                 fail_fast=fail_fast,
                 isolate=not no_isolate,
                 timeout=timeout,
+                memory=memory,
                 seed=seed,
+                save=save or True,
+                resume=resume,
                 progress=step,
             )
         except NotFound as error:

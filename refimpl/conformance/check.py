@@ -3,24 +3,28 @@
 A candidate's output flows one way: cases -> truth and bounds -> the candidate's results -> gates -> diagnosis -> report.
 """
 
+import functools
 import importlib.util
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import refimpl
 from refimpl.catalogue import operator
 from refimpl.conformance.candidate import Candidate
 from refimpl.conformance.cases import LEVELS, default_sizes, parameters
 from refimpl.conformance.diagnosis import Evidence, explain
 from refimpl.conformance.domain import Domain
 from refimpl.conformance.frameworks import FRAMEWORKS
+from refimpl.conformance.journal import Journal, forget_old, usual_place
 from refimpl.conformance.precision import Precision, precision
-from refimpl.conformance.report import Report
+from refimpl.conformance.report import Report, Result
 from refimpl.conformance.smallest import smallest
 from refimpl.conformance.traits import excuse
-from refimpl.conformance.trial import Trial
+from refimpl.conformance.trial import KEPT, Trial
 from refimpl.conformance.trial_gradients import gradient_jobs
 from refimpl.conformance.trial_laws import breaks_the_same_laws, law_jobs
 from refimpl.conformance.trial_results import result_jobs, settle
@@ -28,6 +32,8 @@ from refimpl.op import Op
 
 _EVIDENCE = 20  # failing cases that the diagnosis explains
 _NO_VARIANT = ("MUTATED_INPUT", "NONDETERMINISTIC", "DTYPE", "ERROR", "CRASH", "TIMEOUT")  # never a matter of convention
+_AGAIN = ("SHAPE", "NONFINITE", "NUMERIC", "BIAS", "PROPERTY", "GRADIENT")  # failures whose numbers the diagnosis wants to see
+_PASSES_AGAIN = 8  # and some passes, which it must not contradict
 Progress = Callable[[int, int, str], None]
 
 
@@ -46,7 +52,10 @@ def check(
     fail_fast: bool = False,
     isolate: bool = False,
     timeout: float = 60.0,
+    memory: float | None = None,
     seed: int = 0,
+    save: str | Path | bool = False,
+    resume: str | Path | bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Hold an implementation of an operator against the truth.
@@ -76,11 +85,20 @@ def check(
     fail_fast : bool
         Stop at the first failure.
     isolate : bool
-        Run the candidate in a process of its own, so that a crash or a hang costs one case.
+        Run the candidate in a process of its own, so that a crash or a hang costs one case, and nothing expected is in its
+        reach. It is imported there and not here; a function that no other process can import is sent by value.
     timeout : float
         Seconds that one call may take.
+    memory : float, optional
+        With `isolate`: GiB of host memory that the candidate's process may take beyond what it takes when it is loaded;
+        half of the machine's by default.
     seed : int
         Reproduces every input.
+    save : path or bool
+        A file for the results, written as they arrive (JSON lines). True is one in the user's cache folder, found by what
+        is checked, and removed when the check is complete.
+    resume : path or bool
+        Go on with the results in this file, if there is one, and save further ones there.
     progress : callable, optional
         ``progress(done, total, label)``.
 
@@ -91,7 +109,7 @@ def check(
     Raises
     ------
     ValueError, TypeError
-        If an argument is not one of these.
+        If an argument is not one of these, or the file to resume from is about another check.
     ImportError
         If the framework is not installed.
 
@@ -106,10 +124,10 @@ def check(
     domain = Domain() if domain is None else domain
     if isinstance(domain, Domain):
         domain = domain.spelled_for(default_sizes(op))
-    _validate(op, candidate, dtypes, level, domain, gradients, candidate_vjp, framework, timeout)
+    _validate(op, candidate, dtypes, level, domain, gradients, candidate_vjp, framework, timeout, memory)
     precisions = [precision(name) for name in dtypes]
     fixed = {name: values[0] for name, values in domain.options.items() if len(values) == 1}
-    subject = Candidate(op, candidate, framework=framework, device=device, vjp=candidate_vjp, layout=layout, timeout=timeout, fixed=fixed, isolate=isolate)
+    subject = Candidate(op, candidate, framework=framework, device=device, vjp=candidate_vjp, layout=layout, timeout=timeout, fixed=fixed, isolate=isolate, memory=memory)
     name = candidate if isinstance(candidate, str) else getattr(candidate, "__qualname__", type(candidate).__name__)
     settings = {
         "framework": framework, "device": device, "dtypes": [p.name for p in precisions], "gradients": gradients, "layout": layout, "domain": repr(domain),
@@ -117,29 +135,92 @@ def check(
     }  # fmt: skip
     report = Report(op.name, str(name), settings=settings, not_checked=_not_checked(op, subject, domain))
     trial = Trial(op, subject, report, level, seed, domain)
+    journal = None
     start = time.perf_counter()
     try:
+        journal = _journal(report, subject, save, resume)
         settle(trial, precisions[0])
-        jobs: Iterable = (job for p in precisions for job in _jobs(trial, p, gradients))
-        total = 0
-        if progress:
-            jobs = list(jobs)
-            total = len(jobs)
-        for done, (label, run) in enumerate(jobs):
-            if progress:
-                progress(done, total, label)
-            run()
-            if fail_fast and any(not c.excusable for c in report.failures):
-                break
-        if progress:
-            progress(total, total, "diagnosis" if report.failures else "done")
+        _work(trial, [functools.partial(_jobs, trial, p, gradients) for p in precisions], journal, fail_fast, progress)
         _conclude(trial, fail_fast)
     except KeyboardInterrupt:
         report.interrupted = True
+        excuse(report)
     finally:
         subject.close()
+        if journal is not None:
+            journal.close(remove=not report.interrupted and isinstance(save, bool) and isinstance(resume, bool))
         report.seconds = time.perf_counter() - start
     return report
+
+
+def _journal(report: Report, subject: Candidate, save: str | Path | bool, resume: str | Path | bool) -> Journal | None:
+    if save is False and resume is False:
+        return None
+    if not subject.source:
+        raise ValueError(f"check: results about {report.candidate} cannot be saved: no file of it can be found, so they could not be told from others'")
+    about = {"operator": report.operator, "candidate": report.candidate, "source": subject.source, "version": refimpl.__version__, **report.settings}
+    named = {str(path) for path in (save, resume) if not isinstance(path, bool)}
+    if len(named) > 1:
+        raise ValueError(f"check: save={str(save)!r} and resume={str(resume)!r} name two files")
+    try:
+        if not named:
+            forget_old()
+        return Journal(*(named or [usual_place(about)]), about, resume is not False)
+    except OSError:
+        if named or resume:
+            raise
+        return None  # no cache folder to write to, and nobody asked for one
+
+
+def _work(trial: Trial, parts: list[Callable[[], Iterator]], journal: Journal | None, fail_fast: bool, progress: Progress | None) -> None:
+    """All jobs, of one precision after the other; what the journal says is done is not done again."""
+    report, number, total = trial.report, 0, 0
+    whole = [list(part()) for part in parts] if progress else parts
+    if progress:
+        total = sum(map(len, whole))
+    for part in whole:
+        trial.subject.hope()
+        for label, run in part if isinstance(part, list) else part():
+            if progress:
+                progress(number, total, label)
+            name = _name(label, run)
+            if not (journal and _recalled(trial, journal.done(number, name))):
+                before = len(report.cases)
+                run()
+                if journal:
+                    teeth = {n: sorted(t) for n, t in trial.teeth.items()}
+                    journal.add(number, name, results=[c.record() for c in report.cases[before:]], teeth=teeth)
+            number += 1
+            if fail_fast and any(not c.excusable for c in report.failures):
+                return
+            if trial.subject.hopeless:
+                last = report.cases[-1]
+                report.notes.append(f"{last.dtype}: given up after {last.id}: one process after the other was lost ({last.message})")
+                break
+    if progress:
+        progress(total, total, "diagnosis" if report.failures else "done")
+
+
+def _name(label: str, run: Any) -> str:
+    """What a job is about, so that it is known again in another run."""
+    arguments = [str(getattr(a, "id", getattr(a, "name", a))) for a in run.args[1:] if isinstance(a, str | int) or hasattr(a, "name")]
+    return " ".join([label, *arguments])[:300]
+
+
+def _recalled(trial: Trial, record: dict | None) -> bool:
+    """Take over what was found in an earlier run; False where it is better found again."""
+    if record is None:
+        return False
+    results = [Result.of_record(r) for r in record["results"]]
+    failing = sum(e.failed for e in trial.evidence)
+    again = any(r.status in _AGAIN for r in results) and failing < KEPT // 2
+    passing = sum(not e.failed for e in trial.evidence)
+    if again or (passing < _PASSES_AGAIN and any(r.status == "PASS" and r.klass not in ("laws", "hygiene") for r in results)):
+        return False
+    trial.report.cases += results
+    for name, seen in record["teeth"].items():
+        trial.teeth.setdefault(name, set()).update(seen)
+    return True
 
 
 def _jobs(trial: Trial, to: Precision, gradients: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -175,7 +256,7 @@ def _spread(evidence: list[Evidence]) -> list[Evidence]:
     return (small or bad[:3])[: _EVIDENCE + 4] + [e for e in evidence if not e.failed][:8]
 
 
-def _validate(op, candidate, dtypes, level, domain, gradients, candidate_vjp, framework, timeout) -> None:
+def _validate(op, candidate, dtypes, level, domain, gradients, candidate_vjp, framework, timeout, memory) -> None:
     if not callable(candidate) and not isinstance(candidate, str):
         raise TypeError(f"check: candidate must be a function or 'file.py:name', got {type(candidate).__name__}")
     if isinstance(dtypes, str):
@@ -192,8 +273,9 @@ def _validate(op, candidate, dtypes, level, domain, gradients, candidate_vjp, fr
         raise ValueError(f"check: {op.name} has no gradient")
     if gradients and candidate_vjp is None and framework in ("numpy", "cupy"):
         raise ValueError(f"check: gradients=True needs candidate_vjp for framework {framework!r}, which cannot differentiate by itself")
-    if not timeout > 0:
-        raise ValueError(f"check: timeout must be positive, got {timeout!r}")
+    for name, value in (("timeout", timeout), ("memory", memory)):
+        if value is not None and not value > 0:
+            raise ValueError(f"check: {name} must be positive, got {value!r}")
     domain.check_names(op.name, (k for k in default_sizes(op) if k != "batch"), (*parameters(op)[1], *parameters(op)[2]))
     for name in parameters(op)[1]:
         if not all(isinstance(v, bool) for v in domain.options.get(name, ())):

@@ -61,7 +61,7 @@ class Invoker:
     def __call__(self, request: Request) -> Answer:
         try:
             if request.finish:
-                return Answer(stale=any(map(self._changed, self._kept)))
+                return Answer(stale=any(map(self._changed, self._kept))) if self._kept else Answer(status="NOT_APPLICABLE", message="no result to keep")
             with _alarm(self.timeout), np.errstate(all="ignore"):
                 return self._call(request)
         except _TookTooLong:

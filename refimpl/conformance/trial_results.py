@@ -50,6 +50,7 @@ def result_jobs(trial: Trial, to: Precision) -> Iterator[Job]:
     combos = trial.combos(0)
     for number in dict.fromkeys([0, len(combos) - 1]):
         yield f"{to.name} hygiene", functools.partial(_hygiene, trial, to, combos[number], number)
+    yield f"{to.name} hygiene", functools.partial(_lasting, trial, to)
 
 
 def _case(trial: Trial, case: Case, to: Precision) -> None:
@@ -125,6 +126,13 @@ def _hygiene(trial: Trial, to: Precision, combo: dict, number: int) -> None:
     else:
         result = _compared(trial, case, to, [answer.result, *answer.again], b.call, b.right)
     trial.report.cases.append(result)
+
+
+def _lasting(trial: Trial, to: Precision) -> None:
+    """Results that were returned long ago still are what they were."""
+    answer = trial.subject.finish()
+    failed = ("NONDETERMINISTIC", "a result changed long after it was returned") if answer.stale else trouble(answer)
+    trial.report.cases.append(Result("hygiene[results last]", "hygiene", to.name, *(failed or ("PASS",))))
 
 
 def _compared(trial: Trial, case: Case, to: Precision, results: list, other: dict, right: dict) -> Result:

@@ -121,7 +121,7 @@ class Child:
         self.timeout, self.memory = timeout, int((memory or half_of_memory()) * GIB)
         self.lost = 0  # processes in a row that gave no answer; one that hangs costs more time, and counts thrice
         self._task = {"framework": framework_name, "device": device, "candidate": _sent(candidate), "vjp": _sent(vjp)}
-        self._task |= {"path": [p or os.getcwd() for p in sys.path], "memory": self.memory if _countable(framework_name, device) else None}
+        self._task |= {"path": [os.getcwd(), *(p for p in sys.path if p)], "memory": self.memory if _countable(framework_name, device) else None}
         self._dumpable = _hide_memory()
         self._process: _Process | None = None
         try:
@@ -133,6 +133,8 @@ class Child:
 
     def __call__(self, request: Request) -> Answer:
         """What the candidate answers, or how its process ended."""
+        if request.finish and self._process is None:
+            return Answer(status="NOT_APPLICABLE", message="its process is gone, and its results with it")
         answer = self._asked(request)
         self.lost = self.lost + (3 if answer.status == "TIMEOUT" else 1) if self._process is None else 0
         return answer
@@ -216,7 +218,7 @@ class _Process:
         self.memory, self.errors = memory, tempfile.TemporaryFile()
         ours, theirs = socket.socketpair()
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        command = [sys.executable, "-c", f"from refimpl.conformance.worker import main; main({theirs.fileno()})"]
+        command = [sys.executable, "-P", "-c", f"from refimpl.conformance.worker import main; main({theirs.fileno()})"]
         try:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=self.errors, stderr=self.errors, env=environment, start_new_session=True, pass_fds=[theirs.fileno()]
