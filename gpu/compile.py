@@ -80,6 +80,8 @@ def table(only: Iterable[str] = ()) -> list[dict]:
         if not (wanted := tuple(only)) or any(w in kernel.name or w in kernel.file for w in wanted)
         for architecture in kernel.architectures
     ]
+    from cuda.core import Program  # noqa: F401  before the threads: its import is not safe in several at once
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda job: resources(*job), dict.fromkeys(jobs)))
 
