@@ -9,6 +9,8 @@ from typing import Any
 _LAZY = {
     "Counts": "refimpl.complexity.counter",
     "Uncounted": "refimpl.complexity.counter",
+    "fit": "refimpl.complexity.growth",
+    "growth": "refimpl.complexity.growth",
     "measure": "refimpl.complexity.runs",
     "Config": "refimpl.complexity.presets",
     "PRESETS": "refimpl.complexity.presets",

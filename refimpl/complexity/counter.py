@@ -157,7 +157,7 @@ class Buffer:
         self.depth: Any = CONSTANT  # one number, or an array
         if not isinstance(depth, np.ndarray):
             self.depth = int(depth)
-        elif depth.size:
+        elif array.size:
             self.depth = empty(array.size, np.int32)
             self._window(array)[...] = depth
         ledger.allocate(self.nbytes)
