@@ -40,7 +40,7 @@ class Journal:
         self._done: dict[int, dict] = {}
         size = self._read() if resume and self.path.exists() else 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "r+b" if size else "wb")  # noqa: SIM115
+        self._file = open(self.path, "r+b" if size else "wb")
         self._file.truncate(size)
         self._file.seek(size)
         if not size:

@@ -72,6 +72,8 @@ def _decoded(data: bytes) -> Any:
         ((kind, content),) = node.items()
         if kind == "array":
             name, shape, length = content
+            if any(size < 0 for size in shape):
+                raise ValueError(f"an array of shape {shape}")
             array = np.frombuffer(data[position : position + length], dtype=_dtype(name)).reshape(shape).copy()
             position += length
             return array
