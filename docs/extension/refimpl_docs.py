@@ -20,7 +20,7 @@ class Equations(Directive):
 
 def escape_bars(app, what, name, object, options, lines: list[str]) -> None:
     """Docstrings write |x| for a size; reStructuredText would look for a substitution of that name."""
-    lines[:] = [line.replace("|", "\\|") if "``" not in line else line for line in lines]
+    lines[:] = ["``".join(part if i % 2 else part.replace("|", "\\|") for i, part in enumerate(line.split("``"))) for line in lines]
 
 
 def setup(app) -> dict:
