@@ -1,0 +1,85 @@
+"""xLSTM: gates, matrix memory, and what they cost."""
+
+import numpy as np
+
+from refimpl.catalogue import catalogue
+from refimpl.complexity.claims.record import Case, Claim, claim
+from refimpl.complexity.claims.tools import call_of, form, lengths, slope
+from refimpl.complexity.presets import MLSTM
+from refimpl.ops.gated_rnn.mlstm import mlstm
+from refimpl.ops.gated_rnn.slstm import slstm
+from refimpl.ops.recurrence.linear_recurrence import linear_recurrence_vjp
+
+CLAIMS: list[Claim] = []
+
+
+@claim("cec", "Gating stops gradients from vanishing.", sources=("D1", "hochreiter1997"), check="gradient of the last state with respect to the first input, 100 steps", open=0.5, half=0.5)
+def cec(case: Case) -> None:
+    def gradient(f: float) -> float:
+        T = 101
+        dy = np.zeros((T, 1))
+        dy[-1] = 1
+        return float(linear_recurrence_vjp(dy, np.full((T, 1), f), np.ones((T, 1)))["b"][0, 0])
+
+    case.number("open", gradient(1.0), "gates of 1")
+    half = case.number("half", gradient(0.9), "gates of 0.9")
+    near = case.number("near", gradient(0.999), "gates of 0.999")
+    case.compare("half", ">=")
+    case.compare("open", ">=", given="the forget gate is near 1")
+    case.states(f"Π f is what is left: {half:.1e} at f = 0.9, {near:.2f} at 0.999, all of it at 1.")
+
+
+@claim("mlstm", "mLSTM is fully parallel.", sources=("D1", "beck2024, section 2.3"), check="parallel form against the recurrence; depth of sLSTM's forms", error=1)
+def mlstm_claim(case: Case) -> None:
+    call = call_of("mlstm", T=96)
+    error = case.equal("error", "mlstm", form("mlstm", "parallel")(**call), mlstm(**call), call, "parallel against recurrent")
+    sizes = lengths(2**10, 2**16)
+    letters = {"d": 4, "H": 1}
+    depth = case.number("slstm", slope(lambda n: min(f.cost(T=n, **letters).depth for f in catalogue()["slstm"].forms.values()), sizes), "growth of the depth of sLSTM's best form")
+    case.states(f"True ({error:.0e}); sLSTM, which mixes its last output into its gates, is not (depth exponent {depth:.2f}).")
+
+
+@claim("expgate", "The stabiliser lets exponential gates run.", sources=("D1", "beck2024, section 2.2"), check="gates of e^1000; where the plain exponential overflows", stabilised=True)
+def expgate(case: Case) -> None:
+    call = call_of("mlstm", T=8)
+    big = dict(call, i=call["i"] + 1000)
+    case.number("stabilised", bool(np.all(np.isfinite(mlstm(**big)))), "mLSTM is finite at input gates of e^1000")
+    gates = call_of("slstm", T=8)
+    gates = dict(gates, i=gates["i"] + 1000)
+    case.number("naive", bool(np.all(np.isfinite(form("slstm", "naive")(**gates)))), "sLSTM without a stabiliser is")
+    case.number("with_stabiliser", bool(np.all(np.isfinite(slstm(**gates)))), "sLSTM with it is")
+    single, half = (case.number(t, float(np.log(np.finfo(t).max.astype(float))), f"exponent at which e^x overflows in {t}") for t in ("float32", "float16"))
+    case.compare("stabilised")
+    case.states(f"True: finite at e^1000, where the plain exponential overflows at {single:.1f} in fp32 and {half:.1f} in fp16.")
+
+
+def matrix_memory(d: int) -> int:
+    """Elements of mLSTM's state for a head of d by d."""
+    return MLSTM(1, d, d).state(d)[0]
+
+
+@claim("xmem", "xLSTM needs less memory than a Transformer.", sources=("D1", "beck2024, section 1"), check="elements of a head's state and of its cache", short=1, long=1)
+def xmem(case: Case) -> None:
+    first = {d: next(n for n in range(1, 4 * d) if 2 * n * d > matrix_memory(d)) for d in (128, 1024)}
+    for d, n in first.items():
+        case.number(f"tokens_{d}", n, f"tokens from which a cache of head size {d} is larger than the matrix", "tokens")
+    case.number("short", matrix_memory(1024) / (2 * 256 * 1024), "matrix over cache, head size 1,024, 256 tokens")
+    case.number("long", matrix_memory(1024) / (2 * 2048 * 1024), "the same at 2,048 tokens")
+    case.compare("short", "<")
+    case.compare("long", "<", given="there are more tokens than about half the head size")
+    n_axis = lengths(8, 8192)
+    case.curves("tokens", "elements of a head of 1,024", cache=(n_axis, [2 * n * 1024 for n in n_axis]), matrix=(n_axis, [matrix_memory(1024)] * len(n_axis)))
+    case.states(f"From about half a head size of tokens on: {first[128]} at head size 128, {first[1024]} at 1,024.")
+
+
+@claim("xshort", "xLSTM is cheaper when sequences are not long.", sources=("D1",), check="operations for a token: 5 d² of the memory, 4 n d of attention", ratio=1)
+def xshort(case: Case) -> None:
+    d = 1024
+    memory = 5 * d * d
+    case.number("ratio", memory / (4 * 512 * d), "memory over attention at 512 tokens, head size 1,024", "×")
+    case.number("long", memory / (4 * 8192 * d), "the same at 8,192 tokens", "×")
+    wins = case.number("wins", next(n for n in range(1, 8 * d) if 4 * n * d >= memory) / d, "tokens from which the memory is cheaper, in head sizes")
+    case.compare("ratio", "<")
+    n_axis = lengths(16, 16384)
+    case.curves("tokens", "operations for a token, a head of 1,024", attention=(n_axis, [4 * n * d for n in n_axis]), matrix_memory=(n_axis, [memory] * len(n_axis)))
+    case.states(f"The reverse: it is cheaper on long ones, from n = {wins:.2f} d on; at 512 tokens and head size 1,024 it costs {case.numbers['ratio'].value:.1f} times attention.")
