@@ -13,7 +13,11 @@ from refimpl.core.contract import Contract
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call costs, as numbers for given sizes.
+    """What one call costs, as numbers for given sizes: one with the required arrays only, and options at their defaults.
+
+    `refimpl.complexity` counts the same on real runs, and says there what counts for how much. Formulas have the count's
+    order of growth, and its leading constant within a factor of 1.5 (work) or 2 (depth, peak); those that a form names
+    `exact` are the count itself.
 
     Attributes
     ----------
@@ -47,6 +51,8 @@ class Form:
     stabilised : bool
         False for an equation as the textbook writes it, in true units: equal to the definition where it is finite, and its
         state is another (the same times e^m).
+    exact : tuple of str
+        Those of the cost's numbers ("work", "depth", "peak") that equal what is counted, at all sizes.
     """
 
     function: Callable
@@ -54,6 +60,7 @@ class Form:
     on_balls: bool = True
     stops: str = ""
     stabilised: bool = True
+    exact: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

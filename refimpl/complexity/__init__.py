@@ -12,6 +12,8 @@ _LAZY = {
     "fit": "refimpl.complexity.growth",
     "growth": "refimpl.complexity.growth",
     "measure": "refimpl.complexity.runs",
+    "costs": "refimpl.complexity.table",
+    "predict": "refimpl.complexity.table",
     "Config": "refimpl.complexity.presets",
     "PRESETS": "refimpl.complexity.presets",
     "active_parameters": "refimpl.complexity.calculators",

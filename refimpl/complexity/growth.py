@@ -154,7 +154,8 @@ def growth(values: Mapping[int, float], letter: str = "T") -> Growth:
     if not y.any():
         return Growth(0, 0, 0.0, letter=letter)
     found = _search(n, y, _WHOLE, range(1, 5), _TIGHT) or _search(n, y, _WHOLE + _HALF, range(1, 4), _TIGHT)
-    found = found or _search(n[1:], y[1:], _WHOLE + _HALF, range(1, 3), _TIGHT)  # the shortest may be a case of its own
+    for start in (1, 2):  # the shortest may be cases of their own: less than a tile
+        found = found or _search(n[start:], y[start:], _WHOLE, range(1, 3), _TIGHT)
     for tolerance in _LOOSE:
         found = found or _search(n, y, _WHOLE + _HALF, range(1, 4), tolerance)
     if found is None:
