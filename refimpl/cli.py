@@ -1,4 +1,4 @@
-"""The command line: check, list, show, survey.
+"""The command line: check, list, show, cost, survey.
 
 Exit codes of ``refimpl check``: 0 the candidate conforms, 1 it does not, 2 the command was wrong, 3 the candidate could
 not be run. Whatever a user can get wrong ends in one line on standard error, never in a traceback.
@@ -113,6 +113,7 @@ def check(
         if path is not None:
             path.write_text(write(), encoding="utf-8")
     if report.interrupted:
+        print(f"\nto go on with it, the same command and {f'--save {save} ' if save else ''}--resume")
         raise typer.Exit(INTERRUPTED)
     raise typer.Exit(CONFORMS if report.ok else NOT_RUN if report.verdict == "inconclusive" else DOES_NOT)
 
@@ -305,6 +306,36 @@ def short(number: float) -> str:
         if abs(number) >= 10**power:
             return f"{number / 10**power:.3g}{letter}"
     return f"{number:.3g}"
+
+
+# -- cost ------------------------------------------------------------------------------------------------------------
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def cost(
+    operator: Annotated[str, typer.Argument(metavar="OPERATOR", help="A name from `refimpl list`.")],
+    sizes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="--T 1024 ... 65536 [--LETTER SIZE]...", help="Lengths (doubling where dots stand), other sizes and block sizes."),
+    ] = None,
+    form: Annotated[list[str] | None, typer.Option(help="Only this form; may be repeated.")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="PATH", help="Also write all counts as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="PATH", help="Also draw them on logarithmic axes (PNG, SVG or PDF).")] = None,
+) -> None:
+    """What the forms of an operator cost: the chapter's formula, and counts of real runs where counting is cheap.
+
+    Operations, the longest chain of dependent ones, bytes moved and bytes alive at once. T stands for the operator's
+    length, or for all of them.
+    """
+    from refimpl.complexity.command import print_costs, read_sizes
+
+    for path in (json, plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            fail(f"cannot write {path}: there is no folder {path.absolute().parent}")
+    try:
+        print_costs(operator, form or (), read_sizes(sizes or []), json=json, plot=plot)
+    except (ValueError, ImportError, OSError) as error:
+        fail(f"{error}")
 
 
 # -- survey ----------------------------------------------------------------------------------------------------------

@@ -184,10 +184,11 @@ def _work(trial: Trial, parts: list[Callable[[], Iterator]], journal: Journal | 
             if progress:
                 progress(number, total, label)
             name = _name(label, run)
-            if not (journal and _recalled(trial, journal.done(number, name))):
+            known = None if journal is None else journal.done(number, name)
+            if known is None or not _recalled(trial, known):
                 before = len(report.cases)
                 run()
-                if journal:
+                if journal is not None and known is None:
                     teeth = {n: sorted(t) for n, t in trial.teeth.items()}
                     journal.add(number, name, results=[c.record() for c in report.cases[before:]], teeth=teeth)
             number += 1
@@ -207,10 +208,8 @@ def _name(label: str, run: Any) -> str:
     return " ".join([label, *arguments])[:300]
 
 
-def _recalled(trial: Trial, record: dict | None) -> bool:
+def _recalled(trial: Trial, record: dict) -> bool:
     """Take over what was found in an earlier run; False where it is better found again."""
-    if record is None:
-        return False
     results = [Result.of_record(r) for r in record["results"]]
     failing = sum(e.failed for e in trial.evidence)
     again = any(r.status in _AGAIN for r in results) and failing < KEPT // 2

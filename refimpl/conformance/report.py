@@ -52,7 +52,7 @@ class Result:
     excusable: bool = False
 
     def to_dict(self) -> dict:
-        plain = {k: v for k, v in vars(self).items() if v not in ("", (), None) and k != "excusable"}
+        plain = {k: v for k, v in vars(self).items() if k != "excusable" and v is not None and not (isinstance(v, str | tuple) and not v)}
         for key in ("got", "expected"):
             if key in plain:
                 plain[key] = str(plain[key])
