@@ -41,7 +41,7 @@ def explain(op: Op, evidence: list[Evidence]) -> tuple[list[str], str]:
         return [], ""
     scored = []
     for mutant in mutants(op.name):
-        relevant = [e for e in failing if (e.cotangents is not None) == mutant.of_gradient]
+        relevant = [e for e in failing if e.cotangents is not None or not mutant.of_gradient]
         if not relevant:
             continue
         first = [_matches(op, mutant, e) for e in relevant[:: max(1, len(relevant) // _GLANCE)][:_GLANCE]]
@@ -49,7 +49,7 @@ def explain(op: Op, evidence: list[Evidence]) -> tuple[list[str], str]:
             continue
         hits = sum(_matches(op, mutant, e) for e in relevant)
         if hits and hits >= 0.5 * len(relevant):
-            others = [e for e in evidence if not e.failed and (e.cotangents is not None) == mutant.of_gradient]
+            others = [e for e in evidence if not e.failed and (e.cotangents is not None or not mutant.of_gradient)]
             clashes = sum(not _matches(op, mutant, e) for e in others)
             scored.append((hits / len(failing), -clashes, mutant))
     scored.sort(key=lambda s: (-s[0], -s[1], s[2].variant))
@@ -61,7 +61,7 @@ def explain(op: Op, evidence: list[Evidence]) -> tuple[list[str], str]:
 
 def _variants(op: Op, failing: list[Evidence]) -> list[str]:
     """Few legitimate variants of which each failure is one or the other; empty where some failure is none."""
-    explained = {m.name: {i for i, e in enumerate(failing) if e.cotangents is None and _matches(op, m, e)} for m in mutants(op.name) if m.variant}
+    explained = {m.name: {i for i, e in enumerate(failing) if _matches(op, m, e)} for m in mutants(op.name) if m.variant}
     left, chosen = set(range(len(failing))), []
     while left:
         name = max(explained, key=lambda n: len(explained[n] & left), default=None)
@@ -81,6 +81,11 @@ def _matches(op: Op, mutant: Mutant, e: Evidence) -> bool:
     """Whether the candidate's results are the mutant's, and not, where the case failed, the truth's as well."""
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if e.cotangents is not None and not mutant.of_gradient:
+            try:
+                return _is_gradient_of(op, mutant.function, e)
+            except Exception:
+                return False
         try:
             exact, lesser = _run(op, mutant.function, e, np.dtype(np.float64)), _run(op, mutant.function, e, e.to.compute)
         except Exception:  # a mutant may not survive every input
@@ -90,6 +95,53 @@ def _matches(op: Op, mutant: Mutant, e: Evidence) -> bool:
             if all(v is not None for v in verdicts) and (any(verdicts) or not e.failed):
                 return True
     return False
+
+
+def _is_gradient_of(op: Op, function: Callable, e: Evidence) -> bool:
+    """Whether the gradients are those of a mistaken forward, by its differences along random directions; and not the truth's."""
+    rng = np.random.default_rng(3)
+    wide = widened(e.call, np.dtype(np.float64))
+    dy, dstate = (_cast(c, np.dtype(np.float64)) for c in e.cotangents or ())
+    cotangents = [c for c in _leaves((dy, dstate)) if c is not None]
+
+    def loss(call: dict) -> float:
+        results = op.contract.named(function(**call), call.get("return_state", False))
+        outputs = [y for y in results.values() if y.dtype.kind in "fc"]
+        return float(sum(np.sum((np.conj(c) * y).real) for c, y in zip(cotangents, outputs, strict=True)))
+
+    arguments, differs = flat({n: wide[n] for n in gradient_names(op, wide)}), False
+    for name, gradient in e.got.items():
+        x = arguments[name]
+        for _ in range(2):
+            direction = rng.standard_normal(x.shape) + (1j * rng.standard_normal(x.shape) if x.dtype.kind == "c" else 0)
+            step = 1e-5 * (np.max(abs(x), initial=0.0) or 1.0)
+            forth, back = (loss(_moved(wide, name, sign * step * direction)) for sign in (1, -1))
+            slope = (forth - back) / (2 * step)
+            if not np.isfinite(slope):  # its results are NaN, and so should be the gradients
+                if np.all(np.isfinite(np.asarray(gradient).astype(direction.dtype))):
+                    return False
+                differs = True
+                break
+            ours, truth = (float(np.sum((np.conj(np.asarray(g).astype(direction.dtype)) * direction).real)) for g in (gradient, e.right[name]))
+            size = float(np.sqrt(np.sum(abs(np.asarray(e.right[name]).astype(direction.dtype)) ** 2)))
+            allowed = (8 * e.to.unit + 1e-4) * max(size, abs(slope)) + 1e-9
+            if not abs(ours - slope) <= allowed:
+                return False
+            differs |= abs(truth - slope) > 4 * allowed
+    return differs or not e.failed
+
+
+def _moved(call: dict, name: str, by: np.ndarray) -> dict:
+    """The call with one of its arrays, or one part of a tuple (``state[1]``), moved."""
+    name, bracket, part = name.partition("[")
+    if not bracket:
+        return {**call, name: call[name] + by}
+    parts = [v + by if i == int(part[:-1]) else v for i, v in enumerate(call[name])]
+    return {**call, name: type(call[name])(*parts) if hasattr(call[name], "_fields") else tuple(parts)}
+
+
+def _leaves(x) -> list:
+    return [leaf for part in x for leaf in _leaves(part)] if isinstance(x, tuple) else [x]
 
 
 def _equals(name: str, got, wrong, lesser, e: Evidence) -> bool | None:
@@ -102,6 +154,8 @@ def _equals(name: str, got, wrong, lesser, e: Evidence) -> bool | None:
         return None
     limit: Any = e.limits.get(name)
     limit = np.zeros(got.shape) if np.shape(limit) != got.shape else limit
+    if e.to.half and limit.size:  # where the truth is 0 its limit is, and the mutant's is not
+        limit = np.maximum(limit, limit.max() / 2)
     unit = e.to.unit if not name.startswith("state") else e.to.compute_unit
     scale = np.max(abs(wrong)[np.isfinite(wrong)], initial=0.0)
     noise = np.nan_to_num(abs(np.asarray(lesser).astype(wrong.dtype) - wrong)) if np.shape(lesser) == got.shape else 0.0

@@ -18,7 +18,7 @@ The language
     a (c) | (..., T, c)    alternatives, told apart by rank against the first argument's
     q (..., H?, n, d)      an axis of heads, which may be missing: one head
     gates[N] (..., T, c)   a tuple (or list) of N arrays, each of that shape, with batch axes of its own
-    mask:bool, seed:int    kinds: bool, int; `free` is numeric but does not take part in the choice of precision
+    mask:bool, seed:int    kinds: bool, int, real (not complex); `free` is numeric but does not take part in the choice of precision
     state.C (..., d, e)    a field of a state that is a NamedTuple
     state (...); state.z   a state that is one array, or, where an option wants it, a NamedTuple of it and further fields
 
@@ -250,6 +250,8 @@ class Contract:
         """The arrays of a result by name: ``{"y": ..., "state.h": ...}``."""
         parts = list(result) if isinstance(result, tuple) and not hasattr(result, "_fields") else [result]
         state = parts.pop() if return_state else None
+        if len(parts) > len(self.results):
+            raise ValueError(f"{self.name}: returned {len(parts)} results, expected at most {len(self.results)}")
         found = {array.name: part for array, part in zip(self.results, parts, strict=False)}
         if return_state:
             fields = state if isinstance(state, tuple) else (state,)
@@ -276,7 +278,7 @@ class Contract:
         """A call in normal form; `partial` calls hold arrays only, so that what `check` says of options does not count."""
         arguments = {k: (v.item() if isinstance(v, np.generic) and not isinstance(v, np.longdouble) else v) for k, v in bound.items()}
         given = self._given(arguments)
-        strong = [a for name, (array, a, weak) in given.items() if not weak and array.kind == "number" and array.name.split(".")[0] != "state"]
+        strong = [a for name, (array, a, weak) in given.items() if not weak and array.kind in ("number", "real") and array.argument != "state"]
         compute, out = _precision(strong)
         work = out if half and out is not None and out.name in HALF else compute
         sizes: dict[str, tuple[int, str]] = {}
