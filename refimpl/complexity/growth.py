@@ -18,7 +18,9 @@ from refimpl.complexity.runs import find, letters, measure
 from refimpl.op import Op
 
 LENGTHS = (16, 32, 64, 128, 256)
-BLOCKS = {"chunk": 4, "block": 4, "block_q": 16, "block_k": 16}  # small, for lengths must be long beside them
+LONGER = (512, 1024)  # tried in turn while no sum of few terms fits
+MANY = 4000  # array operations: what takes more is not run at greater lengths
+BLOCKS = {"chunk": 4, "block": 4, "block_q": 8, "block_k": 8}  # small, for lengths must be long beside them
 MEASURES = ("work", "depth", "traffic", "peak")
 
 _WHOLE = [(p, q) for p in (0, 1, 2, 3) for q in (0, 1, 2)]
@@ -35,7 +37,7 @@ class Growth:
     power, logs : float, int
     coefficient : float
     residual : float
-        The largest relative distance of a count from the terms found.
+        The largest relative distance of a count from the terms found, where these speak of it.
     """
 
     power: float
@@ -81,7 +83,7 @@ class Fit:
         return ", ".join(f"{name} {getattr(self, name)}" for name in MEASURES)
 
 
-def fit(op: str | Op, form: str | None = None, axis: str = "T", *, lengths: Sequence[int] = LENGTHS, **sizes) -> Fit:
+def fit(op: str | Op, form: str | None = None, axis: str = "T", *, lengths: Sequence[int] = (), **sizes) -> Fit:
     """Exponents of the counts of a form.
 
     Parameters
@@ -91,9 +93,9 @@ def fit(op: str | Op, form: str | None = None, axis: str = "T", *, lengths: Sequ
     axis : str
         The size that grows: ``"T"`` for the operator's lengths, all of them at once; else a letter, or several: ``"Hq Hkv"``.
     lengths : sequence of int
-        Its values, five or more powers of two.
+        Its values, five or more powers of two; 16 to 256 and, where these decide nothing, up to 1024, by default.
     **sizes
-        The others, options and block sizes, as for `measure`. Chunks (4) and tiles (16) are small unless they are given.
+        The others, options and block sizes, as for `measure`. Chunks (4) and tiles (8) are small unless they are given.
 
     Returns
     -------
@@ -112,12 +114,19 @@ def fit(op: str | Op, form: str | None = None, axis: str = "T", *, lengths: Sequ
     """
     op, form = find(op, form)
     grown = axes(op, axis)
-    if len(set(lengths)) < 5:
+    if lengths and len(set(lengths)) < 5:
         raise ValueError(f"{op.name}: fit needs at least five different lengths, got {tuple(lengths)}")
     own = {**blocks(op, form), **sizes}
-    counts = {n: measure(op, form, **(own | dict.fromkeys(grown, n))) for n in sorted(set(lengths))}
-    letter = axis if len(axis) == 1 else axis.split()[0]
-    return Fit(*(growth({n: getattr(c, name) for n, c in counts.items()}, letter) for name in MEASURES), counts=counts)
+    letter = axis.split()[0]
+    counts: dict[int, Counts] = {}
+    more = list(() if lengths else LONGER)
+    pending = sorted(set(lengths)) or list(LENGTHS)
+    while True:
+        counts |= {n: measure(op, form, **(own | dict.fromkeys(grown, n))) for n in pending}
+        found = [growth({n: getattr(c, name) for n, c in counts.items()}, letter) for name in MEASURES]
+        if all(g.exact for g in found) or not more or counts[max(counts)].operations > MANY:
+            return Fit(*found, counts=counts)
+        pending = [more.pop(0)]
 
 
 def axes(op: Op, axis: str) -> tuple[str, ...]:
@@ -156,6 +165,9 @@ def growth(values: Mapping[int, float], letter: str = "T") -> Growth:
     found = _search(n, y, _WHOLE, range(1, 5), _TIGHT) or _search(n, y, _WHOLE + _HALF, range(1, 4), _TIGHT)
     for start in (1, 2):  # the shortest may be cases of their own: less than a tile
         found = found or _search(n[start:], y[start:], _WHOLE, range(1, 3), _TIGHT)
+    if len(n) > 6:  # factors of a length are equal at every other power of two only
+        for start in (0, 1):
+            found = found or _search(n[start::2], y[start::2], _WHOLE + _HALF, range(1, 4), _TIGHT)
     for tolerance in _LOOSE:
         found = found or _search(n, y, _WHOLE + _HALF, range(1, 4), tolerance)
     if found is None:

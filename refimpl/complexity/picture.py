@@ -24,7 +24,7 @@ def draw(costs: Sequence[FormCosts], title: str, letter: str = "T") -> Any:
         raise ImportError("a picture needs matplotlib: install refimpl[plots]") from error
     figure = Figure(figsize=(10, 7.4), layout="constrained")
     figure.suptitle(title)
-    for axes, (name, unit) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+    for axes, (name, unit) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS, strict=True):
         for form, colour in zip(costs, COLOURS * (1 + len(costs) // len(COLOURS)), strict=False):
             n = [row.length for row in form.rows]
             if name != "traffic":
@@ -33,8 +33,8 @@ def draw(costs: Sequence[FormCosts], title: str, letter: str = "T") -> Any:
             dots = [(row.length, getattr(row.counted, name)) for row in form.rows if row.counted is not None]
             grows = "" if form.growth is None else f"   {getattr(form.growth, name)}"
             axes.plot(*zip(*dots, strict=True) if dots else ([], []), "o", color=colour, markersize=4.5, label=form.form + grows)
-        axes.set(xscale="log", yscale="log", xlabel=letter, ylabel=unit, title=name)
         axes.set_xscale("log", base=2)
+        axes.set(yscale="log", ylabel=unit, title=name, xlabel=letter if name in ("traffic", "peak") else "")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
