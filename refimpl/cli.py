@@ -1,4 +1,4 @@
-"""The command line: check, list, show, cost, survey.
+"""The command line: check, list, show, cost, claims, survey.
 
 Exit codes of ``refimpl check``: 0 the candidate conforms, 1 it does not, 2 the command was wrong, 3 the candidate could
 not be run. Whatever a user can get wrong ends in one line on standard error, never in a traceback.
@@ -336,6 +336,59 @@ def cost(
         print_costs(operator, form or (), read_sizes(sizes or []), json=json, plot=plot)
     except (ValueError, ImportError, OSError) as error:
         fail(f"{error}")
+
+
+# -- claims ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def claims(
+    claim: Annotated[str | None, typer.Argument(metavar="[ID]", help="One claim, with its derivation. [default: the table]")] = None,
+    verdict: Annotated[str | None, typer.Option(help="Only these: holds, holds if, false, not measured, out of scope.")] = None,
+    json: Annotated[str | None, typer.Option(metavar="PATH", help="Write everything as JSON; - prints that and nothing else.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="PATH", help="With an ID: also write a picture.")] = None,
+) -> None:
+    """Print what the field claims, and what comes out when it is computed."""
+    import json as encoder
+
+    from refimpl.complexity import claims as kit
+    from refimpl.complexity.claims import page
+
+    if claim is not None and claim not in kit.ledger():
+        fail(kit.unknown(claim))
+    if verdict is not None and verdict not in kit.VERDICTS:
+        fail(f"--verdict takes one of {', '.join(kit.VERDICTS)}, got {verdict!r}")
+    if plot is not None and claim is None:
+        fail("--plot takes the ID of a claim beside it")
+    for path in (plot, Path(json) if json not in (None, "-") else None):
+        if path is not None and not path.absolute().parent.is_dir():
+            fail(f"cannot write {path}: there is no folder {path.absolute().parent}")
+
+    chosen = list(kit.ledger()) if claim is None else [claim]
+    found = []
+    try:
+        with progress_bar("computing claims") as step:
+            for number, result in enumerate(kit.results(chosen), 1):
+                step(number, len(chosen), result.claim.id)
+                if verdict in (None, result.verdict):
+                    found.append(result)
+    except KeyboardInterrupt:
+        fail(f"interrupted after {len(found)} claims", INTERRUPTED)
+    if json is not None:
+        text = encoder.dumps([result.to_dict() for result in found], indent=1, ensure_ascii=False)
+        if json == "-":
+            print(text)
+        else:
+            Path(json).write_text(text, encoding="utf-8")
+    if json != "-":
+        page.write(page.table(found) if claim is None else page.derivation(found[0]) if found else f"{claim} is not {verdict!r}", terminal_width())
+    if plot is not None and found:
+        from refimpl.complexity.claims.picture import draw
+
+        try:
+            draw(found[0], plot)
+        except (ImportError, ValueError, OSError) as error:
+            fail(f"{error}")
 
 
 # -- survey ----------------------------------------------------------------------------------------------------------

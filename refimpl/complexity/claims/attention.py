@@ -4,7 +4,7 @@ import numpy as np
 
 from refimpl.complexity.calculators import attention_map_bytes, attention_pairs, layer_flops, parameters, sequence_flops
 from refimpl.complexity.claims.record import Case, Claim, claim
-from refimpl.complexity.claims.tools import GIB, MIB, form, lengths, qkv, slope
+from refimpl.complexity.claims.tools import GIB, MIB, counted, form, lengths, qkv, slope
 from refimpl.complexity.presets import PRESETS
 from refimpl.core.numerics import silu, softmax
 from refimpl.ops.attention.attention import attention
@@ -137,17 +137,14 @@ def gpt3map(case: Case) -> None:
 
 @claim("nxn", "The n × n map must be stored.", sources=("D1", "D2", "D3"), check="the largest array of a run", exponent=2)
 def nxn(case: Case) -> None:
-    from refimpl.catalogue import catalogue
-
-    peak = lambda name: lambda n: catalogue()["attention"].forms[name].cost(n=n, m=n, d=64, e=64, Hq=1, Hkv=1).peak
-    sizes = lengths(2**12, 2**20)
-    case.number("dense", slope(peak("dense"), sizes), "growth of what the dense form keeps alive")
-    tiled = case.number("exponent", slope(peak("tiled"), sizes), "growth of what the tiled form keeps alive")
+    runs = {name: counted("attention", name) for name in ("dense", "tiled")}
+    case.number("dense", runs["dense"].peak.power, "growth of what the dense form keeps alive, counted")
+    tiled = case.number("exponent", runs["tiled"].peak.power, "growth of what the tiled form keeps alive, counted")
     call = qkv(96, 16)
     case.number("same", float(abs(form("attention", "tiled")(**call, block_q=32, block_k=32) - attention(**call)).max()), "largest difference of their results")
-    case.compare("exponent", within=0.1)
-    case.curves("tokens", "elements alive", dense=(sizes, [peak("dense")(n) for n in sizes]), tiled=(sizes, [peak("tiled")(n) for n in sizes]))
-    case.states(f"Tiling keeps O(n d) alive (exponent {tiled:.2f}) and gives the same result.")
+    case.compare("exponent", within=0)
+    case.curves("tokens", "bytes alive, one head of 4, counted", **{name: (list(run.counts), [c.peak for c in run.counts.values()]) for name, run in runs.items()})
+    case.states(f"Tiling keeps O(n d) alive (counted exponent {tiled:.0f}) and gives the same result.")
     case.disagree("D2 and D3 say so beside their own description of FlashAttention, which does not store it.")
 
 

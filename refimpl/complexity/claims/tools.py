@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.catalogue import catalogue
+from refimpl.complexity.growth import Fit, fit
 
 KIB, MIB, GIB = 2.0**10, 2.0**20, 2.0**30
 A100 = {"tensor": 312e12, "fp32": 19.5e12, "bytes": 2.04e12, "sms": 108, "sram": 192 * KIB, "clock": 1.41e9}
@@ -16,6 +17,14 @@ def slope(f: Callable[[int], float], sizes: Sequence[int]) -> float:
     """d log f / d log n between the two largest sizes: the exponent, where they are large enough for the leading term."""
     low, high = sorted(sizes)[-2:]
     return float(np.log(f(high) / f(low)) / np.log(high / low))
+
+
+@functools.cache
+def counted(operator: str, name: str, **sizes: Any) -> Fit:
+    """Growth of what a form costs with the sequence's length, counted on runs."""
+    if operator == "attention":
+        return fit(operator, name, Hq=1, Hkv=1, d=4, e=4, **sizes)
+    return fit(operator, name, lengths=(8, 16, 32, 64, 128), **sizes)
 
 
 def form(operator: str, name: str) -> Callable[..., Any]:
