@@ -6,7 +6,7 @@ call of such a trait makes it raise, and others pass, the trait is not applicabl
 never excused.
 """
 
-import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -16,13 +16,16 @@ from refimpl.conformance.shapes import shared
 from refimpl.op import Op
 
 COMPLEX = "complex arrays"
+_USUAL: dict[Callable, tuple[dict, frozenset]] = {}
 
 
-@functools.cache
-def _usual(op_name: str) -> tuple[dict, frozenset]:
-    from refimpl.catalogue import operator
+def _usual(op: Op) -> tuple[dict, frozenset]:
+    if op.sample not in _USUAL:  # an operator of a reader's own is in no catalogue
+        _USUAL[op.sample] = _drawn(op)
+    return _USUAL[op.sample]
 
-    op = operator(op_name)
+
+def _drawn(op: Op) -> tuple[dict, frozenset]:
     call = op.sample(np.random.default_rng(0), **default_sizes(op))
     arrays = {a.name.partition(".")[0] for a in op.contract.arrays}
     call = {n: v for n, v in call.items() if n in arrays}
@@ -32,7 +35,7 @@ def _usual(op_name: str) -> tuple[dict, frozenset]:
 def traits(op: Op, call: dict) -> tuple[str, ...]:
     """The unusual things about a call, in words."""
     arrays = {n: v for n, v in call.items() if n in {a.name.partition(".")[0] for a in op.contract.arrays}}
-    layout, complex_names = _usual(op.name)
+    layout, complex_names = _usual(op)
     found = []
     if any(_complex(v) and n not in complex_names for n, v in arrays.items()):
         found.append(COMPLEX)
