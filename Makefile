@@ -5,6 +5,7 @@
 #   make test-peers  what compares with torch, JAX and public CPU implementations, in .venv-peers
 #   make lint        ruff and mypy
 #   make bench       the benchmarks, once over
+#   make docs        the documentation, in docs/_build/html
 #
 # PYTHON=/path/to/python chooses an interpreter. Without a GPU, point pip at a CPU build of torch for `make test-peers`
 # (PIP_EXTRA_INDEX_URL=..., see pytorch.org), or it fetches several gigabytes of CUDA.
@@ -15,7 +16,7 @@ PEERS := .venv-peers
 PIP := -m pip --disable-pip-version-check --quiet --quiet
 ONE_THREAD := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test test-peers lint bench clean
+.PHONY: demo test test-peers lint bench docs clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -34,6 +35,10 @@ lint: $(VENV)/.lint
 
 bench: $(VENV)/.bench
 	cd asv_benchmarks && ../$(VENV)/bin/asv machine --yes > /dev/null && ../$(VENV)/bin/asv run --python=same --quick --show-stderr --launch-method forkserver
+
+docs: $(VENV)/.docs
+	$(ONE_THREAD) $(VENV)/bin/sphinx-build --quiet --fail-on-warning --keep-going $(SPHINXOPTS) docs docs/_build/html
+	$(VENV)/bin/python docs/extension/check_html.py docs/_build/html
 
 clean:
 	rm -rf $(VENV) $(PEERS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -60,6 +65,11 @@ $(VENV)/.lint: pyproject.toml $(VENV)/bin/python
 $(VENV)/.bench: pyproject.toml $(VENV)/bin/python
 	@echo "installing asv into $(VENV)"
 	@$(VENV)/bin/python $(PIP) install --editable '.[bench]'
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml $(VENV)/bin/python
+	@echo "installing Sphinx and its extensions into $(VENV)"
+	@$(VENV)/bin/python $(PIP) install --editable '.[docs]'
 	@touch $@
 
 $(PEERS)/.peers: pyproject.toml tests/peers/requirements.txt tests/peers/requirements-no-deps.txt $(PEERS)/bin/python
