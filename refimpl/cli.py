@@ -1,4 +1,4 @@
-"""The command line: check, list, show, cost, claims, survey.
+"""The command line: check, list, show, cost, claims, scale, survey.
 
 Exit codes of ``refimpl check``: 0 the candidate conforms, 1 it does not, 2 the command was wrong, 3 the candidate could
 not be run. Whatever a user can get wrong ends in one line on standard error, never in a traceback.
@@ -387,6 +387,33 @@ def claims(
 
         try:
             draw(found[0], plot)
+        except (ImportError, ValueError, OSError) as error:
+            fail(f"{error}")
+
+
+@app.command()
+def scale(
+    machine: Annotated[str, typer.Option(help="Whose rates: a100, h100, h200, h100-infiniband.")] = "h100",
+    devices: Annotated[list[int] | None, typer.Option(help="How many of them; may be repeated. [default: 1, 8 and 64]")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="PATH", help="Also draw times against lengths.")] = None,
+) -> None:
+    """Predict times of attention, scans and SSD up to 10⁹ tokens, and where they cross."""
+    from refimpl.complexity import scale_page
+    from refimpl.complexity.claims.page import write
+    from refimpl.complexity.scale import MACHINES
+
+    if machine not in MACHINES:
+        fail(f"--machine takes one of {', '.join(MACHINES)}, got {machine!r}")
+    counts = devices or [1, 8, 64]
+    for count in counts:
+        if not 1 <= count <= scale_page.LENGTHS[0]:
+            fail(f"--devices takes a number from 1 to {scale_page.LENGTHS[0]}, got {count}")
+    if plot is not None and not plot.absolute().parent.is_dir():
+        fail(f"cannot write {plot}: there is no folder {plot.absolute().parent}")
+    write(scale_page.page(MACHINES[machine], counts), terminal_width())
+    if plot is not None:
+        try:
+            scale_page.draw(MACHINES[machine], counts, plot)
         except (ImportError, ValueError, OSError) as error:
             fail(f"{error}")
 

@@ -116,5 +116,11 @@ def shown(value: Any) -> str:
 
 
 def write(renderable: RenderableType, width: int) -> None:
-    """Print to standard output, in colours on a terminal only."""
-    Console(width=width, highlight=False, soft_wrap=False).print(renderable)
+    """Print to standard output; in colours, and padded to the width, on a terminal only."""
+    console = Console(width=width, highlight=False)
+    if console.is_terminal:
+        console.print(renderable)
+        return
+    with console.capture() as text:
+        console.print(renderable)
+    print("\n".join(line.rstrip() for line in text.get().splitlines()))
