@@ -50,7 +50,7 @@ template <> __device__ __forceinline__ __half narrow<__half>(float x) { return _
 template <> __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
 template <class S, int V>
-struct alignas(sizeof(S) * V) Pack {
+struct alignas(sizeof(S) * V < 16 ? sizeof(S) * V : 16) Pack {
     S of[V];
 };
 

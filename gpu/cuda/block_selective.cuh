@@ -1,0 +1,175 @@
+// What the selective scan and its gradient share: tiles of (time, channel) numbers, their functions, sums over lanes.
+#pragma once
+#include "numbers.cuh"
+
+// -- functions, in the precision of their argument -----------------------------------------------------------------------
+
+__device__ __forceinline__ float power_of_2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+__device__ __forceinline__ float exponential(float x) { return power_of_2(LOG2_E * x); }
+__device__ __forceinline__ double exponential(double x) { return exp(x); }
+__device__ __forceinline__ float quotient(float x, float y) { return __fdividef(x, y); }
+__device__ __forceinline__ double quotient(double x, double y) { return x / y; }
+
+// log(1 + e^x) = max(x, 0) + 2 artanh(e / (2 + e)), e = e^-|x| <= 1: relatively exact however small it is, and of the
+// special functions it takes two. (x² <= 1/9 in the series of artanh.)
+__device__ __forceinline__ float softplus(float x) {
+    const float e = exponential(-fabsf(x)), s = quotient(e, 2 + e), q = s * s;
+    float p = 1.f / 13;
+    p = fmaf(p, q, 1.f / 11);
+    p = fmaf(p, q, 1.f / 9);
+    p = fmaf(p, q, 1.f / 7);
+    p = fmaf(p, q, 1.f / 5);
+    p = fmaf(p, q, 1.f / 3);
+    return fmaxf(x, 0.f) + fmaf(2 * s * q, p, 2 * s);
+}
+__device__ __forceinline__ double softplus(double x) { return fmax(x, 0.) + log1p(exp(-fabs(x))); }
+template <class R> __device__ __forceinline__ R sigmoid(R x) { return quotient(R(1), 1 + exponential(-x)); }
+template <class R> __device__ __forceinline__ R silu(R x) { return quotient(x, 1 + exponential(-x)); }
+template <class R> __device__ __forceinline__ R silu_slope(R x) {
+    const R s = sigmoid(x);
+    return s == 0 ? R(0) : s * (1 + x * (1 - s));
+}
+
+// Rates are kept in the units that make e^(dt A) cheapest: base 2 for float, as they are otherwise.
+__device__ __forceinline__ float rate_of(float A) { return A * LOG2_E; }
+__device__ __forceinline__ float of_rate(float x) { return x * LN_2; }
+__device__ __forceinline__ float decay(float dt, float rate) { return power_of_2(dt * rate); }
+__device__ __forceinline__ double rate_of(double A) { return A; }
+__device__ __forceinline__ double of_rate(double x) { return x; }
+__device__ __forceinline__ double decay(double dt, double rate) { return exp(dt * rate); }
+template <class R> __device__ __forceinline__ Complex<R> rate_of(Complex<R> A) { return A; }
+template <class R> __device__ __forceinline__ Complex<R> decay(R dt, Complex<R> rate) {
+    const R size = exp(dt * rate.re);
+    R sine, cosine;
+    sincos(dt * rate.im, &sine, &cosine);
+    return {size * cosine, size * sine};
+}
+// Σ conj(A) r was summed with rates in place of A.
+__device__ __forceinline__ float from_rate(float sum, float) { return of_rate(sum); }
+template <class R, class X> __device__ __forceinline__ R from_rate(R sum, X) { return sum; }
+
+__device__ __forceinline__ float real_product(float x, float y, float plus) { return fmaf(x, y, plus); }
+__device__ __forceinline__ double real_product(double x, double y, double plus) { return fma(x, y, plus); }
+template <class R> __device__ __forceinline__ R real_product(Complex<R> x, Complex<R> y, R plus) { return fma(x.re, y.re, fma(-x.im, y.im, plus)); }
+template <class X> struct PairOf { enum { COUNT = 1 }; };  // complex numbers stand for conjugate pairs
+template <class R> struct PairOf<Complex<R>> { enum { COUNT = 2 }; };
+
+// -- sums over lanes -----------------------------------------------------------------------------------------------------
+
+template <class X> __device__ __forceinline__ X from_across(X x, int bit) { return __shfl_xor_sync(0xffffffffu, x, bit); }
+template <class R> __device__ __forceinline__ Complex<R> from_across(Complex<R> x, int bit) { return {from_across(x.re, bit), from_across(x.im, bit)}; }
+
+// Each of COUNT values summed over LANES lanes, which stand UNIT apart. Lanes that would all compute the same divide the
+// values instead: at every exchange each gives away the half that it will not keep, COUNT - 1 shuffles where COUNT times
+// log2(LANES) are usual. The sums are left in the first entries; returned is which value the first of them is.
+template <int LANES, int UNIT, int COUNT, class X>
+__device__ __forceinline__ int sums_over_lanes(X (&values)[COUNT], int lane) {
+    int first = 0, count = COUNT;
+#pragma unroll
+    for (int bit = LANES / 2; bit; bit /= 2) {
+        const bool upper = lane & (bit * UNIT);
+        if (count > 1) {
+            count /= 2;
+#pragma unroll
+            for (int i = 0; i < COUNT / 2; ++i)
+                if (i < count) {
+                    const X give = upper ? values[i] : values[i + count];
+                    values[i] = (upper ? values[i + count] : values[i]) + from_across(give, bit * UNIT);
+                }
+            first += upper ? count : 0;
+        } else {
+            values[0] = values[0] + from_across(values[0], bit * UNIT);
+        }
+    }
+    return first;
+}
+
+// -- tiles: TT steps of CH channels, spread over the threads of a block in packs along the channels ----------------------
+
+template <class S, int THREADS, int CH, int TT>
+struct Spread {
+    enum { EACH = TT * CH / THREADS, WIDE = 16 / sizeof(S) < EACH ? 16 / sizeof(S) : EACH, PASSES = EACH / WIDE, ROWS = THREADS * WIDE / CH };
+    static_assert(EACH >= 1 && TT * CH % THREADS == 0 && THREADS * WIDE % CH == 0, "a tile must fill the block");
+    using Packed = Pack<S, WIDE>;
+    static __device__ __forceinline__ int row(int pass) { return pass * ROWS + threadIdx.x * WIDE / CH; }
+    static __device__ __forceinline__ int column() { return threadIdx.x * WIDE % CH; }  // the same in every pass
+
+    // Rows from `first` on of an array with contiguous channels; zeros outside of T steps and `channels` channels.
+    static __device__ __forceinline__ void load(Packed (&into)[PASSES], const S* from, i64 stride, i64 first, i64 T, int channels, bool packed) {
+#pragma unroll
+        for (int p = 0; p < PASSES; ++p) {
+            const i64 t = first + row(p);
+            const S* at = from + t * stride + column();
+            if (packed && t < T && column() < channels) {
+                into[p] = *reinterpret_cast<const Packed*>(at);
+            } else {
+#pragma unroll
+                for (int i = 0; i < WIDE; ++i) into[p].of[i] = t < T && column() + i < channels ? at[i] : narrow<S>(0);
+            }
+        }
+    }
+    static __device__ __forceinline__ void store(const Packed (&values)[PASSES], S* to, i64 stride, i64 first, i64 T, int channels, bool packed) {
+#pragma unroll
+        for (int p = 0; p < PASSES; ++p) {
+            const i64 t = first + row(p);
+            if (t >= T) continue;
+            S* at = to + t * stride + column();
+            if (packed && column() < channels) {
+                *reinterpret_cast<Packed*>(at) = values[p];
+            } else {
+#pragma unroll
+                for (int i = 0; i < WIDE; ++i)
+                    if (column() + i < channels) at[i] = values[p].of[i];
+            }
+        }
+    }
+};
+
+// B or C of TT steps: numbers by thread, (t, n) with n fastest, padded with zeros to NS states.
+template <class SX, class X, int THREADS, int NS, int TT>
+struct Maps {
+    enum { EACH = (TT * NS + THREADS - 1) / THREADS, AHEAD = EACH <= 4 };  // few enough to wait in registers
+    static __device__ __forceinline__ void load(SX (&into)[EACH], const SX* from, i64 stride, i64 first, i64 T, int n) {
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const int at = i * THREADS + threadIdx.x, t = at / NS, state = at % NS;
+            into[i] = t < TT && first + t < T && state < n ? from[(first + t) * stride + state] : narrow<SX>(0);
+        }
+    }
+    static __device__ __forceinline__ void put(const SX (&values)[EACH], X (*shared)[NS]) {
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const int at = i * THREADS + threadIdx.x;
+            if (at < TT * NS) shared[at / NS][at % NS] = widen<SX>(values[i]);
+        }
+    }
+    static __device__ __forceinline__ void copy(const SX* from, i64 stride, i64 first, i64 T, int n, X (*shared)[NS]) {
+#pragma unroll 4
+        for (int at = threadIdx.x; at < TT * NS; at += THREADS) {
+            const int t = at / NS, state = at % NS;
+            shared[t][state] = first + t < T && state < n ? widen<SX>(from[(first + t) * stride + state]) : X(0);
+        }
+    }
+};
+
+// Which sequence, segment of time, group and channels a block works on.
+struct Place {
+    i64 sequence, segment;
+    int group, channel, channels;
+    __device__ Place(i64 block, int c, int G, i64 segments, int CH) {
+        const int each = c / G, parts = (each + CH - 1) / CH;
+        const int part = block % parts;
+        block /= parts;
+        group = block % G;
+        block /= G;
+        segment = block % segments;
+        sequence = block / segments;
+        channel = group * each + part * CH;
+        channels = each - part * CH < CH ? each - part * CH : CH;
+    }
+};

@@ -1,0 +1,305 @@
+"""`selective_scan` on the device: states in registers, step sizes, B and C through shared memory, nothing of size T·n anywhere.
+
+See ``cuda/kernel_selective_scan.cu`` and ``kernel_selective_scan_gradient.cu`` for the algorithms and
+`docs/gpu/selective_scan.md` for what was measured.
+"""
+
+from dataclasses import dataclass
+
+import cupy as cp
+import numpy as np
+
+from refimpl.gpu import mirror
+from refimpl.gpu.arrays import aligned, arithmetic, cpp, flat, strides
+from refimpl.gpu.launch import Kernel, multiprocessors
+from refimpl.ops.state_space.selective_scan import CONTRACT
+
+FILE, FILE_GRADIENT = "kernel_selective_scan.cu", "kernel_selective_scan_gradient.cu"
+LARGEST = 128  # states that the widest instance holds
+TILE = 16  # steps between checkpoints
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a block cuts its work: lanes a channel, states a lane, threads, steps a tile, blocks that a multiprocessor must hold."""
+
+    lanes: int
+    states: int
+    threads: int
+    steps: int
+    blocks: int
+
+    @property
+    def channels(self) -> int:
+        return self.threads // self.lanes
+
+    def __str__(self) -> str:
+        return f"{self.lanes}, {self.states}, {self.threads}, {self.steps}, {self.blocks}"
+
+
+# By the number of states that they hold. For real numbers of 4 bytes (and halves, which are computed in them):
+FAST = {4: Tiles(4, 1, 256, 32, 2), 16: Tiles(4, 4, 256, 32, 2), 64: Tiles(16, 4, 256, 32, 2), 128: Tiles(32, 4, 256, 32, 1)}
+FEW_CHANNELS = {16: Tiles(16, 1, 256, 32, 2)}  # where FAST would leave multiprocessors idle
+FAST_GRADIENT = {4: Tiles(4, 1, 256, 16, 2), 16: Tiles(4, 4, 256, 16, 2), 64: Tiles(16, 4, 128, 16, 3), 128: Tiles(32, 4, 64, 32, 1)}
+FEW_GRADIENT = {16: Tiles(16, 1, 256, 16, 2)}
+# For float64 and complex rates: right, not tuned.
+SLOW = {16: Tiles(16, 1, 128, 16, 1), 64: Tiles(16, 4, 128, 16, 1), 128: Tiles(32, 4, 64, 32, 1)}
+SLOW_GRADIENT = {16: Tiles(16, 1, 128, 16, 1), 64: Tiles(32, 2, 32, 32, 1), 128: Tiles(32, 4, 32, 32, 1)}
+
+# (storage of u, delta, z; storage of B, C; arithmetic of A and the states)
+FAST_TYPES = tuple((name, name, "float32") for name in ("float32", "float16", "bfloat16"))
+SLOW_TYPES = (("float64", "float64", "float64"), ("float32", "complex64", "complex64"), ("float64", "complex128", "complex128"))
+
+
+def _kernel(mode: str, types, tiles: Tiles) -> Kernel:
+    return Kernel(FILE, f"selective_scan<{mode}, {', '.join(map(cpp, types))}, {tiles}>")
+
+
+def _gradient_kernel(types, tiles: Tiles) -> Kernel:
+    return Kernel(FILE_GRADIENT, f"selective_scan_gradient<{', '.join(map(cpp, types))}, {tiles}>", spills=(tiles, types[0]) in MAY_SPILL)
+
+
+def _carry_kernel(types) -> Kernel:
+    return Kernel(FILE, f"carry_states<{cpp(arithmetic(types[0]))}, {cpp(types[2])}>")
+
+
+MAY_SPILL = ()
+
+
+def _checkpoint_tiles(tiles: Tiles, gradient: Tiles) -> Tiles:
+    """The forward kernel's tiles, cut where the gradient wants its checkpoints."""
+    return Tiles(tiles.lanes, tiles.states, tiles.threads, gradient.steps, tiles.blocks)
+
+
+def _instances() -> tuple[Kernel, ...]:
+    found = []
+    for kinds, plans, gradients in ((FAST_TYPES, (FAST, FEW_CHANNELS), (FAST_GRADIENT, FEW_GRADIENT)), (SLOW_TYPES, (SLOW,), (SLOW_GRADIENT,))):
+        for types in kinds:
+            found.append(_carry_kernel(types))
+            for plan, gradient in zip(plans, gradients, strict=True):
+                for size, tiles in plan.items():
+                    found += [_kernel("RESULTS", types, tiles), _kernel("STATES", types, tiles)]
+                    found += [_kernel("CHECKPOINTS", types, _checkpoint_tiles(tiles, gradient[size])), _gradient_kernel(types, gradient[size])]
+    return tuple(dict.fromkeys(found))
+
+
+KERNELS = _instances()
+
+
+class _Prepared:
+    """Arguments as the kernels take them: (N, T, c) arrays with contiguous channels, and the plan for their sizes."""
+
+    def __init__(self, u, delta, A, B, C, D, z, delta_bias, state):
+        (self.T, self.c), (self.n, G) = u.shape[-2:], (A.shape[1], 1)
+        if self.n > LARGEST:
+            raise NotImplementedError(f"selective_scan: the kernels hold at most {LARGEST} states a channel, got n = {self.n}")
+        complex_rates = A.dtype.kind == "c"
+        self.grouped = {"B": CONTRACT.axis("G", u=u, A=A, B=B).get("B") is not None, "C": CONTRACT.axis("G", u=u, A=A, B=C).get("B") is not None}
+        B, C = (x if self.grouped[name] else x[..., None, :] for name, x in (("B", B), ("C", C)))
+        G = max(B.shape[-2], C.shape[-2])
+        self.G = G
+        self.batch = np.broadcast_shapes(
+            *(x.shape[:-2] for x in (u, delta, z, state) if x is not None), *(x.shape[:-3] for x in (B, C))
+        )
+        self.N = int(np.prod(self.batch, dtype=np.int64))
+        store = np.dtype(np.float64) if u.dtype == np.float64 else np.dtype(np.float32) if complex_rates else u.dtype
+        maps = np.result_type(store, np.complex64) if complex_rates else store
+        self.real, self.number = arithmetic(store), maps if complex_rates else arithmetic(store)
+        self.types = (store.name, maps.name, self.number.name)
+        self.u, self.delta, self.z = (None if x is None else self._channels(x, store) for x in (u, delta, z))
+        self.B, self.C = (self._maps(x, maps) for x in (B, C))
+        self.A = cp.ascontiguousarray(A.astype(self.number, copy=False))
+        self.D, self.bias = (None if x is None else cp.ascontiguousarray(x.astype(self.real, copy=False)) for x in (D, delta_bias))
+        self.state = None if state is None else self.states(state)
+        self.fast = self.types in FAST_TYPES
+        self.size = next(size for size in (4, 16, 64, 128) if self.n <= size and (self.fast or size > 4))
+
+    def states(self, x):
+        """(..., c, n) -> (N, c, n), contiguous."""
+        return cp.ascontiguousarray(flat(x.astype(self.number, copy=False), self.batch, 2))
+
+    def _channels(self, x, dtype):
+        x = x.astype(dtype, copy=False)
+        x = flat(x if x.strides[-1] == dtype.itemsize or x.shape[-1] == 1 else cp.ascontiguousarray(x), self.batch, 2)
+        return x
+
+    def _maps(self, x, dtype):
+        x = x.astype(dtype, copy=False)
+        x = flat(x if x.strides[-1] == dtype.itemsize or x.shape[-1] == 1 else cp.ascontiguousarray(x), self.batch, 3)
+        return cp.broadcast_to(x, (self.N, self.T, self.G, self.n))
+
+    def tiles(self, many, few) -> Tiles:
+        """The plan: with few channels, more lanes to each."""
+        first = many[self.size]
+        return few[self.size] if self.size in few and self.blocks(first) < multiprocessors() else first
+
+    def blocks(self, tiles: Tiles, segments=1) -> int:
+        return self.N * segments * self.G * -(-(self.c // self.G) // tiles.channels)
+
+    def packed(self, tiles: Tiles, *arrays) -> np.int32:
+        """Whether all (time, channel) arrays can be read in packs of the widest access."""
+        each = tiles.steps * tiles.channels // tiles.threads
+        width = min(16 // np.dtype(self.types[0]).itemsize, each)
+        whole = self.c // self.G % width == 0
+        return np.int32(whole and all(aligned(x, 2, width) for x in (self.u, self.delta, self.z, *arrays) if x is not None))
+
+
+def _rows(x):
+    """A (time, channel) array's pointer and strides of batch and time; none for what is not given."""
+    return (np.uintp(0), np.int64(0), np.int64(0)) if x is None else (x, *strides(x)[:2])
+
+
+def _pointer(x):
+    return np.uintp(0) if x is None else x
+
+
+def _run(p: _Prepared, mode, tiles, softplus, *, state=None, last=None, y=None, elapsed=None, segments=1, length=None):
+    everything = (
+        *_rows(p.u), *_rows(p.delta), *_rows(p.z if mode == "RESULTS" else None), p.B, *strides(p.B)[:3], p.C, *strides(p.C)[:3],
+        p.A, *map(_pointer, (p.D, p.bias, state, last, y, elapsed)), np.int64(p.T), np.int32(p.c), np.int32(p.n), np.int32(p.G),
+        np.int64(segments), np.int64(p.T if length is None else length), np.int32(softplus), p.packed(tiles, *([] if y is None else [y])),
+    )  # fmt: skip
+    _kernel(mode, p.types, tiles)((p.blocks(tiles, segments),), (tiles.threads,), everything)
+
+
+def _segments(p: _Prepared, tiles: Tiles) -> tuple[int, int]:
+    """Into how many segments time is cut, and their length: only where channels alone would leave most of the device idle."""
+    wanted = multiprocessors() // (2 * max(1, p.blocks(tiles)))
+    length = -(-max(p.T // max(wanted, 1), 8 * tiles.steps) // tiles.steps) * tiles.steps
+    return -(-p.T // length), length
+
+
+@mirror.form(CONTRACT)
+def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, *, delta_softplus=False, state=None, return_state=False):
+    """`refimpl.selective_scan` on CuPy arrays, with softplus, skip and gate in one kernel.
+
+    Parameters
+    ----------
+    u, delta, z : cupy.ndarray, shape (..., T, c)
+        float16, bfloat16, float32 or float64; read in place if channels are contiguous, else copied once.
+    A : cupy.ndarray, shape (c, n)
+        n at most 128. Complex rates, and float64, take the same kernel, not tuned for them.
+    B, C : cupy.ndarray, shape (..., T, n) or (..., T, G, n)
+    D, delta_bias : cupy.ndarray, shape (c,), optional
+    delta_softplus : bool
+    state : cupy.ndarray, shape (..., c, n), optional
+    return_state : bool
+
+    Returns
+    -------
+    y : cupy.ndarray, shape (..., T, c)
+    state : cupy.ndarray, shape (..., c, n), only with `return_state`
+        In float32 where the arrays are halves.
+
+    Raises
+    ------
+    NotImplementedError
+        If n > 128.
+
+    Notes
+    -----
+    Bit for bit the same in every run. Halves are computed in float32; exponentials are ex2.approx (2 ulp); subnormals are flushed.
+    """
+    p = _Prepared(u, delta, A, B, C, D, z, delta_bias, state)
+    y = cp.empty((p.N, p.T, p.c), p.types[0])
+    last = cp.empty((p.N, p.c, p.n), p.number) if return_state else None
+    if y.size and p.n:
+        tiles = p.tiles(FAST, FEW_CHANNELS) if p.fast else SLOW[p.size]
+        segments, length = _segments(p, tiles)
+        before = p.state
+        if segments > 1:
+            before, elapsed = cp.empty((p.N, segments, p.c, p.n), p.number), cp.empty((p.N, segments, p.c), p.real)
+            _run(p, "STATES", tiles, delta_softplus, last=before, elapsed=elapsed, segments=segments, length=length)
+            lanes = p.N * p.c * p.n
+            arguments = (before, elapsed, p.A, _pointer(p.state), np.int64(p.N), np.int64(segments), np.int32(p.c), np.int32(p.n))
+            _carry_kernel(p.types)((-(-lanes // 256),), (256,), arguments)
+        _run(p, "RESULTS", tiles, delta_softplus, state=before, last=last, y=y, segments=segments, length=length)
+    else:
+        last = (cp.zeros((p.N, p.c, p.n), p.number) if p.state is None else p.state.copy()) if return_state else None
+        if y.size:  # no states: what is left is the skip
+            y[...] = 0 if p.D is None else (p.D * p.u if p.z is None else p.D * p.u * p.z / (1 + cp.exp(-p.z)))
+    y = y.reshape(*p.batch, p.T, p.c)
+    return (y, last.reshape(*p.batch, p.c, p.n)) if return_state else y
+
+
+@mirror.gradient(CONTRACT)
+def selective_scan_vjp(dy, u, delta, A, B, C, D=None, z=None, delta_bias=None, *, delta_softplus=False, state=None, dstate=None):
+    """Gradient of `selective_scan`: checkpoints every 16 steps, then one kernel backwards that recomputes the rest.
+
+    Parameters
+    ----------
+    dy : cupy.ndarray, shape (..., T, c)
+    dstate : cupy.ndarray, shape (..., c, n), optional
+
+    Returns
+    -------
+    dict
+        "u", "delta", "A", "B", "C", and "D", "z", "delta_bias", "state" where they were given.
+
+    Notes
+    -----
+    Always bit for bit the same: no atomic additions. That costs an array (c/64, ..., T, n) of dB and of dC in float32, which is
+    then summed.
+    """
+    p = _Prepared(u, delta, A, B, C, D, z, delta_bias, state)
+    N, T, c, n, G = p.N, p.T, p.c, p.n, p.G
+    dy = p._channels(dy, np.dtype(p.types[0]))
+    dlast = None if dstate is None else p.states(dstate)
+    du, ddelta = cp.empty((N, T, c), p.types[0]), cp.empty((N, T, c), p.types[0])
+    dz = None if z is None else cp.empty((N, T, c), p.types[0])
+    if not (du.size and n):
+        entering = cp.zeros((N, c, n), p.number) if dlast is None else dlast
+        zeros = [cp.zeros_like(x) for x in (A, B, C)]
+        raise_for_states(n)
+        return {
+            "u": cp.zeros_like(u), "delta": cp.zeros_like(delta), "A": zeros[0], "B": zeros[1], "C": zeros[2], "state": entering.reshape(*p.batch, c, n),
+            "D": None if D is None else cp.zeros_like(D), "z": None if z is None else cp.zeros_like(z),
+            "delta_bias": None if delta_bias is None else cp.zeros_like(delta_bias),
+        }  # fmt: skip
+    tiles = p.tiles(FAST_GRADIENT, FEW_GRADIENT) if p.fast else SLOW_GRADIENT[p.size]
+    forward = p.tiles(FAST, FEW_CHANNELS) if p.fast else SLOW[p.size]
+    checkpoints = cp.empty((N, -(-T // tiles.steps), c, n), p.number)
+    _run(p, "CHECKPOINTS", _checkpoint_tiles(forward, tiles), delta_softplus, state=p.state, last=checkpoints)
+
+    parts = -(-(c // G) // tiles.channels)
+    dA, dstate_in = cp.empty((N, c, n), p.number), cp.empty((N, c, n), p.number)
+    dD, dbias = cp.empty((N, c), p.real), cp.empty((N, c), p.real)
+    dB, dC = cp.empty((parts, N, T, G, n), p.number), cp.empty((parts, N, T, G, n), p.number)
+    arguments = (
+        *_rows(dy), *_rows(p.u), *_rows(p.delta), *_rows(p.z), p.B, *strides(p.B)[:3], p.C, *strides(p.C)[:3], p.A,
+        *map(_pointer, (p.D, p.bias, checkpoints, dlast, du, ddelta, dz, dA, dD, dbias, dB, dC, dstate_in)),
+        np.int64(T), np.int32(c), np.int32(n), np.int32(G), np.int64(N), np.int32(delta_softplus), p.packed(tiles, dy, du),
+    )  # fmt: skip
+    _gradient_kernel(p.types, tiles)((p.blocks(tiles),), (tiles.threads,), arguments, _shared(p, tiles))
+    shape = (*p.batch, T, c)
+    maps = {name: _maps_gradient(x, p.grouped[name], given, p.batch) for name, x, given in (("B", dB, B), ("C", dC, C))}
+    return {
+        "u": du.reshape(shape), "delta": ddelta.reshape(shape), "A": dA.sum(axis=0), **maps, "D": dD.sum(axis=0),
+        "z": None if dz is None else dz.reshape(shape), "delta_bias": dbias.sum(axis=0), "state": dstate_in.reshape(*p.batch, c, n),
+    }  # fmt: skip
+
+
+def raise_for_states(n):
+    """A gradient without states is left to the reference."""
+    if n == 0:
+        raise NotImplementedError("selective_scan: the gradient of n = 0 states is not in the mirror")
+
+
+def _maps_gradient(parts, grouped, given, batch):
+    """Sums over blocks of channels; over groups too, where all share one map."""
+    total = parts.sum(axis=0)  # (N, T, G, n)
+    own = given.shape[-2] if grouped else 1
+    if own == 1 and total.shape[2] > 1:
+        total = total.sum(axis=2, keepdims=True)
+    total = total if grouped else total[:, :, 0]
+    return total.reshape(*batch, *total.shape[1:])
+
+
+def _shared(p: _Prepared, tiles: Tiles) -> int:
+    """Bytes of `GradientShared`."""
+    real, number, NS = p.real.itemsize, p.number.itemsize, tiles.lanes * tiles.states
+    parts = (
+        tiles.steps * tiles.channels * 4 * real, 2 * tiles.steps * NS * number, tiles.steps // 4 * tiles.threads * tiles.states * number,
+        tiles.threads // 32 * tiles.steps * 2 * NS * number, tiles.steps * tiles.channels * 4 * real, 2 * tiles.steps * tiles.channels * real, 6 * 8,
+    )  # fmt: skip
+    return sum(-(-part // 16) * 16 for part in parts) + 16
