@@ -277,6 +277,17 @@ def test_options():
             positive_int("f", "block", bad)
 
 
+def test_a_real_array_takes_part_in_the_precision_and_is_not_complex():
+    contract = Contract("real_parts", takes="x:real (T); w (T)", gives="y (T)")
+    times = contract.form(lambda x, w: x * w)
+    one = np.ones(3, np.float32)
+    assert times(one, one).dtype == np.float32
+    assert times(one.astype(np.float64), one).dtype == np.float64
+    assert times(one, one + 0j).dtype == np.complex64
+    with pytest.raises(TypeError, match="real_parts: x must be real, got dtype complex64"):
+        times(one + 0j, one)
+
+
 # -- tuples of arrays ------------------------------------------------------------------------------------------------
 
 CHAIN = Contract("chain", takes="x (..., T, c); gates[N] (..., T, c); w (N, c)", gives="y (..., T, c)")
