@@ -1,0 +1,251 @@
+"""`attention` on the device: tensor cores where they compute in the arrays' precision, plain arithmetic everywhere else.
+
+Which kernel runs (`docs/gpu/attention.md` has what was measured):
+
+    decoding   halves, few queries for many keys (those of all heads that share a key head at most 16), head size 64 or 128, no
+               mask or bias: ``kernel_attention_decode.cu``
+    hopper     halves on sm_90, head sizes to 128 in steps of 8: ``kernel_attention_hopper.cu``
+    tiled      all else, in float32 (halves too) or float64: ``kernel_attention.cu``
+
+Arrays are read as they lie; one copy is made of an array whose last axis is not contiguous, or whose batch axes are not one.
+Tiles of pairs that position, or a mask, hides are not computed. The gradient is made of sums in a fixed order: the same
+bits every time.
+"""
+
+from typing import Any, NamedTuple
+
+import cupy as cp
+import numpy as np
+
+from refimpl.gpu import mirror, tensor_map
+from refimpl.gpu.arrays import arithmetic, flat
+from refimpl.gpu.launch import Kernel, multiprocessors
+from refimpl.ops.attention.attention import CONTRACT
+
+TILED, HOPPER, DECODE = "kernel_attention.cu", "kernel_attention_hopper.cu", "kernel_attention_decode.cu"
+TYPES = {"float32": "float", "float64": "double", "float16": "float16", "bfloat16": "bfloat16"}
+HALVES = ("float16", "bfloat16")
+CALL = np.dtype(
+    [(name, "i8", 3) for name in ("q", "k", "v", "dy")] + [(name, "i8", 4) for name in ("mask", "bias")]
+    + [("scale", "f8"), ("softcap", "f8")]
+    + [(name, "i4") for name in ("B", "Hq", "Hkv", "n", "m", "d", "e", "below", "above", "vectors", "splits", "heads")]
+)  # fmt: skip
+NOTHING = np.uintp(0)
+L2 = 24 << 20  # bytes of keys and values that are read from memory once for all rows of their heads
+
+
+class Problem(NamedTuple):
+    """One call: arrays (B, heads, rows, columns), the sink of each head, and the structure `Call` of the kernels."""
+
+    q: Any
+    k: Any
+    v: Any
+    mask: Any
+    bias: Any
+    sink: Any
+    call: np.ndarray
+    batch: tuple
+
+    @property
+    def maps(self) -> bool:
+        return self.mask is not None or self.bias is not None
+
+    @property
+    def options(self) -> tuple:
+        return tuple(NOTHING if x is None else x for x in (self.mask, self.bias, self.sink))
+
+
+@mirror.form(CONTRACT)
+def attention(
+    q, k, v, *, causal=False, offset=None, window=None, mask=None, bias=None, scale=None, softcap=None, sink=None, return_lse=False
+):
+    """`refimpl.attention`: arguments, shapes and results are the same.
+
+    Notes
+    -----
+    float32 is computed in float32 (no TF32). Halves are multiplied as they are and summed in float32; weights are rounded to
+    the halves before they meet the values. A value of infinity or NaN behind a mask spoils its tile's rows (the reference's not).
+    """
+    problem = prepare(q, k, v, causal, offset, window, mask, bias, scale, softcap, sink)
+    o, lse = forward(problem)
+    shape = (*problem.batch, *o.shape[1:])
+    return (o.reshape(shape), lse.reshape(shape[:-1])) if return_lse else o.reshape(shape)
+
+
+@mirror.gradient(CONTRACT)
+def attention_vjp(
+    dy, q, k, v, *, causal=False, offset=None, window=None, mask=None, bias=None, scale=None, softcap=None, sink=None, return_lse=False
+):
+    """Gradient of `attention`: of q, k, v, and of bias and sink where given. The forward pass is made again."""
+    problem = prepare(q, k, v, causal, offset, window, mask, bias, scale, softcap, sink)
+    o, lse = forward(problem)
+    do, *rest = dy if isinstance(dy, tuple) else (dy,)
+    do = rows_of(do, problem.batch)
+    across = -(do.astype(lse.dtype) * o).sum(axis=-1)
+    if rest:
+        across += rest[0].reshape(across.shape)
+    dq, dk, dv, dbias = backward(problem, do, lse, across)
+    found = {"q": dq, "k": dk, "v": dv, "bias": dbias}
+    if sink is not None:
+        finite = cp.where(cp.isneginf(lse), lse.dtype.type(0), lse)
+        found["sink"] = (cp.exp(problem.sink[:, None] - finite) * across).sum(axis=-1)
+    return {name: g.reshape(*problem.batch, *g.shape[1:]) for name, g in found.items() if g is not None}
+
+
+def prepare(q, k, v, causal, offset, window, mask, bias, scale, softcap, sink) -> Problem:
+    """Axes, strides and the band of keys that position allows, i + below <= j <= i + above for query i."""
+    batch = np.broadcast_shapes(*(x.shape[:-3] for x in (q, k, v)), *(x.shape[:-3] for x in (mask, bias) if x is not None))
+    (Hq, n, d), (Hkv, m, e) = q.shape[-3:], v.shape[-3:]
+    q, k, v = (rows_of(x, batch) for x in (q, k, v))
+    mask, bias = (None if x is None else flat(cp.broadcast_to(x, (*x.shape[:-3], Hq, n, m)), batch, 3) for x in (mask, bias))
+    at = m - n if offset is None else int(offset)
+    left, right = (None, None) if window is None else window
+    right = 0 if causal else right  # causal is the window (None, 0), and both hold
+    within = lambda x: min(max(int(x), -n - 1), m + 1)  # beyond that it makes no difference
+    call = np.zeros(1, CALL)
+    size = q.itemsize
+    for name, x in {"q": q, "k": k, "v": v, "mask": mask, "bias": bias}.items():
+        if x is not None:
+            call[name][0] = [s // x.itemsize for s in x.strides[: call[name].shape[-1]]]
+    whole = all(x.data.ptr % 16 == 0 and all(s % 16 == 0 for s in x.strides[:-1]) for x in (q, k, v))
+    call["scale"], call["softcap"] = d**-0.5 if scale is None else float(scale), 0 if softcap is None else float(softcap)
+    call["below"], call["above"] = within(-n - 1 if left is None else at - left), within(m + 1 if right is None else at + right)
+    call["vectors"] = whole and d * size % 16 == 0 and e * size % 16 == 0
+    for name, value in zip("B Hq Hkv n m d e".split(), (q.shape[0], Hq, max(Hkv, 1), n, m, d, e), strict=True):
+        call[name] = value
+    if sink is not None:
+        sink = cp.ascontiguousarray(cp.broadcast_to(sink.astype(arithmetic(q.dtype)), (Hq,)))
+    return Problem(q, k, v, mask, bias, sink, call, batch)
+
+
+def rows_of(x, batch):
+    """(B, heads, rows, columns), rows contiguous."""
+    x = flat(x, batch, 3)
+    return x if x.strides[-1] == x.itemsize or x.shape[-1] <= 1 else cp.ascontiguousarray(x)
+
+
+def forward(p: Problem):
+    """o (B, Hq, n, e), in a half where tensor cores made it, and lse (B, Hq, n)."""
+    call = p.call[0]
+    name, count = p.q.dtype.name, int(call["B"]) * int(call["Hq"]) * int(call["n"])
+    if count and call["m"] and call["e"] and call["scale"] > 0 and name in HALVES:
+        if not p.maps and call["d"] == call["e"] and call["d"] in (64, 128) and call["m"] >= 256 and call["vectors"]:
+            if call["Hq"] // call["Hkv"] * call["n"] <= 16:
+                return decode(p)
+        if max(call["d"], call["e"]) <= 128 and call["d"] % 8 == 0 and call["e"] % 8 == 0 and cp.cuda.Device().compute_capability == "90":
+            return hopper(p)
+    return tiled(p)
+
+
+def results(p: Problem, dtype=None):
+    """Empty o and lse."""
+    accumulator = arithmetic(p.q.dtype)
+    shape = (*p.q.shape[:-1], p.v.shape[-1])
+    return cp.empty(shape, accumulator if dtype is None else dtype), cp.empty(shape[:-1], accumulator)
+
+
+def _tiled(name: str, fast: bool) -> Kernel:
+    A = "double" if name == "float64" else "float"
+    return Kernel(TILED, f"attention_tiled<{TYPES[name]}, {A}, {'8, 8, 8, true, false' if fast else '4, 4, 4, false, true'}>")
+
+
+def tiled(p: Problem):
+    """Plain arithmetic. Head sizes to 128 in float32 without maps take the large tiles."""
+    call, name = p.call[0], p.q.dtype.name
+    o, lse = results(p)
+    fast = name == "float32" and not p.maps and call["d"] <= 128
+    R, columns = (8, 128) if fast else (4, 64)
+    size = o.itemsize
+    width, vector, rows = 128 // size, 16 // size, 16 * R
+    buffer = max((rows if fast else 2 * rows) * (width + vector), width * columns)
+    shared = size * (rows * (rows + vector) + 3 * buffer + (rows * (-(-int(call["d"]) // width) * width + vector) if fast else 0))
+    grid = int(call["B"]) * int(call["Hq"]) * -(-int(call["n"]) // rows) * max(1, -(-int(call["e"]) // columns))
+    _tiled(name, fast)((grid,), (256,), (p.call, p.q, p.k, p.v, *p.options, o, lse), shared)
+    return o, lse
+
+
+def _gradient(name: str, of: str) -> Kernel:
+    return Kernel(TILED, f"attention_gradient<{TYPES[name]}, {'double' if name == 'float64' else 'float'}, {of}, {2 if name == 'float64' else 4}>")
+
+
+def backward(p: Problem, do, lse, across):
+    """dq, dk, dv, and the bias's gradient for every pair, by plain arithmetic; across = dlse - do.o of each query."""
+    call, name, A = p.call.copy(), p.q.dtype.name, lse.dtype
+    call["dy"][0] = [s // do.itemsize for s in do.strides[:3]]
+    call["vectors"] &= do.data.ptr % 16 == 0 and all(s % 16 == 0 for s in do.strides[:-1])
+    c = call[0]
+    dbias = None if p.bias is None else cp.zeros((*p.q.shape[:-1], int(c["m"])), A)
+    width, vector = 128 // A.itemsize, 16 // A.itemsize
+    shared = A.itemsize * (64 * (64 + vector) + 3 * max(128 * (width + vector), width * 64))
+    columns_of = 32 if name == "float64" else 64  # columns of the result that a block makes
+    found = []
+    for of, like, columns in (("QUERIES", p.q, "d"), ("KEYS", p.k, "d"), ("VALUES", p.v, "e")):
+        out = cp.empty(like.shape, A)
+        grid = like.shape[0] * like.shape[1] * -(-like.shape[2] // 64) * -(-int(c[columns]) // columns_of)
+        maps = p.options[:2]
+        _gradient(name, of)((grid,), (256,), (call, p.q, p.k, p.v, do, *maps, lse, across, out, NOTHING if dbias is None else dbias), shared)
+        found.append(out)
+    return (*found, dbias)
+
+
+# -- tensor cores --------------------------------------------------------------------------------------------------------
+
+
+def _hopper(name: str, D: int, warpgroups: int, capped: bool, maps: bool) -> Kernel:
+    flags = ", ".join("true" if x else "false" for x in (capped, maps))
+    return Kernel(HOPPER, f"attention_forward<{TYPES[name]}, {D}, {warpgroups}, {flags}>", hopper=True)
+
+
+def hopper(p: Problem, warpgroups: int | None = None):
+    """wgmma, with tiles brought by the bulk tensor copy engine."""
+    call, name = p.call.copy(), p.q.dtype.name
+    c = call[0]
+    D = 64 if max(c["d"], c["e"]) <= 64 else 128
+    W = warpgroups or (2 if D == 128 or p.maps or c["softcap"] > 0 else 3)
+    q, k, v = (x if tensor_map.fits(x) else cp.ascontiguousarray(x) for x in (p.q, p.k, p.v))
+    for key, x in (("q", q), ("k", k), ("v", v)):
+        call[key][0] = [s // x.itemsize for s in x.strides[:3]]
+    heads, tiles = int(c["B"]) * int(c["Hq"]), -(-int(c["n"]) // (64 * W))
+    group = int(c["Hq"]) // int(c["Hkv"])
+    fit = max(1, L2 // (int(c["m"]) * (int(c["d"]) + int(c["e"])) * 2)) * group
+    call["heads"] = min(heads, fit)
+    o, lse = results(p, p.q.dtype)
+    maps = (tensor_map.panels(q, 64 * W), tensor_map.panels(k, 128), tensor_map.panels(v, 128))
+    shared = 1024 + (64 * W + 4 * 128) * D * 2 + 128
+    kernel = _hopper(name, D, W, bool(c["softcap"] > 0), p.maps)
+    kernel((heads * tiles,), (128 * (W + 1),), (call, *maps, *p.options, o, lse), shared)
+    return o, lse
+
+
+def _portions(name: str, D: int, halves: int) -> Kernel:
+    return Kernel(DECODE, f"attention_portions<{TYPES[name]}, {D}, {halves}>")
+
+
+def _merge(name: str) -> Kernel:
+    return Kernel(DECODE, f"attention_merge<{TYPES[name]}>")
+
+
+def decode(p: Problem, splits: int | None = None):
+    """Portions of the keys side by side, then merged: flash-decoding."""
+    call, name = p.call.copy(), p.q.dtype.name
+    B, Hq, Hkv, n, m, d = (int(call[x][0]) for x in ("B", "Hq", "Hkv", "n", "m", "d"))
+    splits = splits or max(1, min(-(-16 * multiprocessors() // (B * Hkv)), m // 256))
+    call["splits"] = splits
+    part_o, part_lse = cp.empty((B, Hq, n, splits, d), np.float32), cp.empty((B, Hq, n, splits), np.float32)
+    o, lse = results(p, p.q.dtype)
+    halves = 1 if Hq // Hkv * n <= 8 else 2
+    _portions(name, d, halves)((splits, Hkv, B), (128,), (call, p.q, p.k, p.v, part_o, part_lse))
+    sink = NOTHING if p.sink is None else p.sink
+    _merge(name)((-(-B * Hq * n // 4),), (128,), (call, part_o, part_lse, sink, o, lse))
+    return o, lse
+
+
+KERNELS = (
+    *(_tiled(name, False) for name in TYPES),
+    _tiled("float32", True),
+    *(_gradient(name, of) for name in TYPES for of in ("QUERIES", "KEYS", "VALUES")),
+    *(_hopper(name, D, 2, capped, maps) for name in HALVES for D in (64, 128) for capped in (False, True) for maps in (False, True)),
+    *(_hopper(name, 64, 3, False, False) for name in HALVES),
+    *(_portions(name, D, halves) for name in HALVES for D in (64, 128) for halves in (1, 2)),
+    *(_merge(name) for name in HALVES),
+)

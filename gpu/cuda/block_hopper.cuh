@@ -1,0 +1,111 @@
+// What Hopper has and others lack: the bulk tensor copy engine, barriers that count bytes, products of a whole warpgroup.
+//
+// Layout. A tile of 16-bit numbers lies in shared memory as panels of 64 columns: each row of a panel is 128 bytes, and
+// within 8 rows (1024 bytes, the alignment of a panel) the 16-byte piece p of row r stands in place p ^ (r mod 8). The copy
+// engine writes this "128-byte swizzle", and wgmma reads it without bank conflicts, both ways:
+//   by rows     the 64 columns are the dimension that is summed over (Q, K in S = Q K^T): a step of 16 of them is 32 bytes;
+//   by columns  the rows are summed over (V in O = P V): a step of 16 rows is 2048 bytes, the next panel of columns lies
+//               the height of a panel further on.
+// A warpgroup's result of 64 x N: thread t holds, of row 16 (t / 32) + (t % 32) / 4 (+ 8), columns 8 j + 2 (t % 4) (+ 1), as
+// d[4 j + 0, 1] (+ 2 for the row below). Rounded in pairs, the same registers are the left operand of the next product: no
+// data moves between S and P V.
+#pragma once
+#include "block_attention.cuh"
+
+struct alignas(64) TensorMap { unsigned char bytes[128]; };  // a CUtensorMap, made by the driver on the host
+
+// ---- barriers: a phase ends when so many threads arrived and so many bytes came ------------------------------------
+struct Barrier { unsigned long long word; };
+
+__device__ inline void barrier_init(Barrier* b, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
+}
+__device__ inline void barrier_expect(Barrier* b, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
+}
+__device__ inline void barrier_arrive(Barrier* b) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
+}
+__device__ inline void barrier_wait(Barrier* b, int phase) {
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\n"
+        "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}" ::"r"(shared_address(b)), "r"(phase) : "memory");
+}
+// Barriers of the machine, by number: `threads` of the block meet, some of them without waiting.
+__device__ inline void meet(int number, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
+__device__ inline void pass(int number, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
+
+// ---- the copy engine -------------------------------------------------------------------------------------------------
+// One box of a tensor (column, row, head, batch): its bytes count at the barrier; outside the tensor there are zeros.
+__device__ inline void copy_box(void* to, const TensorMap* from, Barrier* b, int column, int row, int head, int batch) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
+            shared_address(to)),
+        "l"(from), "r"(shared_address(b)), "r"(column), "r"(row), "r"(head), "r"(batch)
+        : "memory");
+}
+
+template <int REGISTERS> __device__ inline void keep_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
+template <int REGISTERS> __device__ inline void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
+
+// ---- products of a warpgroup -----------------------------------------------------------------------------------------
+__device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT> __device__ inline void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
+// The compiler must not use these registers before this line.
+template <int N> __device__ inline void hold(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// Where an operand lies: panels of 128-byte rows; `panel` bytes from one panel to the next (read by columns only).
+__device__ inline unsigned long long operand(unsigned address, int panel) {
+    return (unsigned long long)(address >> 4 & 0x3fff) | (unsigned long long)(panel >> 4) << 16 | (unsigned long long)(1024 >> 4) << 32 | 1ull << 62;
+}
+
+// D (64 x N) = A (64 x 16) B (16 x N) + (add ? D : 0). A in shared memory by rows, or in registers; B by rows of B^T
+// (BY_COLUMNS false) or by columns.
+template <class T, int N, bool BY_COLUMNS> struct Product;
+#define PRODUCT(T, TYPE, N, BY_COLUMNS, DIGIT, LIST, D, A0, A1, A2, A3, A4, A5)                                                     \
+    template <> struct Product<T, N, BY_COLUMNS> {                                                                                   \
+        static __device__ inline void add(float (&d)[N / 2], unsigned long long a, unsigned long long b, int add) {                  \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" A2 ", 0;\n"                                                          \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" LIST "}, %" A0 ", %" A1                \
+                         ", p, 1, 1, 0, " DIGIT ";\n}" : D : "l"(a), "l"(b), "r"(add));                                             \
+        }                                                                                                                            \
+        static __device__ inline void add(float (&d)[N / 2], const unsigned* a, unsigned long long b, int add) {                     \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" A5 ", 0;\n"                                                          \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" LIST "}, {%" A0 ", %" A1 ", %" A2      \
+                         ", %" A3 "}, %" A4 ", p, 1, 1, " DIGIT ";\n}" : D                                                          \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                                            \
+        }                                                                                                                            \
+    };
+#define REGISTERS_64 \
+    "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), \
+    "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), \
+    "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), \
+    "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+#define LIST_64 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+    "%24, %25, %26, %27, %28, %29, %30, %31"
+#define REGISTERS_128 \
+    "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), \
+    "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), \
+    "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), \
+    "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), \
+    "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), \
+    "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), \
+    "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+#define LIST_128 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+    "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
+    "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+PRODUCT(bfloat16, "bf16", 64, false, "0", LIST_64, REGISTERS_64, "32", "33", "34", "35", "36", "37")
+PRODUCT(bfloat16, "bf16", 64, true, "1", LIST_64, REGISTERS_64, "32", "33", "34", "35", "36", "37")
+PRODUCT(float16, "f16", 64, false, "0", LIST_64, REGISTERS_64, "32", "33", "34", "35", "36", "37")
+PRODUCT(float16, "f16", 64, true, "1", LIST_64, REGISTERS_64, "32", "33", "34", "35", "36", "37")
+PRODUCT(bfloat16, "bf16", 128, false, "0", LIST_128, REGISTERS_128, "64", "65", "66", "67", "68", "69")
+PRODUCT(bfloat16, "bf16", 128, true, "1", LIST_128, REGISTERS_128, "64", "65", "66", "67", "68", "69")
+PRODUCT(float16, "f16", 128, false, "0", LIST_128, REGISTERS_128, "64", "65", "66", "67", "68", "69")
+PRODUCT(float16, "f16", 128, true, "1", LIST_128, REGISTERS_128, "64", "65", "66", "67", "68", "69")
