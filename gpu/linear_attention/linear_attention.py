@@ -1,0 +1,115 @@
+"""Linear attention on the device: feature maps, decays, delta rule and normaliser as cases of the matrix memory."""
+
+import cupy as cp
+import numpy as np
+
+from refimpl.gpu import mirror
+from refimpl.gpu.matrix_memory import WIDEST, flat, instances, read, read_vjp
+from refimpl.gpu.precision import widened
+from refimpl.ops.linear_attention import linear_attention as chapter
+from refimpl.ops.linear_attention.feature_maps import feature_map_of, width
+from refimpl.ops.linear_attention.linear_attention_contract import CONTRACT, prepare
+from refimpl.ops.linear_attention.linear_attention_gradient import linear_attention_vjp as step_by_step_vjp
+from refimpl.ops.linear_attention.state import State
+
+KERNELS = (*instances(low_rank=False, before=False), *instances(low_rank=True, before=False))
+
+
+@mirror.form(CONTRACT)
+def linear_attention(
+    q, k, v, *, decay=None, beta=None, feature_map=None, normalize=False, scale=None, state=None, return_state=False
+):
+    """Linear attention on CuPy arrays; arguments and results as `refimpl.linear_attention`.
+
+    Notes
+    -----
+    One kernel for the whole sequence, the memory in registers, in float32 for halves; heads of q that share a memory compute it each
+    for itself. A callable feature map gets CuPy arrays. Keys of more than 1024 features run the chapter's steps one by one.
+    """
+    q, k, v, decay, beta = widened(q, k, v, decay, beta)
+    options = {"feature_map": feature_map, "normalize": normalize, "scale": scale, "state": state}
+    if width(feature_map, k) > WIDEST:
+        return chapter.linear_attention(q, k, v, decay=decay, beta=beta, **options, return_state=return_state)
+    call = _Call(q, k, v, decay, beta, **options)
+    o, last, _ = read(*call.arrays, call.S, sequences=call.sequences)
+    o = o.reshape(*call.batch, call.q_heads, *o.shape[1:])
+    if normalize:
+        o = o[..., :-1] / o[..., -1:]
+    return (o, call.state_like(last.reshape(*call.k_shape[:-2], *last.shape[1:]))) if return_state else o
+
+
+@mirror.gradient(CONTRACT)
+def linear_attention_vjp(dy, q, k, v, *, decay=None, beta=None, feature_map=None, normalize=False, scale=None, state=None, dstate=None):
+    """Gradient of `linear_attention` on CuPy arrays, as `refimpl.linear_attention_vjp`. Keeps one state in eight, for each head of q."""
+    phi = feature_map_of(feature_map)
+    if phi is not None and not callable(getattr(phi, "vjp", None)):
+        raise TypeError(f"linear_attention: feature_map must have a method vjp(dphi, x) for the gradient (see FeatureMap), got {phi!r}")
+    if dstate is not None and isinstance(dstate, tuple) != bool(normalize):
+        raise TypeError(f"linear_attention: dstate must be {'a tuple (dS, dz)' if normalize else 'one array'}, as the state is")
+    dy, q, k, v, decay, beta = widened(dy, q, k, v, decay, beta)
+    options = {"feature_map": feature_map, "normalize": normalize, "scale": scale, "state": state}
+    if width(feature_map, k) > WIDEST:
+        return step_by_step_vjp(dy, q, k, v, decay=decay, beta=beta, **options, dstate=dstate)
+    call = _Call(q, k, v, decay, beta, **options)
+    o, _, kept = read(*call.arrays, call.S, sequences=call.sequences, keep=True)
+    do = flat(dy, (*call.batch, call.q_heads), 2)
+    if normalize:
+        do = do / o[..., -1:]
+        do = cp.concatenate([do, -(do * (o[..., :-1] / o[..., -1:])).sum(axis=-1, keepdims=True)], axis=-1)
+    g = read_vjp(do, *call.arrays, kept=kept, dlast=call.cotangent(dstate), sequences=call.sequences)
+    dq = g.q.reshape(*call.batch, call.q_heads, *g.q.shape[1:]) * call.scale
+    dk, dv, dg, dS = (call.over_group(x) for x in (g.k, g.v, g.w, g.state))
+    gradients = {}
+    if beta is not None:
+        da, db = call.over_group(g.a), call.over_group(g.b)
+        residual = dk - db  # what βk is worth: R (v - p)
+        gradients["beta"] = (call.k * residual).sum(axis=-1)
+        faded = np.exp(call.g) * da
+        dk, dg = call.beta * residual + faded, dg + call.k * faded
+    if phi is not None:
+        dq = phi.vjp(dq, np.broadcast_to(q, (*dq.shape[:-1], q.shape[-1])))
+        dk = phi.vjp(dk, np.broadcast_to(k, (*dk.shape[:-1], k.shape[-1])))
+    per_channel = decay is not None and decay.ndim == q.ndim
+    gradients |= {"q": dq, "k": dk, "v": dv[..., :-1] if normalize else dv, "decay": dg if per_channel else dg.sum(axis=-1)}
+    return gradients | {"state": call.state_like(dS)}
+
+
+class _Call:
+    """A call as the matrix memory takes it: heads of q are its sequences; k, v, decays and state are shared by those of a group."""
+
+    def __init__(self, q, k, v, decay, beta, *, feature_map, normalize, scale, state):
+        q, self.k, v, self.g, self.beta, S, z, self.scale = prepare(q, k, v, decay, beta, feature_map, normalize, scale, state)
+        self.normalize, self.k_shape, self.batch = normalize, self.k.shape, self.k.shape[:-3]
+        self.heads, self.group = q.shape[-4:-2]
+        self.q_heads = self.heads * self.group
+        if normalize:
+            v, S, self.scale = cp.concatenate([v, cp.ones_like(v[..., :1])], axis=-1), cp.concatenate([S, z[..., None]], axis=-1), 1
+        shared = (*self.batch, self.heads)
+        g = None if decay is None else flat(self.g, shared, 2)
+        w = g if g is None or g.shape[-1] == self.k.shape[-1] and g.shape[-1] > 1 else g[..., 0]
+        keys, a, b = self.k, None, None
+        if beta is not None:
+            keys = self.beta * self.k
+            a, b = flat(np.exp(self.g) * self.k, shared, 2), flat(-keys, shared, 2)
+        q = flat(q * self.scale, (*shared, self.group), 2)
+        self.sequences = len(q)
+        w = w if w is None else cp.ascontiguousarray(w)
+        self.arrays = (q, flat(keys, shared, 2), flat(v, shared, 2), w, a, b)
+        self.S = flat(S, shared, 2)
+
+    def over_group(self, x):
+        """Gradients of every head of q, summed over those that share a memory."""
+        return x.reshape(*self.batch, self.heads, self.group, *x.shape[1:]).sum(axis=-3 if x.ndim == 3 else -2)
+
+    def state_like(self, S):
+        return State(S[..., :-1], S[..., -1]) if self.normalize else S
+
+    def cotangent(self, dstate):
+        """The cotangent of the final state, which the first head of a group takes for all."""
+        if dstate is None:
+            return None
+        dS = cp.concatenate([dstate[0], dstate[1][..., None]], axis=-1) if self.normalize else dstate
+        dS = flat(dS, (*self.batch, self.heads), 2)
+        full = cp.zeros((len(dS), self.group, *dS.shape[1:]), dS.dtype)
+        full[:, 0] = dS
+        return full.reshape(-1, *dS.shape[1:])
