@@ -133,7 +133,7 @@ struct Tile {
 // One block: 32 V channels of one sequence, all of time. STAGES tiles are under way; a thread copies what it will itself
 // use, so its own wait is all the synchronisation that the ring needs.
 template <class P, int V, int L, int W, int STAGES>
-__global__ void __launch_bounds__(32 * W) walk_rows(OPERANDS) {
+__global__ void __launch_bounds__(32 * W, 1) walk_rows(OPERANDS) {
     GATHER
     using Packed = Pack<S, V>;
     extern __shared__ __align__(16) unsigned char memory[];
@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(32 * W, 1) split_rows(OPERANDS, i64 chunks, un
 // One block: one channel of one sequence, 32 W E steps at a time, the next tile on its way in registers. With `aligned`,
 // E neighbours are one access wherever time runs by steps of 1 or -1 and the input is not shifted.
 template <class P, int E, int W>
-__global__ void __launch_bounds__(32 * W) walk_lines(OPERANDS, int aligned) {
+__global__ void __launch_bounds__(32 * W, 1) walk_lines(OPERANDS, int aligned) {
     GATHER
     __shared__ Step<X> exchange[2][W];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

@@ -15,8 +15,6 @@ from refimpl.gpu.launch import Kernel, multiprocessors
 from refimpl.ops.state_space.selective_scan import CONTRACT
 
 FILE, FILE_GRADIENT = "kernel_selective_scan.cu", "kernel_selective_scan_gradient.cu"
-LARGEST = 128  # states that the widest instance holds
-TILE = 16  # steps between checkpoints
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,8 @@ FEW_CHANNELS = {16: Tiles(16, 1, 256, 32, 2)}  # where FAST would leave multipro
 FAST_GRADIENT = {4: Tiles(4, 1, 256, 16, 2), 16: Tiles(4, 4, 256, 16, 2), 64: Tiles(16, 4, 128, 16, 3), 128: Tiles(32, 4, 64, 32, 1)}
 FEW_GRADIENT = {16: Tiles(16, 1, 256, 16, 2)}
 # For float64 and complex rates: right, not tuned.
-SLOW = {16: Tiles(16, 1, 128, 16, 1), 64: Tiles(16, 4, 128, 16, 1), 128: Tiles(32, 4, 64, 32, 1)}
-SLOW_GRADIENT = {16: Tiles(16, 1, 128, 16, 1), 64: Tiles(32, 2, 32, 32, 1), 128: Tiles(32, 4, 32, 32, 1)}
+SLOW = {16: Tiles(16, 1, 128, 16, 1), 64: Tiles(16, 4, 128, 16, 1)}
+SLOW_GRADIENT = {16: Tiles(16, 1, 128, 16, 1), 64: Tiles(32, 2, 32, 32, 1)}
 
 # (storage of u, delta, z; storage of B, C; arithmetic of A and the states)
 FAST_TYPES = tuple((name, name, "float32") for name in ("float32", "float16", "bfloat16"))
@@ -91,8 +89,6 @@ class _Prepared:
 
     def __init__(self, u, delta, A, B, C, D, z, delta_bias, state):
         (self.T, self.c), (self.n, G) = u.shape[-2:], (A.shape[1], 1)
-        if self.n > LARGEST:
-            raise NotImplementedError(f"selective_scan: the kernels hold at most {LARGEST} states a channel, got n = {self.n}")
         complex_rates = A.dtype.kind == "c"
         self.grouped = {"B": CONTRACT.axis("G", u=u, A=A, B=B).get("B") is not None, "C": CONTRACT.axis("G", u=u, A=A, B=C).get("B") is not None}
         B, C = (x if self.grouped[name] else x[..., None, :] for name, x in (("B", B), ("C", C)))
@@ -112,7 +108,10 @@ class _Prepared:
         self.D, self.bias = (None if x is None else cp.ascontiguousarray(x.astype(self.real, copy=False)) for x in (D, delta_bias))
         self.state = None if state is None else self.states(state)
         self.fast = self.types in FAST_TYPES
-        self.size = next(size for size in (4, 16, 64, 128) if self.n <= size and (self.fast or size > 4))
+        sizes = FAST if self.fast else SLOW
+        if self.n > max(sizes):
+            raise NotImplementedError(f"selective_scan: in {self.number.name} the kernels hold at most {max(sizes)} states a channel, got n = {self.n}")
+        self.size = min(size for size in sizes if self.n <= size)
 
     def states(self, x):
         """(..., c, n) -> (N, c, n), contiguous."""
@@ -178,7 +177,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, *, delta_
     u, delta, z : cupy.ndarray, shape (..., T, c)
         float16, bfloat16, float32 or float64; read in place if channels are contiguous, else copied once.
     A : cupy.ndarray, shape (c, n)
-        n at most 128. Complex rates, and float64, take the same kernel, not tuned for them.
+        n at most 128, or 64 in float64 or for complex rates: the same kernel, not tuned for them.
     B, C : cupy.ndarray, shape (..., T, n) or (..., T, G, n)
     D, delta_bias : cupy.ndarray, shape (c,), optional
     delta_softplus : bool
@@ -194,7 +193,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, *, delta_
     Raises
     ------
     NotImplementedError
-        If n > 128.
+        If there are more states.
 
     Notes
     -----

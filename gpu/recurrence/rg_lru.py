@@ -1,0 +1,90 @@
+"""`rg_lru` on the device: gates and scan in one kernel, the policy `Gated` of ``cuda/kernel_linear_recurrence.cu``."""
+
+import cupy as cp
+import numpy as np
+
+from refimpl.gpu import mirror
+from refimpl.gpu.arrays import arithmetic, flat
+from refimpl.gpu.recurrence.linear_recurrence import empty_like_layout, instances, linear_recurrence, linear_recurrence_vjp, scan
+from refimpl.ops.recurrence.rg_lru import CONTRACT
+
+KERNELS = instances("Gated", ("float32", "float64", "float16", "bfloat16"))
+
+
+@mirror.form(CONTRACT)
+def rg_lru(x, r, i, log_a, *, exponent=8.0, reset=None, state=None, return_state=False):
+    """`refimpl.rg_lru` on CuPy arrays: x, r and i are read once and h is written once.
+
+    Parameters
+    ----------
+    x, r, i : cupy.ndarray, shape (..., T, c)
+        Complex x takes two kernels more.
+    log_a : cupy.ndarray, shape (c,)
+    exponent : float
+    reset : cupy.ndarray of bool, shape (..., T), optional
+        Costs one more pass over r.
+    state : cupy.ndarray, shape (..., c), optional
+    return_state : bool
+
+    Returns
+    -------
+    h : cupy.ndarray, shape (..., T, c)
+    state : cupy.ndarray, shape (..., c), only with `return_state`
+    """
+    if any(v is not None and v.dtype.kind == "c" for v in (x, r, i, log_a, state)):
+        a, m = _decay_and_factor(r, log_a, exponent, reset)
+        return linear_recurrence(a, m * (i * x), state=state, return_state=return_state)
+    if reset is not None:
+        r = cp.where(reset[..., None], r.dtype.type(np.inf), r)  # how the kernel is told that a segment starts
+    batch = np.broadcast_shapes(*(v.shape[:-2] for v in (x, r, i)), () if state is None else state.shape[:-1])
+    dtype, number = x.dtype, arithmetic(x.dtype)
+    x, r, i = (flat(v, batch, 2) for v in (x, r, i))
+    N, T, c = x.shape
+    rates = cp.ascontiguousarray(exponent * log_a.astype(number, copy=False)).astype(number, copy=False)
+    first = None if state is None else cp.ascontiguousarray(flat(state.astype(number, copy=False), batch, 1))
+    h, last = empty_like_layout(x, dtype), cp.empty((N, c), number) if return_state else None
+    if h.size:
+        scan("Gated", (x, r, i), (h,), first, rates, last)
+    elif return_state:
+        last = cp.zeros((N, c), number) if first is None else first.copy()
+    h = h.reshape(*batch, T, c)
+    return (h, last.reshape(*batch, c)) if return_state else h
+
+
+@mirror.gradient(CONTRACT)
+def rg_lru_vjp(dy, x, r, i, log_a, *, exponent=8.0, reset=None, state=None, dstate=None):
+    """Gradient of `rg_lru`: that of the recurrence in its kernels, that of the gates elementwise, in float32 for halves.
+
+    Parameters
+    ----------
+    dy : cupy.ndarray, shape (..., T, c)
+    dstate : cupy.ndarray, shape (..., c), optional
+
+    Returns
+    -------
+    dict
+        "x", "r", "i", "log_a", and "state" where one was given.
+    """
+    number = arithmetic(x.dtype)
+    dy, x, r, i, log_a = (v.astype(number, copy=False) if v.dtype.itemsize == 2 else v for v in (dy, x, r, i, log_a))
+    a, m = _decay_and_factor(r, log_a, exponent, reset)
+    b = m * (i * x)
+    batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2], dy.shape[:-2], () if state is None else state.shape[:-1])
+    shape = (*batch, *dy.shape[-2:])
+    a, b, dy = (cp.ascontiguousarray(cp.broadcast_to(v, shape)) for v in (a, b, dy))
+    first = cp.zeros((*batch, shape[-1]), b.dtype) if state is None else cp.broadcast_to(state, (*batch, shape[-1]))
+    through = linear_recurrence_vjp(dy, a, b, state=first, dstate=dstate)
+    db = through["b"]
+    flat_ = (m == 0) if reset is None else (m == 0) | reset[..., None]
+    slope = cp.where(flat_, 0, -a * a / cp.where(flat_, 1, m))
+    dw = a * through["a"] + slope * cp.conj(i * x) * db
+    return {"x": m * i * db, "r": exponent * log_a * dw, "i": m * cp.conj(x) * db, "log_a": exponent * r * dw, "state": through["state"]}
+
+
+def _decay_and_factor(r, log_a, exponent, reset):
+    """a_t and √(1 - a_t²), elementwise."""
+    w = exponent * r * log_a
+    a, m = cp.exp(w), cp.sqrt(-cp.expm1(2 * w))
+    if reset is not None:
+        a, m = cp.where(reset[..., None], 0, a), cp.where(reset[..., None], 1, m)
+    return a.astype(w.dtype, copy=False), m.astype(w.dtype, copy=False)
