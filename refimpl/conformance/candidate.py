@@ -78,7 +78,7 @@ class Candidate:
         if second is not None:
             other = self._request(second)
             request.second = dict(zip(other.names, other.positional, strict=True)) | other.keywords
-        answer = self._invoke(request)
+        answer = self._ask(request)
         answer.result = self._back(answer.result)
         answer.again = [self._back(r) for r in answer.again]
         return answer
@@ -88,9 +88,16 @@ class Candidate:
         dy = self.layout.results_in(dy) if self.layout else dy
         request = self._request(call, view=view)
         request.cotangents = (dy, dstate)
-        answer = self._invoke(request)
+        answer = self._ask(request)
         if isinstance(answer.result, dict) and self.layout:
             answer.result = {n: self.layout.argument_back(n, g) for n, g in answer.result.items()}
+        return answer
+
+    def _ask(self, request: Request) -> Answer:
+        """The answer; a function that takes any keyword refuses one by saying that it does not expect it."""
+        answer = self._invoke(request)
+        if answer.status == "ERROR" and self.support.keywords is None and "unexpected keyword argument" in answer.message:
+            return Answer(status="NOT_APPLICABLE", message=answer.message)
         return answer
 
     def _request(self, call: dict, **more) -> Request:

@@ -21,6 +21,7 @@ from refimpl.conformance.domain import Domain
 from refimpl.conformance.frameworks import FRAMEWORKS
 from refimpl.conformance.journal import Journal, forget_old, usual_place
 from refimpl.conformance.precision import Precision, precision
+from refimpl.conformance.refusals import weigh
 from refimpl.conformance.report import Report, Result
 from refimpl.conformance.smallest import smallest
 from refimpl.conformance.traits import excuse
@@ -156,18 +157,20 @@ def check(
 def _journal(report: Report, subject: Candidate, save: str | Path | bool, resume: str | Path | bool) -> Journal | None:
     if save is False and resume is False:
         return None
-    if not subject.source:
-        raise ValueError(f"check: results about {report.candidate} cannot be saved: no file of it can be found, so they could not be told from others'")
-    about = {"operator": report.operator, "candidate": report.candidate, "source": subject.source, "version": refimpl.__version__, **report.settings}
     named = {str(path) for path in (save, resume) if not isinstance(path, bool)}
     if len(named) > 1:
         raise ValueError(f"check: save={str(save)!r} and resume={str(resume)!r} name two files")
+    if not subject.source:
+        if not named and not resume:
+            return None
+        raise ValueError(f"check: results about {report.candidate} cannot be saved: no file of it can be found, so they could not be told from others'")
+    about = {"operator": report.operator, "candidate": report.candidate, "source": subject.source, "version": refimpl.__version__, **report.settings}
     try:
         if not named:
             forget_old()
-        return Journal(*(named or [usual_place(about)]), about, resume is not False)
+        return Journal(named.pop() if named else usual_place(about), about, resume is not False)
     except OSError:
-        if named or resume:
+        if resume or not isinstance(save, bool):
             raise
         return None  # no cache folder to write to, and nobody asked for one
 
@@ -175,12 +178,12 @@ def _journal(report: Report, subject: Candidate, save: str | Path | bool, resume
 def _work(trial: Trial, parts: list[Callable[[], Iterator]], journal: Journal | None, fail_fast: bool, progress: Progress | None) -> None:
     """All jobs, of one precision after the other; what the journal says is done is not done again."""
     report, number, total = trial.report, 0, 0
-    whole = [list(part()) for part in parts] if progress else parts
+    whole: list[Iterable] = [list(part()) for part in parts] if progress else [part() for part in parts]
     if progress:
-        total = sum(map(len, whole))
+        total = sum(len(part) for part in whole if isinstance(part, list))
     for part in whole:
         trial.subject.hope()
-        for label, run in part if isinstance(part, list) else part():
+        for label, run in part:
             if progress:
                 progress(number, total, label)
             name = _name(label, run)
@@ -234,6 +237,7 @@ def _conclude(trial: Trial, fail_fast: bool) -> None:
     """After all cases: what does not apply, the smallest failure, the diagnosis, the gates' own test."""
     report = trial.report
     excuse(report)
+    weigh(report)
     if report.failures:
         if not fail_fast:
             report.smallest = smallest(trial)

@@ -40,8 +40,9 @@ def parcel(function: Callable | str) -> str | bytes:
         _Packer(file, protocol=5).dump(function)
         return file.getvalue()
     except Exception as error:  # whatever a candidate's own __reduce__ may raise
-        place = getattr(sys.modules.get(module or ""), "__file__", None)
-        if place and place.endswith(".py") and module != "__main__" and _attribute(sys.modules[module], name) is function:
+        found = sys.modules.get(module or "")
+        place = getattr(found, "__file__", None)
+        if place and place.endswith(".py") and module != "__main__" and _attribute(found, name) is function:
             return f"{Path(place).resolve()}:{name}"
         shown = name or type(function).__name__
         raise CannotSend(

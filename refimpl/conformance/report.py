@@ -32,6 +32,8 @@ class Result:
         The candidate raised, or plainly has no notion of complex numbers: not applicable if no call of that trait works.
     seconds : float
         The candidate's time.
+    features : tuple of str
+        What a rule of refusal may speak of; kept where the candidate was asked for a plain result.
     """
 
     id: str
@@ -50,9 +52,10 @@ class Result:
     seconds: float = 0.0
     traits: tuple[str, ...] = ()
     excusable: bool = False
+    features: tuple[str, ...] = ()
 
     def to_dict(self) -> dict:
-        plain = {k: v for k, v in vars(self).items() if k != "excusable" and v is not None and not (isinstance(v, str | tuple) and not v)}
+        plain = {k: v for k, v in vars(self).items() if k not in ("excusable", "features") and v is not None and not (isinstance(v, str | tuple) and not v)}
         for key in ("got", "expected"):
             if key in plain:
                 plain[key] = str(plain[key])
@@ -61,12 +64,12 @@ class Result:
 
     def record(self) -> dict:
         """Plain data from which `of_record` makes the same result again."""
-        return self.to_dict() | {"excusable": self.excusable}
+        return self.to_dict() | {"excusable": self.excusable, "features": self.features}
 
     @classmethod
     def of_record(cls, record: dict) -> "Result":
         plain = dict(record) | {"ratio": float(record.get("ratio", 0.0))}
-        for key in ("index", "traits"):
+        for key in ("index", "traits", "features"):
             plain[key] = tuple(plain.get(key, ()))
         for key in ("got", "expected"):
             plain[key] = _Number(plain[key]) if key in plain else None

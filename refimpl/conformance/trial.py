@@ -143,8 +143,6 @@ def keywords(op: Op) -> set[str]:
 
 def trouble(answer: Answer) -> tuple[str, str] | None:
     """Status and message where there is nothing to judge, or nothing more."""
-    if answer.status == "ERROR" and "unexpected keyword argument" in answer.message:
-        return "NOT_APPLICABLE", answer.message
     if answer.status != "OK":
         return answer.status, answer.message
     if answer.mutated:

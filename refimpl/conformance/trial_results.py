@@ -13,6 +13,7 @@ from refimpl.conformance.cases import Case, cases, default_sizes
 from refimpl.conformance.diagnosis import Evidence
 from refimpl.conformance.invoke import Answer
 from refimpl.conformance.precision import Precision, rounded
+from refimpl.conformance.refusals import features
 from refimpl.conformance.report import Result
 from refimpl.conformance.shapes import shared
 from refimpl.conformance.traits import COMPLEX, real_parts, traits
@@ -65,7 +66,7 @@ def _case(trial: Trial, case: Case, to: Precision) -> None:
     answer = trial.subject.call(call, view=case.view, poison=[v.nbytes for v in right.values()])
     seconds = time.perf_counter() - start
     result = _judged(trial, case, call, to, right, answer)
-    result.seconds, result.traits = seconds, traits(trial.op, call)
+    result.seconds, result.traits, result.features = seconds, traits(trial.op, call), features(trial.op, case, call)
     if result.status not in ("PASS", "NOT_APPLICABLE"):
         result.excusable = _excusable(trial, result, call, to, right, answer)
     trial.report.cases.append(result)

@@ -1,0 +1,91 @@
+"""What a candidate refuses, and whether that leaves enough to say that it conforms.
+
+A refused call (NotImplementedError) is not a pass. It is no failure either where it follows a rule that can be named: an
+option or an optional array, a shape of an argument, complex numbers, a number of batch axes, strides, a size of 0 or 1, or
+two of these together. Such rules are listed under "not checked". What remains are refusals of calls that differ from
+answered ones in values or sizes alone. A function that refuses whatever it would get wrong looks like that; whoever means
+it says so with `domain`. Where they are more than a few, the verdict is "inconclusive".
+"""
+
+import itertools
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from refimpl.conformance.cases import Case, parameters
+from refimpl.conformance.report import Report, Result
+from refimpl.conformance.traits import traits
+from refimpl.op import Op
+
+FEW = 0.1  # of all calls that no rule sets aside
+_PAIRS_NEED = 4  # refused calls that a rule of two must cover, lest it be found by chance
+_RULES = 8  # rules of two, likewise
+_ALIKE = (("e", "d"), ("Hq", "Hkv"))
+
+
+def features(op: Op, case: Case, call: dict[str, Any]) -> tuple[str, ...]:
+    """What a rule of refusal may speak of, in words."""
+    _, optional, options = parameters(op)
+    found = [name if call.get(name) is not None else f"no {name}" for name in optional]
+    if op.stateful:
+        found += ["state" if call.get("state") is not None else "no state", "return_state" if call.get("return_state") else "no return_state"]
+    for name, default in options.items():
+        value = call.get(name, default)
+        found.append(f"{name}={getattr(value, '__name__', value)!s}" if not isinstance(value, float | np.ndarray) else name)
+    arrays = {a.name.partition(".")[0] for a in op.contract.arrays}
+    layout = op.contract.layout(**{n: v for n, v in call.items() if n in arrays})
+    found += [f"{name} of shape ({', '.join(axes)})" for name, axes in layout.items()]
+    found += traits(op, call)
+    sizes = {letter: size for letter, size in case.sizes.items() if isinstance(size, int)}
+    found += [f"{letter} = {size}" for letter, size in sizes.items() if size < 2]
+    for a, b in itertools.combinations(op.lengths, 2):
+        if sizes.get(a) != sizes.get(b):
+            found.append(f"{a} {'<' if sizes[a] < sizes[b] else '>'} {b}")
+    found += [f"{a} other than {b}" for a, b in _ALIKE if a in sizes and b in sizes and sizes[a] != sizes[b]]
+    return tuple(dict.fromkeys([*found, *(["strides"] if case.view != "contiguous" else [])]))
+
+
+def weigh(report: Report) -> None:
+    """Name the rules of what was refused; and where too much follows none, say so as the reason for no verdict."""
+    rules: dict[str, list[str]] = {}
+    stray: dict[str, tuple[list[Result], int]] = {}
+    precisions = list(dict.fromkeys(c.dtype for c in report.cases))
+    for dtype in precisions:
+        asked = [c for c in report.cases if c.dtype == dtype and c.features]
+        refused, answered = [c for c in asked if c.status == "NOT_APPLICABLE"], [c for c in asked if c.status != "NOT_APPLICABLE"]
+        if not refused:
+            continue
+        if not answered:
+            rules.setdefault(dtype, []).append(dtype)
+            continue
+        found, left = _rules(refused, answered)
+        for rule in found:
+            rules.setdefault(rule, []).append(dtype)
+        if left:
+            stray[dtype] = left, len(answered)
+    known = ", ".join(report.not_checked)
+    for rule, where in rules.items():
+        if rule not in known:
+            only = "" if rule in where or len(where) == len(precisions) else f" in {', '.join(where)}"
+            report.not_checked.append(f"{rule}{only} (it refuses)")
+    for dtype, (left, answered) in stray.items():
+        words = f"{len(left)} of {len(left) + answered} calls in {dtype} that differ from answered ones in sizes or values alone, {left[0].id} for one ({left[0].message})"
+        report.notes.append(f"it refuses {words}")
+        if len(left) > FEW * (len(left) + answered) and not report.reason:
+            report.reason = f"it refuses {words}; what it supports is said with domain="
+
+
+def _rules(refused: list[Result], answered: list[Result]) -> tuple[list[str], list[Result]]:
+    """Features, alone or two together, of which every call was refused: those that cover most first; and what none covers."""
+    found: list[str] = []
+    for size in (1, 2):
+        allowed = {c for r in answered for c in itertools.combinations(sorted(r.features), size)}
+        while refused:
+            counts = Counter(c for r in refused for c in itertools.combinations(sorted(r.features), size) if c not in allowed)
+            if not counts or (size == 2 and (max(counts.values()) < _PAIRS_NEED or sum(" with " in f for f in found) >= _RULES)):
+                break
+            best = max(counts, key=lambda c: (counts[c], [not f.startswith("no ") for f in c]))
+            found.append(" with ".join(best))
+            refused = [r for r in refused if not set(best) <= set(r.features)]
+    return found, refused

@@ -1,0 +1,81 @@
+"""A candidate may refuse by a rule that can be named; what it refuses without one leaves it unjudged."""
+
+import pytest
+
+import refimpl
+
+HOW = {"dtypes": ["float32"], "level": "quick"}
+
+
+def refusing(condition):
+    def candidate(a, b, *, state=None, reverse=False, return_state=False):
+        if condition(a=a, b=b, state=state, reverse=reverse, return_state=return_state):
+            raise NotImplementedError("not this")
+        return refimpl.linear_recurrence(a, b, state=state, reverse=reverse, return_state=return_state)
+
+    return candidate
+
+
+@pytest.mark.parametrize(
+    ("condition", "rule"),
+    [
+        (lambda state, **_: state is not None, "state (it refuses)"),
+        (lambda reverse, **_: reverse, "reverse=True (it refuses)"),
+        (lambda reverse, **_: not reverse, "reverse=False (it refuses)"),
+        (lambda a, **_: a.dtype.kind == "c", "complex arrays"),
+        (lambda b, **_: b.shape[-2] == 0, "T = 0 (it refuses)"),
+        (lambda b, **_: not b.flags.c_contiguous, "strides (it refuses)"),
+        (lambda state, reverse, **_: reverse and state is not None, "reverse=True with state (it refuses)"),
+        (lambda state, reverse, **_: reverse and state is None, "no state with reverse=True (it refuses)"),
+    ],
+)
+def test_a_rule_is_named(condition, rule):
+    report = refimpl.check("linear_recurrence", refusing(condition), **HOW)
+    assert report.verdict == "conforms", str(report)
+    assert rule in report.not_checked
+    assert rule in str(report)
+
+
+def test_a_precision_that_is_refused_is_named():
+    report = refimpl.check("linear_recurrence", refusing(lambda b, **_: b.dtype == "float64"), level="quick")
+    assert report.verdict == "conforms"
+    assert "float64 (it refuses)" in report.not_checked
+
+
+def test_a_few_values_are_named():
+    report = refimpl.check("linear_recurrence", refusing(lambda a, **_: (a == 0).any()), **{**HOW, "level": "standard"})
+    assert report.verdict == "conforms"
+    assert any("decay exactly 0" in note and "values" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("condition", [lambda b, **_: b.shape[-2] > 20, lambda b, **_: b.shape[-2] % 8, lambda b, **_: b.sum() > 0, lambda **_: True])
+def test_what_follows_no_rule_leaves_it_unjudged(condition):
+    report = refimpl.check("linear_recurrence", refusing(condition), **HOW)
+    assert report.verdict == "inconclusive"
+    assert not report.ok
+
+
+def test_sizes_are_declared():
+    candidate = refusing(lambda b, **_: b.shape[-2] % 8)
+    report = refimpl.check("linear_recurrence", candidate, **HOW, domain=refimpl.Domain(T=refimpl.multiple_of(8)))
+    assert report.verdict == "conforms", str(report)
+
+
+def test_an_unexpected_keyword_of_its_own_signature_is_an_error():
+    def candidate(a, b, *, reverse=False):
+        if reverse:
+            raise TypeError("inner() got an unexpected keyword argument 'reverse'")
+        return refimpl.linear_recurrence(a, b)
+
+    assert refimpl.check("linear_recurrence", candidate, **HOW).verdict == "wrong"
+
+
+def test_one_of_an_unknown_signature_is_a_refusal():
+    def candidate(a, b, **options):
+        if "reverse" in options:
+            raise TypeError("inner() got an unexpected keyword argument 'reverse'")
+        return refimpl.linear_recurrence(a, b, **options)
+
+    report = refimpl.check("linear_recurrence", candidate, **HOW)
+    assert report.verdict == "conforms"
+    assert "reverse=True (it refuses)" in report.not_checked
