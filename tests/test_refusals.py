@@ -22,7 +22,7 @@ def refusing(condition):
         (lambda state, **_: state is not None, "state (it refuses)"),
         (lambda reverse, **_: reverse, "reverse=True (it refuses)"),
         (lambda reverse, **_: not reverse, "reverse=False (it refuses)"),
-        (lambda a, **_: a.dtype.kind == "c", "complex arrays"),
+        (lambda a, **_: a.dtype.kind == "c", "complex arrays (it refuses)"),
         (lambda b, **_: b.shape[-2] == 0, "T = 0 (it refuses)"),
         (lambda b, **_: not b.flags.c_contiguous, "strides (it refuses)"),
         (lambda state, reverse, **_: reverse and state is not None, "reverse=True with state (it refuses)"),
@@ -37,9 +37,12 @@ def test_a_rule_is_named(condition, rule):
 
 
 def test_a_precision_that_is_refused_is_named():
-    report = refimpl.check("linear_recurrence", refusing(lambda b, **_: b.dtype == "float64"), level="quick")
+    report = refimpl.check("linear_recurrence", refusing(lambda b, **_: b.dtype.name in ("float64", "complex128")), level="quick")
     assert report.verdict == "conforms"
     assert "float64 (it refuses)" in report.not_checked
+    report = refimpl.check("linear_recurrence", refusing(lambda b, **_: b.dtype.name == "float64"), level="quick")
+    assert report.verdict == "conforms"
+    assert "real arrays in float64 (it refuses)" in report.not_checked
 
 
 def test_a_few_values_are_named():

@@ -15,7 +15,7 @@ import numpy as np
 
 from refimpl.conformance.cases import Case, parameters
 from refimpl.conformance.report import Report, Result
-from refimpl.conformance.traits import traits
+from refimpl.conformance.traits import COMPLEX, traits
 from refimpl.op import Op
 
 FEW = 0.1  # of all calls that no rule sets aside
@@ -36,7 +36,8 @@ def features(op: Op, case: Case, call: dict[str, Any]) -> tuple[str, ...]:
     arrays = {a.name.partition(".")[0] for a in op.contract.arrays}
     layout = op.contract.layout(**{n: v for n, v in call.items() if n in arrays})
     found += [f"{name} of shape ({', '.join(axes)})" for name, axes in layout.items()]
-    found += traits(op, call)
+    unusual = traits(op, call)
+    found += unusual if COMPLEX in unusual else ("real arrays", *unusual)
     sizes = {letter: size for letter, size in case.sizes.items() if isinstance(size, int)}
     found += [f"{letter} = {size}" for letter, size in sizes.items() if size < 2]
     for a, b in itertools.combinations(op.lengths, 2):
