@@ -6,7 +6,7 @@ otherwise; 1 GB is 10⁹ bytes. Operations count a multiply-add as two, as every
 
 from numbers import Integral, Real
 
-from refimpl.complexity.presets import PRESETS, Config, Experts, Mamba, Mamba2, MLSTM, RWKV4
+from refimpl.complexity.presets import MLP, MLSTM, PRESETS, RWKV4, Config, Experts, Mamba, Mamba2
 
 
 def parameters(config: Config | str) -> int:
@@ -34,7 +34,9 @@ def parameters(config: Config | str) -> int:
     51570323328
     """
     config = _config("parameters", config)
-    return _outside(config) + sum(b.count * (_mixer(config, b) + (b.channel.parameters(config.d) if b.channel else 0)) for b in config.blocks)
+    return _outside(config) + sum(
+        b.count * (_mixer(config, b) + (b.channel.parameters(config.d) if b.channel else 0)) for b in config.blocks
+    )
 
 
 def active_parameters(config: Config | str) -> int:
@@ -115,7 +117,12 @@ def state_bytes(config: Config | str, *, batch: int = 1, bits: float = 16, windo
     """
     config = _config("state_bytes", config)
     batch = _whole("state_bytes", "batch", batch, 1)
-    pairs = [(b.count, part.state(config.d)) for b in config.blocks for part in (b.mixer, b.channel) if hasattr(part, "state")]
+    pairs = [
+        (b.count, part.state(config.d))
+        for b in config.blocks
+        for part in (b.mixer, b.channel)
+        if part is not None and hasattr(part, "state")
+    ]
     elements = sum(count * (kept + (recent if window else 0)) for count, (kept, recent) in pairs)
     return _bytes("state_bytes", batch * elements, bits)
 
@@ -315,7 +322,7 @@ def _multiplying(config: Config) -> int:
             own = 2 * d * mixer.head_dim * (mixer.heads + mixer.kv_heads)
         if isinstance(channel, Experts):
             own += d * channel.count + channel.top * (3 if channel.expert.gated else 2) * d * channel.expert.width
-        elif hasattr(channel, "gated"):
+        elif isinstance(channel, MLP):
             own += (3 if channel.gated else 2) * d * channel.width
         elif channel is not None:
             own += 2 * d * channel.width + d * d
@@ -350,7 +357,7 @@ def _whole(function: str, name: str, value, least: int = 0) -> int:
 
 
 def _positive(function: str, name: str, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < float("inf"):
         raise ValueError(f"{function}: {name} must be a positive number, got {value!r}")
     return float(value)
 

@@ -215,7 +215,18 @@ class Config:
         return f"<Config {self.name}: {self.layers} layers, d {self.d}>"
 
 
-def llama(name: str, layers: int, d: int, heads: int, kv_heads: int, width: int, vocabulary: int, source: str, context: int, window: int | None = None) -> Config:
+def llama(
+    name: str,
+    layers: int,
+    d: int,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    vocabulary: int,
+    source: str,
+    context: int,
+    window: int | None = None,
+) -> Config:
     """A decoder in Llama's form: RMS norms, rotary positions, gated MLP, no bias."""
     mixer = Attention(heads, d // heads, kv_heads, window)
     return Config(name, d, vocabulary, (Block(layers, mixer, MLP(width)),), source, context=context)
@@ -224,7 +235,9 @@ def llama(name: str, layers: int, d: int, heads: int, kv_heads: int, width: int,
 def _gpt3() -> Config:
     dense = Attention(96, 128, 96, bias=True)
     mlp = MLP(4 * 12288, gated=False, bias=True)
-    source = "brown2020, table 2.1 and section 2.1 (layers alternate dense and locally banded; the band's width is not published, so all count as dense)"
+    source = (
+        "brown2020, table 2.1 and section 2.1: half of the layers are locally banded, of a width that is not published; all count as dense"
+    )
     return Config("gpt3-175b", 12288, 50257, (Block(96, dense, mlp),), source, tied=True, positions=2048, norm=2, context=2048)
 
 
@@ -260,15 +273,20 @@ PRESETS: dict[str, Config] = {
         llama("llama2-7b", 32, 4096, 32, 32, 11008, 32000, "touvron2023, table 1; configuration of meta-llama/Llama-2-7b", 4096),
         llama("llama2-13b", 40, 5120, 40, 40, 13824, 32000, "touvron2023, table 1; configuration of meta-llama/Llama-2-13b", 4096),
         llama("llama2-70b", 80, 8192, 64, 8, 28672, 32000, "touvron2023, table 1; configuration of meta-llama/Llama-2-70b", 4096),
-        llama("llama3-70b", 80, 8192, 64, 8, 28672, 128256, "grattafiori2024, table 3; configuration of meta-llama/Meta-Llama-3-70B", 8192),
+        llama("llama3-70b", 80, 8192, 64, 8, 28672, 128256, "grattafiori2024, table 3; configuration of "
+            "meta-llama/Meta-Llama-3-70B", 8192),
         llama("mistral-7b", 32, 4096, 32, 8, 14336, 32000, _MISTRAL, 8192, window=4096),
         _mixtral(),
-        Config("mamba-2.8b", 2560, 50280, (Block(64, Mamba(5120, dt_rank=160)),), "gu2023, table 3; configuration of state-spaces/mamba-2.8b", tied=True),
-        Config("mamba2-2.7b", 2560, 50288, (Block(64, Mamba2(5120)),), "dao2024, table 1; configuration of state-spaces/mamba2-2.7b", tied=True),
+        Config("mamba-2.8b", 2560, 50280, (Block(64, Mamba(5120, dt_rank=160)),), "gu2023, table 3; configuration of "
+            "state-spaces/mamba-2.8b", tied=True),
+        Config("mamba2-2.7b", 2560, 50288, (Block(64, Mamba2(5120)),), "dao2024, table 1; configuration of "
+            "state-spaces/mamba2-2.7b", tied=True),
         _jamba(),
-        Config("xlstm-7b", 4096, 50304, (Block(32, MLSTM(8, 256, 512), MLP(10944)),), "beck2025, section 3; configuration of NX-AI/xLSTM-7b"),
+        Config("xlstm-7b", 4096, 50304, (Block(32, MLSTM(8, 256, 512), MLP(10944)),), "beck2025, section 3; configuration of "
+            "NX-AI/xLSTM-7b"),
         _rwkv(),
-        Config("mamba-1.4b", 2048, 50280, (Block(48, Mamba(4096, dt_rank=128)),), "gu2023, table 12; section 4.5 compares it with a Transformer of that size", tied=True),
+        Config("mamba-1.4b", 2048, 50280, (Block(48, Mamba(4096, dt_rank=128)),), "gu2023, table 12; section 4.5 compares it with a "
+            "Transformer of that size", tied=True),
         _transformer(),
     )
 }  # fmt: skip

@@ -10,9 +10,10 @@ Over P devices, with c the time of one tile of T/P queries and keys and x that o
     ring, all pairs               c + (P - 1) max(c, x)                                                               (2)
     ring, causal, contiguous      the last device meets every shard: max(c/2 + (P-1) c, x + (P-1) c, (P-1) x + c)     (3)
     ring, causal, striped         c/2 + (P - 1) max(c/2, x)                                                           (4)
-    scan                          reduce(T/P) + ⌈log₂ P⌉ · hop + scan(T/P)                                            (5)
+    scan                          reduce(T/P) + ⌊log₂ P⌋ · hop + scan(T/P)                                            (5)
 
-The scan reads its input twice, first for the total of every shard, then with the state that comes in. `simulate` plays
+The scan reads its input twice, first for the total of every shard, then with the state that comes in. Its ⌈log₂ P⌉ rounds hold
+at most ⌊log₂ P⌋ messages in a chain: where P is no power of two, what the last round sends was ready early. `simulate` plays
 (2)-(5) event by event; tests hold the two against each other. These are floors: kernels that reach 70-90 % of a rate are
 good ones, and `compare` says what was measured where measurements are kept.
 
@@ -25,7 +26,8 @@ References
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, inf, log2
+from math import ceil, inf
+from typing import Any
 
 from refimpl.complexity.calculators import attention_pairs
 from refimpl.complexity.claims.measurements import Measurement, measurements
@@ -105,7 +107,17 @@ class Work:
 # -- what mixers do ----------------------------------------------------------------------------------------------------
 
 
-def attention_work(T: int, *, queries: int | None = None, d: int = 128, heads: int = 32, kv_heads: int = 8, causal: bool = True, element: int = 2, batch: int = 1) -> Work:
+def attention_work(
+    T: int,
+    *,
+    queries: int | None = None,
+    d: int = 128,
+    heads: int = 32,
+    kv_heads: int = 8,
+    causal: bool = True,
+    element: int = 2,
+    batch: int = 1,
+) -> Work:
     """Tiled attention [1]: two products and an exponential for every pair; q, k, v read and o written once."""
     n = T if queries is None else queries
     pairs = batch * heads * (attention_pairs(T, causal=True) if causal and n == T else n * T)
@@ -126,13 +138,26 @@ def selective_scan_work(T: int, *, c: int = 8192, n: int = 16, element: int = 2,
     return Work(0, 6 * states, states, moved, batch * element * T * (3 * c + 2 * n))
 
 
-def ssd_work(T: int, *, heads: int = 128, p: int = 64, n: int = 128, groups: int = 1, chunk: int = 128, element: int = 2, batch: int = 1, reduce: bool = False) -> Work:
+def ssd_work(
+    T: int,
+    *,
+    heads: int = 128,
+    p: int = 64,
+    n: int = 128,
+    groups: int = 1,
+    chunk: int = 128,
+    element: int = 2,
+    batch: int = 1,
+    reduce: bool = False,
+) -> Work:
     """Mamba-2 in chunks: scores within a chunk, their products with x, states in and out."""
     within = 2 * chunk * n * groups + 2 * chunk * p * heads
     states = 2 * n * p * heads
     products = batch * T * (states if reduce else within + 2 * states)
     moved = batch * element * T * ((1 if reduce else 2) * heads * p + 2 * groups * n)
-    return Work(products, batch * T * chunk * heads, batch * T * chunk * heads / 2, moved, batch * element * T * (2 * heads * p + 2 * groups * n))
+    return Work(
+        products, batch * T * chunk * heads, batch * T * chunk * heads / 2, moved, batch * element * T * (2 * heads * p + 2 * groups * n)
+    )
 
 
 SCANS: dict[str, tuple[Callable[..., Work], Callable[..., float]]] = {
@@ -159,7 +184,9 @@ class Prediction:
     resident: float
 
 
-def predict_time(mixer: str, T: int, machine: Machine | str = "h100", *, devices: int = 1, schedule: str = "striped", **sizes) -> Prediction:
+def predict_time(
+    mixer: str, T: int, machine: Machine | str = "h100", *, devices: int = 1, schedule: str = "striped", **sizes
+) -> Prediction:
     """Time of one mixer over T tokens.
 
     Parameters
@@ -210,7 +237,7 @@ def predict_time(mixer: str, T: int, machine: Machine | str = "h100", *, devices
     parts = {"scan": scan.seconds(machine)}
     if devices > 1:
         parts["reduce"] = work(shard, reduce=True, **sizes).seconds(machine)
-        parts["carries"] = scan_rounds(devices) * machine.hop(carry(**sizes))
+        parts["carries"] = scan_hops(devices) * machine.hop(carry(**sizes))
     limits = scan.limits(machine) | {"latency": machine.launch + parts.get("carries", 0.0)}
     return Prediction(mixer, T, devices, sum(parts.values()), max(limits, key=limits.__getitem__), parts, scan.resident)
 
@@ -219,7 +246,15 @@ def _attention(T: int, machine: Machine, devices: int, schedule: str, causal: bo
     if devices == 1:
         work = attention_work(T, causal=causal, **sizes)
         limits = work.limits(machine) | {"latency": machine.launch}
-        return Prediction("attention", T, 1, work.seconds(machine), max(limits, key=limits.__getitem__), {"attention": work.seconds(machine)}, work.resident)
+        return Prediction(
+            "attention",
+            T,
+            1,
+            work.seconds(machine),
+            max(limits, key=limits.__getitem__),
+            {"attention": work.seconds(machine)},
+            work.resident,
+        )
     tile, half, x, resident = ring_times(T, machine, devices, **sizes)
     if not causal:
         seconds = ring_all(tile, x, devices)
@@ -231,7 +266,9 @@ def _attention(T: int, machine: Machine, devices: int, schedule: str, causal: bo
     return Prediction("attention", T, devices, seconds, "link" if x > step else "products", {"tile": step, "hop": x}, resident)
 
 
-def ring_times(T: int, machine: Machine, devices: int, *, d: int = 128, kv_heads: int = 8, element: int = 2, batch: int = 1, **sizes) -> tuple[float, float, float, float]:
+def ring_times(
+    T: int, machine: Machine, devices: int, *, d: int = 128, kv_heads: int = 8, element: int = 2, batch: int = 1, **sizes
+) -> tuple[float, float, float, float]:
     """Seconds of a whole tile, of a tile of which half the pairs are masked, of a hop, and the bytes that a device holds."""
     shard = ceil(T / devices)
     whole = attention_work(shard, d=d, kv_heads=kv_heads, element=element, batch=batch, causal=False, **sizes)
@@ -251,12 +288,20 @@ def ring_contiguous(tile: float, half: float, x: float, devices: int) -> float:
     return max(half + rest * tile, x + rest * tile, rest * x + tile) if rest else half
 
 
-def scan_rounds(devices: int) -> int:
-    """Rounds of an exclusive scan by recursive doubling."""
-    return ceil(log2(devices))
+def scan_hops(devices: int) -> int:
+    """The longest chain of messages in an exclusive scan by recursive doubling: ⌊log₂ P⌋."""
+    return devices.bit_length() - 1
 
 
-def crossover(first: str, second: str, machine: Machine | str = "h100", *, devices: int = 1, limit: int = 10**9, sizes: Mapping[str, Mapping] | None = None) -> float:
+def crossover(
+    first: str,
+    second: str,
+    machine: Machine | str = "h100",
+    *,
+    devices: int = 1,
+    limit: int = 10**9,
+    sizes: Mapping[str, Mapping] | None = None,
+) -> float:
     """The length from which on the first mixer takes longer than the second, to one token; inf if not up to `limit`.
 
     Parameters
@@ -293,7 +338,18 @@ def crossover(first: str, second: str, machine: Machine | str = "h100", *, devic
 # -- against measurements ----------------------------------------------------------------------------------------------
 
 _MEASURED_AS = {"attention": "attention", "linear_recurrence": "recurrence", "selective_scan": "selective_scan", "ssd": "ssd"}
-_LETTERS = {"H": "heads", "Hq": "heads", "Hkv": "kv_heads", "B": "batch", "batch": "batch", "d": "d", "c": "c", "n": "n", "p": "p", "G": "groups"}
+_LETTERS = {
+    "H": "heads",
+    "Hq": "heads",
+    "Hkv": "kv_heads",
+    "B": "batch",
+    "batch": "batch",
+    "d": "d",
+    "c": "c",
+    "n": "n",
+    "p": "p",
+    "G": "groups",
+}
 _TAKES = {
     "attention": {"heads", "kv_heads", "batch", "d"},
     "recurrence": {"c", "batch"},
@@ -343,7 +399,7 @@ def compare(kept: Sequence[Measurement] | None = None, machines: Mapping[str, Ma
         mixer = _MEASURED_AS.get(m.op)
         if machine is None or mixer is None or "T" not in m.sizes:
             continue
-        sizes = {_LETTERS[k]: int(v) for k, v in m.sizes.items() if _LETTERS.get(k) in _TAKES[mixer]}
+        sizes: dict[str, Any] = {_LETTERS[k]: int(v) for k, v in m.sizes.items() if _LETTERS.get(k) in _TAKES[mixer]}
         if mixer == "attention" and "heads" in sizes:
             sizes.setdefault("kv_heads", sizes["heads"])
         element = {"float32": 4, "float64": 8}.get(m.dtype, 2)
@@ -364,7 +420,7 @@ def _check(mixer: str, T: int, devices: int, schedule: str) -> None:
         raise ValueError(f"predict_time: mixer must be one of {', '.join(MIXERS)}, got {mixer!r}")
     if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
         raise ValueError(f"predict_time: devices must be a whole number of at least 1, got {devices!r}")
-    if isinstance(T, bool) or not isinstance(T, int) or T < devices:
+    if isinstance(T, bool) or not isinstance(T, int) or devices > T:
         raise ValueError(f"predict_time: T must be a whole number of at least {devices}, one token a device, got {T!r}")
     if schedule not in ("striped", "contiguous"):
         raise ValueError(f"predict_time: schedule must be striped or contiguous, got {schedule!r}")

@@ -21,7 +21,11 @@ def page(machine: Machine, devices: Sequence[int]) -> RenderableType:
     for count in devices:
         how = "one device" if count == 1 else f"{count} devices (attention in a striped ring, scans of two levels)"
         parts += [Text(f"\n{how}", "bold"), _times(machine, count), _crossings(machine, count)]
-    parts.append(Text("\nA letter says what decides: p products, a arithmetic, e exponentials, b bandwidth, l latency, k link. Floors, not promises."))
+    parts.append(
+        Text(
+            "\nA letter says what decides: p products, a arithmetic, e exponentials, b bandwidth, l latency, k link. Floors, not promises."
+        )
+    )
     found = compare(machines={k: m for k, m in MACHINES.items() if k == machine.name})
     if found:
         parts += [Text("\nMeasured, in multiples of the floor", "bold"), _measured(found)]
@@ -55,7 +59,9 @@ def _measured(found) -> Table:
     for row in found:
         m = row.measurement
         sizes = " ".join(f"{k}{v:g}" for k, v in m.sizes.items())
-        grid.add_row(m.op, m.implementation, m.dtype, sizes, duration(m.seconds), f"×{row.ratio:.1f}", f"{m.device}, driver {m.driver}, {m.date}")
+        grid.add_row(
+            m.op, m.implementation, m.dtype, sizes, duration(m.seconds), f"×{row.ratio:.1f}", f"{m.device}, driver {m.driver}, {m.date}"
+        )
     return grid
 
 

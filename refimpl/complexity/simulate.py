@@ -77,7 +77,9 @@ def tiles(tile: float, half: float, *, causal: bool, schedule: str = "striped") 
     return lambda r, s: tile if s < r else half if s == r else 0.0
 
 
-def simulate_scan(a: np.ndarray, b: np.ndarray, devices: int, *, reduce: Sequence[float], scan: Sequence[float], hop: float) -> tuple[np.ndarray, float]:
+def simulate_scan(
+    a: np.ndarray, b: np.ndarray, devices: int, *, reduce: Sequence[float], scan: Sequence[float], hop: float
+) -> tuple[np.ndarray, float]:
     """A linear recurrence over shards: totals, an exclusive scan of them by recursive doubling, then every shard from its state.
 
     Parameters

@@ -12,20 +12,41 @@ from refimpl.ops.experts.moe import moe
 CLAIMS: list[Claim] = []
 
 
-@claim("moe", "Experts add capacity without adding computation.", sources=("D1", "D3", "shazeer2017", "fedus2021"), check="parameters and operations of a layer over one of its experts", jamba=1, top_one=1)
+@claim(
+    "moe",
+    "Experts add capacity without adding computation.",
+    sources=("D1", "D3", "shazeer2017", "fedus2021"),
+    check="parameters and operations of a layer over one of its experts",
+    jamba=1,
+    top_one=1,
+)
 def moe_claim(case: Case) -> None:
     layer = next(b.channel for b in PRESETS["jamba-v0.1"].blocks if isinstance(b.channel, Experts))
     single = layer.expert.parameters(4096)
     capacity = case.number("capacity", layer.parameters(4096) / single, "parameters of Jamba's layer of experts over one MLP", "×")
     work = case.number("jamba", layer.active(4096) / single, "its operations over one MLP's", "×")
     case.number("top_one", Experts(layer.count, 1, layer.expert).active(4096) / single, "operations if one expert is picked", "×")
-    total, active = (case.number(key, f("mixtral-8x7b") / 1e9, f"Mixtral's parameters, {key}", "10⁹") for key, f in (("all", parameters), ("active", active_parameters)))
+    total, active = (
+        case.number(key, f("mixtral-8x7b") / 1e9, f"Mixtral's parameters, {key}", "10⁹")
+        for key, f in (("all", parameters), ("active", active_parameters))
+    )
     case.compare("jamba")
     case.compare("top_one", given="each token goes to one expert")
-    case.states(f"With one expert a token. Jamba picks two: {capacity:.0f} times the parameters, {work:.0f} times the operations; Mixtral {total:.1f} and {active:.1f} billion, all of which must be resident.")
+    case.states(
+        f"With one expert a token. Jamba picks two: {capacity:.0f} times the parameters, {work:.0f} times the operations; Mixtral "
+        f"{total:.1f} and {active:.1f} billion, all of which must be resident."
+    )
 
 
-@claim("ffn", "The feed-forward network is linear in n and quadratic in d.", sources=("D3", "vaswani2017, section 3.3"), check="operations of a layer, and of a run", n=1, d=2, constant=16)
+@claim(
+    "ffn",
+    "The feed-forward network is linear in n and quadratic in d.",
+    sources=("D3", "vaswani2017, section 3.3"),
+    check="operations of a layer, and of a run",
+    n=1,
+    d=2,
+    constant=16,
+)
 def ffn(case: Case) -> None:
     work = lambda n, d: 2 * n * sum(matrix.size for matrix in (np.empty((d, 4 * d)), np.empty((4 * d, d))))
     case.number("n", slope(lambda n: work(n, 64), (256, 512)), "growth with n")
@@ -36,7 +57,14 @@ def ffn(case: Case) -> None:
     case.states("16 n d² for a hidden width of 4 d.")
 
 
-@claim("m2moe", "A block-diagonal MLP is a mixture of experts without a router.", sources=("D3", "fu2023, section 4"), check="blocks against experts that read and write their own features", error=1e-13, parameters=0.25)
+@claim(
+    "m2moe",
+    "A block-diagonal MLP is a mixture of experts without a router.",
+    sources=("D3", "fu2023, section 4"),
+    check="blocks against experts that read and write their own features",
+    error=1e-13,
+    parameters=0.25,
+)
 def m2moe(case: Case) -> None:
     rng = np.random.default_rng(0)
     T, b, d, f = 10, 4, 3, 8

@@ -23,7 +23,14 @@ from refimpl.ops.state_space.ssm import ssm
 CLAIMS: list[Claim] = []
 
 
-@claim("conv", "A linear RNN, or a state space model, is a convolution.", sources=("D3", "D4", "gu2021, section 2.4"), check="recurrence against convolution, LRU and SSM", lru=1, ssm=1)
+@claim(
+    "conv",
+    "A linear RNN, or a state space model, is a convolution.",
+    sources=("D3", "D4", "gu2021, section 2.4"),
+    check="recurrence against convolution, LRU and SSM",
+    lru=1,
+    ssm=1,
+)
 def conv(case: Case) -> None:
     call = call_of("lru", T=256)
     first = case.equal("lru", "lru", form("lru", "convolution")(**call), lru(**call), call, "LRU as a convolution")
@@ -32,7 +39,16 @@ def conv(case: Case) -> None:
     case.states(f"Equal to rounding ({max(first, second):.0e}), as long as nothing depends on time or input.")
 
 
-@claim("fft", "A transform takes the convolution from O(L²) to O(L log L).", sources=("D3", "D4", "gu2021, section 2.4"), check="transforms with and without padding; growth of the work", circular=1, padded=1, power=1, logs=1)
+@claim(
+    "fft",
+    "A transform takes the convolution from O(L²) to O(L log L).",
+    sources=("D3", "D4", "gu2021, section 2.4"),
+    check="transforms with and without padding; growth of the work",
+    circular=1,
+    padded=1,
+    power=1,
+    logs=1,
+)
 def fft(case: Case) -> None:
     call = call_of("long_conv", T=256, K=256, c=2)
     call.pop("skip", None)
@@ -40,7 +56,15 @@ def fft(case: Case) -> None:
     u, kernel = call["u"], call["kernel"]
     circular = np.fft.irfft(np.fft.rfft(u, axis=-2) * np.fft.rfft(kernel, axis=-2), n=256, axis=-2)
     case.equal("circular", "long_conv", circular, right, call, "a transform of length L")
-    case.equal("padded", "long_conv", form("long_conv", "fft")(**call), right, call, "a transform of at least 2 L - 1", given="sequence and kernel are padded to 2 L - 1")
+    case.equal(
+        "padded",
+        "long_conv",
+        form("long_conv", "fft")(**call),
+        right,
+        call,
+        "a transform of at least 2 L - 1",
+        given="sequence and kernel are padded to 2 L - 1",
+    )
     runs = {name: counted("long_conv", name) for name in ("direct", "fft")}
     case.number("direct", runs["direct"].work.power, "growth of the direct form's work, counted")
     case.number("power", runs["fft"].work.power, "growth of the transform's work, counted: power")
@@ -50,28 +74,69 @@ def fft(case: Case) -> None:
         case.compare(key, within=0, given="sequence and kernel are padded to 2 L - 1")
     work = lambda name: lambda n: catalogue()["long_conv"].forms[name].cost(T=n, K=n, c=1).work
     sizes = lengths(2**10, 2**20)
-    case.curves("tokens", "operations of a channel", direct=(sizes, [work("direct")(n) for n in sizes]), fft=(sizes, [work("fft")(n) for n in sizes]))
-    case.states(f"If padded: the error is {case.numbers['padded_error'].value:.0e}, without padding {case.numbers['circular_error'].value:.1f} (the end wraps round). Counted work grows as {runs['direct'].work} and {runs['fft'].work}.")
+    case.curves(
+        "tokens",
+        "operations of a channel",
+        direct=(sizes, [work("direct")(n) for n in sizes]),
+        fft=(sizes, [work("fft")(n) for n in sizes]),
+    )
+    case.states(
+        f"If padded: the error is {case.numbers['padded_error'].value:.0e}, without padding {case.numbers['circular_error'].value:.1f} "
+        f"(the end wraps round). Counted work grows as {runs['direct'].work} and {runs['fft'].work}."
+    )
 
 
-@claim("seqrnn", "Recurrence precludes training in parallel.", sources=("D1", "D3", "vaswani2017, section 1"), check="depth of a linear and of a nonlinear recurrence, counted", power=1)
+@claim(
+    "seqrnn",
+    "Recurrence precludes training in parallel.",
+    sources=("D1", "D3", "vaswani2017, section 1"),
+    check="depth of a linear and of a nonlinear recurrence, counted",
+    power=1,
+)
 def seqrnn(case: Case) -> None:
     scan = counted("linear_recurrence", "blelloch")
     case.number("power", scan.depth.power, "growth of the depth of a linear recurrence by a scan: power")
     case.number("logs", scan.depth.logs, "the same: logarithms")
-    case.number("nonlinear", min(counted("gru", name).depth.power for name in catalogue()["gru"].forms), "growth of the depth of a GRU, its best form: power")
+    case.number(
+        "nonlinear",
+        min(counted("gru", name).depth.power for name in catalogue()["gru"].forms),
+        "growth of the depth of a GRU, its best form: power",
+    )
     call = call_of("linear_recurrence", T=200, c=4)
-    case.number("same", abs(form("linear_recurrence", "blelloch")(**call) - linear_recurrence(**call)).max(), "scan against the sequential form")
+    case.number(
+        "same", abs(form("linear_recurrence", "blelloch")(**call) - linear_recurrence(**call)).max(), "scan against the sequential form"
+    )
     case.compare("power", ">=")
     case.compare("nonlinear", ">=", "power", given="the recurrence is nonlinear")
-    case.curves("tokens", "depth, counted", gru=(list(counted("gru", "recurrent").counts), [c.depth for c in counted("gru", "recurrent").counts.values()]), linear_by_scan=(list(scan.counts), [c.depth for c in scan.counts.values()]))
+    case.curves(
+        "tokens",
+        "depth, counted",
+        gru=(list(counted("gru", "recurrent").counts), [c.depth for c in counted("gru", "recurrent").counts.values()]),
+        linear_by_scan=(list(scan.counts), [c.depth for c in scan.counts.values()]),
+    )
     case.states(f"A nonlinear one has depth {counted('gru', 'fused').depth}; a linear one is an associative scan of depth {scan.depth}.")
 
 
-@claim("fftscan", "A transform or a scan makes the linear recurrence parallel.", sources=("D3", "martin2018"), check="both forms on constant and on varying decays", fft_varying=True, fft_constant=True, scan=1)
+@claim(
+    "fftscan",
+    "A transform or a scan makes the linear recurrence parallel.",
+    sources=("D3", "martin2018"),
+    check="both forms on constant and on varying decays",
+    fft_varying=True,
+    fft_constant=True,
+    scan=1,
+)
 def fftscan(case: Case) -> None:
     call = call_of("linear_recurrence", T=128, c=3)
-    case.equal("scan", "linear_recurrence", form("linear_recurrence", "hillis_steele")(**call), linear_recurrence(**call), call, "scan, decays that vary", part="scan")
+    case.equal(
+        "scan",
+        "linear_recurrence",
+        form("linear_recurrence", "hillis_steele")(**call),
+        linear_recurrence(**call),
+        call,
+        "scan, decays that vary",
+        part="scan",
+    )
     transform = form("linear_recurrence", "convolution")
 
     def works(a):
@@ -88,9 +153,22 @@ def fftscan(case: Case) -> None:
     case.states("The scan always; the transform only where decays are the same at all times.")
 
 
-@claim("ssm-cost", "A state space model costs O(n); O(N log N); O(log N).", sources=("D2", "D3", "D4"), check="work of scan and transform, depth of the scan", linear=1, transform=1, transform_logs=1, span=0)
+@claim(
+    "ssm-cost",
+    "A state space model costs O(n); O(N log N); O(log N).",
+    sources=("D2", "D3", "D4"),
+    check="work of scan and transform, depth of the scan",
+    linear=1,
+    transform=1,
+    transform_logs=1,
+    span=0,
+)
 def ssm_cost(case: Case) -> None:
-    recurrence, transform, scan = counted("ssm", "recurrent").work, counted("long_conv", "fft").work, counted("linear_recurrence", "blelloch")
+    recurrence, transform, scan = (
+        counted("ssm", "recurrent").work,
+        counted("long_conv", "fft").work,
+        counted("linear_recurrence", "blelloch"),
+    )
     case.number("linear", recurrence.power, "growth of the recurrence's work: power")
     case.number("transform", transform.power, "growth of the convolution's work by transforms: power")
     case.number("transform_logs", transform.logs, "the same: logarithms")
@@ -102,10 +180,19 @@ def ssm_cost(case: Case) -> None:
     case.compare("transform", within=0, part="O(N log N)")
     case.compare("transform_logs", within=0, part="O(N log N)")
     case.disagree("D2 says O(n), D3 and D4 O(N log N), D3 also O(log N).")
-    case.states(f"Each is right for something: work of the scan ({recurrence}), of transforms ({transform}), depth of the scan ({scan.depth}), as counted.")
+    case.states(
+        f"Each is right for something: work of the scan ({recurrence}), of transforms ({transform}), depth of the scan ({scan.depth}), "
+        f"as counted."
+    )
 
 
-@claim("kparams", "A convolution's kernel needs no more parameters for longer sequences.", sources=("D4", "poli2023, section 3"), check="arrays that define a kernel at two lengths", growth=1)
+@claim(
+    "kparams",
+    "A convolution's kernel needs no more parameters for longer sequences.",
+    sources=("D4", "poli2023, section 3"),
+    check="arrays that define a kernel at two lengths",
+    growth=1,
+)
 def kparams(case: Case) -> None:
     call = call_of("ssm_kernel", c=4, n=8)
     stored = sum(x.size for x in call.values() if isinstance(x, np.ndarray))
@@ -115,10 +202,19 @@ def kparams(case: Case) -> None:
     case.number("same", abs(kernels[1024][:64] - kernels[64]).max(), "the longer kernel's beginning against the shorter one")
     explicit = case.number("explicit", kernels[1024].size / kernels[64].size, "entries of the kernel itself, the same lengths")
     case.compare("growth", "<=")
-    case.states(f"True for an SSM (its A, B and C make a kernel of any length); a kernel that is stored entry by entry grows {explicit:.0f}-fold.")
+    case.states(
+        f"True for an SSM (its A, B and C make a kernel of any length); a kernel that is stored entry by entry grows {explicit:.0f}-fold."
+    )
 
 
-@claim("mlp-nonlin", "Nonlinearity in the MLP alone suffices.", sources=("D4", "orvieto2023, section 4"), check="superposition through two layers", without=0.01, with_mlp=0.01)
+@claim(
+    "mlp-nonlin",
+    "Nonlinearity in the MLP alone suffices.",
+    sources=("D4", "orvieto2023, section 4"),
+    check="superposition through two layers",
+    without=0.01,
+    with_mlp=0.01,
+)
 def mlp_nonlin(case: Case) -> None:
     rng = np.random.default_rng(0)
     call = call_of("ssm", T=24)
@@ -134,10 +230,18 @@ def mlp_nonlin(case: Case) -> None:
     case.compare("without", ">")
     case.compare("with_mlp", ">", given="an MLP stands between the layers")
     case.open("that models of that kind are as good", "training")
-    case.states(f"With an MLP the stack is nonlinear ({rich:.1f}); bare layers stay one linear time-invariant system ({bare:.0e}), however many.")
+    case.states(
+        f"With an MLP the stack is nonlinear ({rich:.1f}); bare layers stay one linear time-invariant system ({bare:.0e}), however many."
+    )
 
 
-@claim("linattn", "Linear attention is a linear RNN.", sources=("D3", "katharopoulos2020, section 3.4"), check="its state by linear_recurrence of outer products", error=1)
+@claim(
+    "linattn",
+    "Linear attention is a linear RNN.",
+    sources=("D3", "katharopoulos2020, section 3.4"),
+    check="its state by linear_recurrence of outer products",
+    error=1,
+)
 def linattn(case: Case) -> None:
     rng = np.random.default_rng(0)
     T, d = 64, 8
@@ -145,11 +249,24 @@ def linattn(case: Case) -> None:
     g = -rng.random((1, T))
     outer = (k[0][:, :, None] * v[0][:, None, :]).reshape(T, d * d)
     S = linear_recurrence(np.broadcast_to(np.exp(g[0])[:, None], (T, d * d)), outer).reshape(T, d, d)
-    error = case.equal("error", "linear_attention", np.einsum("td,tde->te", q[0], S)[None] / np.sqrt(d), linear_attention(q, k, v, decay=g), {"q": q, "k": k, "v": v, "decay": g}, "recurrence of outer products")
+    error = case.equal(
+        "error",
+        "linear_attention",
+        np.einsum("td,tde->te", q[0], S)[None] / np.sqrt(d),
+        linear_attention(q, k, v, decay=g),
+        {"q": q, "k": k, "v": v, "decay": g},
+        "recurrence of outer products",
+    )
     case.states(f"Equal to rounding ({error:.0e}); the state is a matrix of {d} × {d} for each head.")
 
 
-@claim("vanish", "RNNs forget: what is far counts for little.", sources=("D3", "bengio1994"), check="influence of the first of 101 steps", far=0.01)
+@claim(
+    "vanish",
+    "RNNs forget: what is far counts for little.",
+    sources=("D3", "bengio1994"),
+    check="influence of the first of 101 steps",
+    far=0.01,
+)
 def vanish(case: Case) -> None:
     b = np.zeros((101, 1))
     b[0] = 1
@@ -163,7 +280,15 @@ def vanish(case: Case) -> None:
     case.states(f"If |λ| < 1: 0.9^100 = {far:.1e}; a decay of 1 keeps everything.")
 
 
-@claim("gamma", "The normalisation of LRU and Hawk is tidier than Mamba's pair of decay and input.", sources=("D4", "orvieto2023, section 3.4", "de2024, section 2.4"), check="variance of the state under white input", lru=1, short=1, long=1)
+@claim(
+    "gamma",
+    "The normalisation of LRU and Hawk is tidier than Mamba's pair of decay and input.",
+    sources=("D4", "orvieto2023, section 3.4", "de2024, section 2.4"),
+    check="variance of the state under white input",
+    lru=1,
+    short=1,
+    long=1,
+)
 def gamma(case: Case) -> None:
     T = 4000
     b = np.zeros((T, 1))
@@ -178,39 +303,74 @@ def gamma(case: Case) -> None:
     case.compare("lru", within=0.01)
     case.compare("short", "<")
     case.compare("long", ">")
-    case.states(f"Variance {ours:.3f} at any decay, against {found[0]:.3f}, {found[1]:.2f} and {found[2]:.0f} for (e^-T, T) at T = 0.01, 1, 10.")
+    case.states(
+        f"Variance {ours:.3f} at any decay, against {found[0]:.3f}, {found[1]:.2f} and {found[2]:.0f} for (e^-T, T) at T = 0.01, 1, 10."
+    )
 
 
-@claim("nplr", "S4's matrix is diagonal plus low rank; or normal plus low rank.", sources=("D3", "D4", "gu2021, theorem 1"), check="HiPPO-LegS of 16 states put together again", error=1e-9, condition=10)
+@claim(
+    "nplr",
+    "S4's matrix is diagonal plus low rank; or normal plus low rank.",
+    sources=("D3", "D4", "gu2021, theorem 1"),
+    check="HiPPO-LegS of 16 states put together again",
+    error=1e-9,
+    condition=10,
+)
 def nplr_claim(case: Case) -> None:
     n = 16
     A, _ = hippo("legs", n)
     Lambda, P, _, V = nplr("legs", n)
     normal = V @ np.diag(Lambda) @ V.conj().T
-    error = case.number("error", abs(normal - V @ P @ P.conj().T @ V.conj().T - A).max() / abs(A).max(), "normal less rank one against A, relative")
+    error = case.number(
+        "error", abs(normal - V @ P @ P.conj().T @ V.conj().T - A).max() / abs(A).max(), "normal less rank one against A, relative"
+    )
     commutator = normal @ normal.conj().T - normal.conj().T @ normal
     case.number("normal", abs(commutator).max() / abs(normal).max() ** 2, "how far the normal part is from commuting with its adjoint")
     plain = case.number("plain", np.linalg.cond(scipy.linalg.eig(A)[1]), "condition of A's own eigenvectors")
     unitary = case.number("condition", np.linalg.cond(V), "condition of the normal part's")
     case.compare("error", "<=")
     case.compare("condition", "<=")
-    case.states(f"Both: normal (so diagonal in a unitary basis, condition {unitary:.0f}) less rank one, to {error:.0e}; A itself would take eigenvectors of condition {plain:.0e}.")
+    case.states(
+        f"Both: normal (so diagonal in a unitary basis, condition {unitary:.0f}) less rank one, to {error:.0e}; A itself would take "
+        f"eigenvectors of condition {plain:.0e}."
+    )
 
 
-@claim("monarch", "Monarch matrices implement the Fourier transform.", sources=("D3", "dao2022b, section 3", "fu2023b, section 3.1"), check="factors of order 32 against a transform of 1,024", error=1, products=1)
+@claim(
+    "monarch",
+    "Monarch matrices implement the Fourier transform.",
+    sources=("D3", "dao2022b, section 3", "fu2023b, section 3.1"),
+    check="factors of order 32 against a transform of 1,024",
+    error=1,
+    products=1,
+)
 def monarch(case: Case) -> None:
     m = 32
     n = m * m
     L, R, order = monarch_dft(m, m)
     x = np.random.default_rng(0).standard_normal(n) + 0j
-    error = case.equal("error", "monarch_matmul", monarch_matmul(x[order], L, R), np.fft.fft(x), {"x": x[order], "L": L, "R": R}, "two block-diagonal products against a transform")
+    error = case.equal(
+        "error",
+        "monarch_matmul",
+        monarch_matmul(x[order], L, R),
+        np.fft.fft(x),
+        {"x": x[order], "L": L, "R": R},
+        "two block-diagonal products against a transform",
+    )
     count = L.shape[0] * L.shape[1] * L.shape[2] + R.shape[0] * R.shape[1] * R.shape[2]
     case.number("products", count / (2 * n**1.5), "products of entries over 2 N^1.5")
     case.compare("products", within=0)
     case.states(f"To {error:.0e}, in {count:,} = 2 N^1.5 products at N = {n:,}: more than N log N, but all of them dense.")
 
 
-@claim("rwkv", "RWKV keeps a memory of constant size from step to step, up to 14B parameters.", sources=("D2", "peng2023, section 3"), check="recurrent against parallel form; bytes of the state", error=1, billions=14)
+@claim(
+    "rwkv",
+    "RWKV keeps a memory of constant size from step to step, up to 14B parameters.",
+    sources=("D2", "peng2023, section 3"),
+    check="recurrent against parallel form; bytes of the state",
+    error=1,
+    billions=14,
+)
 def rwkv(case: Case) -> None:
     call = call_of("wkv", T=48, c=6)
     error = case.equal("error", "wkv", form("wkv", "parallel")(**call), wkv(**call), call, "parallel against recurrent")

@@ -4,7 +4,7 @@ import numpy as np
 
 from refimpl.catalogue import catalogue
 from refimpl.complexity.calculators import kv_cache_bytes, parameters, state_bytes, weight_bytes
-from refimpl.complexity.claims.record import Case, Claim, claim
+from refimpl.complexity.claims.record import NOT_MEASURED, Case, Claim, claim
 from refimpl.complexity.claims.tools import A100, KIB, call_of, counted, form, lengths, slope
 from refimpl.complexity.presets import PRESETS, Attention, Experts
 from refimpl.core.numerics import sigmoid, softplus
@@ -29,7 +29,15 @@ def decay(step: float, method: str = "zoh") -> float:
     return float(discretize_diagonal(np.array([-1.0]), np.array([1.0]), np.array([step]), method=method)[0][0])
 
 
-@claim("T-lim", "A step near 0 keeps the state, a long one favours the input.", sources=("D4", "gu2023, section 3.5"), check="decay of x' = -x at short and long steps", short=0.99, long=0.01, euler_long=0.01)
+@claim(
+    "T-lim",
+    "A step near 0 keeps the state, a long one favours the input.",
+    sources=("D4", "gu2023, section 3.5"),
+    check="decay of x' = -x at short and long steps",
+    short=0.99,
+    long=0.01,
+    euler_long=0.01,
+)
 def t_lim(case: Case) -> None:
     case.number("short", decay(1e-3), "decay e^{aT} at T = 0.001")
     case.number("long", decay(20.0), "decay e^{aT} at T = 20")
@@ -40,11 +48,18 @@ def t_lim(case: Case) -> None:
     for key, relation in (("short", ">="), ("long", "<=")):
         case.compare(key, relation, given="the decay is e^{aT}")
     steps = np.linspace(0.01, 3, 60)
-    case.curves("step", "decay of x' = -x, absolute", exponential=(steps, [decay(h) for h in steps]), euler=(steps, [abs(decay(h, "euler")) for h in steps]))
+    case.curves(
+        "step",
+        "decay of x' = -x, absolute",
+        exponential=(steps, [decay(h) for h in steps]),
+        euler=(steps, [abs(decay(h, "euler")) for h in steps]),
+    )
     case.states(f"With e^{{aT}}. Euler's 1 + aT changes sign past T |a| = 1 ({flip:.1f} at 1.5) and grows past 2 ({far:.0f} at 20).")
 
 
-@claim("T-pos", "The step is always positive.", sources=("D4", "gu2023, section 3.6"), check="softplus in single precision", single=0, double=0)
+@claim(
+    "T-pos", "The step is always positive.", sources=("D4", "gu2023, section 3.6"), check="softplus in single precision", single=0, double=0
+)
 def t_pos(case: Case) -> None:
     case.number("single", softplus(np.array([-110.0], np.float32))[0], "softplus(-110) in single precision")
     case.number("double", softplus(np.array([-110.0]))[0], "softplus(-110) in double precision")
@@ -55,7 +70,15 @@ def t_pos(case: Case) -> None:
     case.states(f"As mathematics; in single precision softplus is 0 below {limit:.0f}, and such a step keeps the state exactly.")
 
 
-@claim("A-input", "In Mamba the matrices A, B, C depend on the input.", sources=("D3", "gu2023, section 3.2"), check="axes of the operator's arguments, and the decay of two steps", A=True, B=True, C=True)
+@claim(
+    "A-input",
+    "In Mamba the matrices A, B, C depend on the input.",
+    sources=("D3", "gu2023, section 3.2"),
+    check="axes of the operator's arguments, and the decay of two steps",
+    A=True,
+    B=True,
+    C=True,
+)
 def a_input(case: Case) -> None:
     arrays = {a.name: a for a in catalogue()["selective_scan"].contract.arrays}
     for name in "ABC":
@@ -68,10 +91,26 @@ def a_input(case: Case) -> None:
     case.disagree("D4 says that A is fixed.")
 
 
-@claim("seqtrain", "Selection rules out the convolution; training goes through a scan in O(log N).", sources=("D3", "gu2023, section 3.3"), check="depth and work of the scan; scan against recurrence", error=1, work=0, depth=0)
+@claim(
+    "seqtrain",
+    "Selection rules out the convolution; training goes through a scan in O(log N).",
+    sources=("D3", "gu2023, section 3.3"),
+    check="depth and work of the scan; scan against recurrence",
+    error=1,
+    work=0,
+    depth=0,
+)
 def seqtrain(case: Case) -> None:
     call = scan_call(T=256, c=2, n=4)
-    error = case.equal("error", "selective_scan", form("selective_scan", "associative")(**call), selective_scan(**call), call, "associative scan against recurrence", part="equal")
+    error = case.equal(
+        "error",
+        "selective_scan",
+        form("selective_scan", "associative")(**call),
+        selective_scan(**call),
+        call,
+        "associative scan against recurrence",
+        part="equal",
+    )
     n = 256
     scan = counted("selective_scan", "associative")
     levels = case.number("levels", int(np.log2(n)), "levels of the scan at 256 tokens")
@@ -81,7 +120,10 @@ def seqtrain(case: Case) -> None:
     case.number("logs", scan.depth.logs, "the same: logarithms")
     case.compare("work", "<=", part="O(log N)")
     case.compare("depth", "<=", part="O(log N)", given="there are as many processors as tokens")
-    case.states(f"On n processors: {levels} levels at 256 tokens, {products} = 2 (n - 1) compositions, equal to {error:.0e}. Training is not forced to be sequential.")
+    case.states(
+        f"On n processors: {levels} levels at 256 tokens, {products} = 2 (n - 1) compositions, equal to {error:.0e}. Training is not "
+        f"forced to be sequential."
+    )
 
 
 def _tree_products(n: int) -> int:
@@ -90,20 +132,42 @@ def _tree_products(n: int) -> int:
     return 2 * up
 
 
-@claim("implicit", "Mamba is an implicit causal attention.", sources=("D3", "ali2024, section 3"), check="the matrix that the scan applies", error=1)
+@claim(
+    "implicit",
+    "Mamba is an implicit causal attention.",
+    sources=("D3", "ali2024, section 3"),
+    check="the matrix that the scan applies",
+    error=1,
+)
 def implicit(case: Case) -> None:
     call = scan_call(T=48, c=2, n=4)
-    error = case.equal("error", "selective_scan", form("selective_scan", "attention")(**call), selective_scan(**call), call, "matrix against recurrence")
+    error = case.equal(
+        "error", "selective_scan", form("selective_scan", "attention")(**call), selective_scan(**call), call, "matrix against recurrence"
+    )
     T = 48
-    columns = [selective_scan(**call | {"u": np.broadcast_to((np.arange(T) == j)[:, None] * 1.0, call["u"].shape).copy()})[..., 0] for j in range(T)]
+    columns = [
+        selective_scan(**call | {"u": np.broadcast_to((np.arange(T) == j)[:, None] * 1.0, call["u"].shape).copy()})[..., 0]
+        for j in range(T)
+    ]
     matrix = np.stack(columns, axis=-1)  # (..., T, T), channel 0
     matrix = matrix.reshape(-1, T, T)[0]
     case.number("future", abs(np.triu(matrix, 1)).max(), "largest entry above the diagonal")
-    low, high = case.number("row_low", matrix.sum(axis=1).min(), "smallest sum of a row"), case.number("row_high", matrix.sum(axis=1).max(), "largest sum of a row")
-    case.states(f"Equal to rounding ({error:.0e}) and causal; but its entries have signs and its rows sum to anything ({low:.1f} to {high:.1f}).")
+    low, high = (
+        case.number("row_low", matrix.sum(axis=1).min(), "smallest sum of a row"),
+        case.number("row_high", matrix.sum(axis=1).max(), "largest sum of a row"),
+    )
+    case.states(
+        f"Equal to rounding ({error:.0e}) and causal; but its entries have signs and its rows sum to anything ({low:.1f} to {high:.1f})."
+    )
 
 
-@claim("gru", "Mamba's selection is the update gate of a GRU.", sources=("D3", "gu2023, theorem 1", "cho2014"), check="a = -1, B = 1, zero-order hold against h <- (1 - g) h + g x", error=1)
+@claim(
+    "gru",
+    "Mamba's selection is the update gate of a GRU.",
+    sources=("D3", "gu2023, theorem 1", "cho2014"),
+    check="a = -1, B = 1, zero-order hold against h <- (1 - g) h + g x",
+    error=1,
+)
 def gru_gate(case: Case) -> None:
     rng = np.random.default_rng(0)
     z, x = rng.standard_normal((2, 64, 4)) * 2
@@ -112,7 +176,9 @@ def gru_gate(case: Case) -> None:
     g = sigmoid(z)
     gate = {"a": 1 - g, "b": g * x}
     error = case.equal("error", "linear_recurrence", got, linear_recurrence(**gate), gate, "selection against a gate")
-    case.states(f"Exactly, for one state with a = -1 and B = 1 under zero-order hold: exp(-softplus z) = 1 - σ(z) (difference {error:.0e}).")
+    case.states(
+        f"Exactly, for one state with a = -1 and B = 1 under zero-order hold: exp(-softplus z) = 1 - σ(z) (difference {error:.0e})."
+    )
 
 
 @claim("reset", "The gate can erase the state.", sources=("D3", "gu2023, section 3.5"), check="what is left after one long step", left=1e-3)
@@ -125,7 +191,14 @@ def reset(case: Case) -> None:
     case.states(f"e^-10 = {left:.1e} is left.")
 
 
-@claim("membound", "An SSM is bound by bandwidth.", sources=("D2", "gu2023, section 3.3.2"), check="operations for a byte, N = 16, against the A100's ridge in fp32", fused=9.56, unfused=9.56)
+@claim(
+    "membound",
+    "An SSM is bound by bandwidth.",
+    sources=("D2", "gu2023, section 3.3.2"),
+    check="operations for a byte, N = 16, against the A100's ridge in fp32",
+    fused=9.56,
+    unfused=9.56,
+)
 def membound(case: Case) -> None:
     ridge = case.number("ridge", A100["fp32"] / A100["bytes"], "operations for a byte at which an A100 is balanced in fp32")
     unfused = case.number("unfused", PER_STATE / 12, "decay, input and state written and read, 2 bytes each")
@@ -135,7 +208,14 @@ def membound(case: Case) -> None:
     case.states(f"Unfused: {unfused:.2f} operations for a byte; a fused scan of 16 states has {fused:.0f}, past the ridge of {ridge:.1f}.")
 
 
-@claim("naive", "A naive SSM is slower than a Transformer.", sources=("D2", "gu2023, section 3.3.2"), check="bytes moved for a token and a channel; times", fused=1, unfused=1)
+@claim(
+    "naive",
+    "A naive SSM is slower than a Transformer.",
+    sources=("D2", "gu2023, section 3.3.2"),
+    check="bytes moved for a token and a channel; times",
+    fused=1,
+    unfused=1,
+)
 def naive(case: Case) -> None:
     attention = 4 * 2  # a fused attention reads q, k, v and writes o
     fused = case.number("fused", 6 / attention, "bytes of a fused scan over those of a fused attention", "×")
@@ -143,18 +223,30 @@ def naive(case: Case) -> None:
     ratio = case.number("states", 12 * 16 / 6, "unfused over fused scan", "×")
     case.compare("fused", ">")
     case.compare("unfused", ">", given="its states are written to the large memory")
-    case.open("that it is slower", "times of an unfused scan and of attention on one GPU", "not measured")
-    case.states(f"It moves {ratio:.0f} times the bytes of a fused scan, {unfused:.0f} times those of a fused attention; a fused one moves fewer ({fused:.2f}).")
+    case.open("that it is slower", "times of an unfused scan and of attention on one GPU", NOT_MEASURED)
+    case.states(
+        f"It moves {ratio:.0f} times the bytes of a fused scan, {unfused:.0f} times those of a fused attention; a fused one moves "
+        f"fewer ({fused:.2f})."
+    )
 
 
-@claim("sramfit", "The state is always held in fast memory.", sources=("D2", "gu2023, section 3.3.2"), check="bytes of a layer's state against a multiprocessor's 192 KiB", whole=192 * KIB, split=192 * KIB)
+@claim(
+    "sramfit",
+    "The state is always held in fast memory.",
+    sources=("D2", "gu2023, section 3.3.2"),
+    check="bytes of a layer's state against a multiprocessor's 192 KiB",
+    whole=192 * KIB,
+    split=192 * KIB,
+)
 def sramfit(case: Case) -> None:
     mixer = PRESETS["mamba-2.8b"].blocks[0].mixer
     whole = case.number("whole", mixer.state(2560)[0] * 4, "state of a layer of Mamba 2.8B in fp32", "bytes")
     split = case.number("split", whole / A100["sms"], "its share on each of 108 multiprocessors", "bytes")
     case.compare("whole", "<=")
     case.compare("split", "<=", given="channels are split over the multiprocessors")
-    case.states(f"A layer's {whole / 1e3:.0f} KB exceed the 192 KiB of one multiprocessor; split over 108 they are {split / 1e3:.0f} KB each.")
+    case.states(
+        f"A layer's {whole / 1e3:.0f} KB exceed the 192 KiB of one multiprocessor; split over 108 they are {split / 1e3:.0f} KB each."
+    )
 
 
 @claim("state", "The state of a Mamba model takes a few hundred MB.", sources=("D2",), check="byte formula, batch 1", largest=200)
@@ -163,12 +255,18 @@ def state(case: Case) -> None:
         ("mamba", "mamba-2.8b", 16, False), ("mamba_conv", "mamba-2.8b", 16, True), ("mamba_fp32", "mamba-2.8b", 32, False),
         ("mamba_fp32_conv", "mamba-2.8b", 32, True), ("mamba2", "mamba2-2.7b", 16, False), ("mamba2_fp32", "mamba2-2.7b", 32, False),
     ):  # fmt: skip
-        case.number(key, state_bytes(name, bits=bits, window=window) / MB, f"{name}, {bits} bits" + (", with the convolution's window" if window else ""), "MB")
+        case.number(
+            key,
+            state_bytes(name, bits=bits, window=window) / MB,
+            f"{name}, {bits} bits" + (", with the convolution's window" if window else ""),
+            "MB",
+        )
     case.number("largest", max(n.value for n in case.numbers.values()), "largest of them", "MB")
     case.compare("largest", ">=")
     value = lambda key: case.numbers[key].value
     case.states(
-        f"Batch 1: {value('mamba'):.1f} MB ({value('mamba_conv'):.1f} with the convolution's window; {value('mamba_fp32'):.1f} and {value('mamba_fp32_conv'):.1f} in fp32);"
+        f"Batch 1: {value('mamba'):.1f} MB ({value('mamba_conv'):.1f} with the convolution's window; {value('mamba_fp32'):.1f} and "
+        f"{value('mamba_fp32_conv'):.1f} in fp32);"
         f" Mamba-2 {value('mamba2'):.1f}, in fp32 {value('mamba2_fp32'):.1f}."
     )
 
@@ -180,7 +278,15 @@ def w_3b(case: Case) -> None:
     case.states(f"{parameters('mamba-2.8b') / 1e9:.3f} billion parameters, {size:.2f} GB.")
 
 
-@claim("mem-n2", "Memory: Mamba's is linear, the Transformer's quadratic, so that it runs out.", sources=("D2",), check="growth of what a run keeps alive", mamba=1, tiled=2, dense=2)
+@claim(
+    "mem-n2",
+    "Memory: Mamba's is linear, the Transformer's quadratic, so that it runs out.",
+    sources=("D2",),
+    check="growth of what a run keeps alive",
+    mamba=1,
+    tiled=2,
+    dense=2,
+)
 def mem_n2(case: Case) -> None:
     runs = {"mamba": counted("selective_scan", "recurrent"), "dense": counted("attention", "dense"), "tiled": counted("attention", "tiled")}
     for key, run in runs.items():
@@ -193,27 +299,61 @@ def mem_n2(case: Case) -> None:
     case.states("If the map is written down; with tiles and a cache, a Transformer's memory is linear too.")
 
 
-@claim("ssd", "SSMs and attention are dual; Mamba-2 is 2 to 8 times faster.", sources=("D2", "dao2024, theorem 3.5"), check="quadratic and chunked form against the recurrence; times", quadratic=1, chunked=1, speed=2)
+@claim(
+    "ssd",
+    "SSMs and attention are dual; Mamba-2 is 2 to 8 times faster.",
+    sources=("D2", "dao2024, theorem 3.5"),
+    check="quadratic and chunked form against the recurrence; times",
+    quadratic=1,
+    chunked=1,
+    speed=2,
+)
 def ssd_claim(case: Case) -> None:
     call = call_of("ssd", T=96)
     right = ssd(**call)
-    error = max(case.equal(name, "ssd", form("ssd", name)(**call), right, call, f"{name} form against the recurrence") for name in ("quadratic", "chunked"))
-    case.timing("speed", {"op": "selective_scan", "implementation": "mamba_ssm"}, {"op": "ssd", "implementation": "mamba_ssm"}, "Mamba over Mamba-2, 2 to 8 times")
+    error = max(
+        case.equal(name, "ssd", form("ssd", name)(**call), right, call, f"{name} form against the recurrence")
+        for name in ("quadratic", "chunked")
+    )
+    case.timing(
+        "speed",
+        {"op": "selective_scan", "implementation": "mamba_ssm"},
+        {"op": "ssd", "implementation": "mamba_ssm"},
+        "Mamba over Mamba-2, 2 to 8 times",
+    )
     case.states(f"For one decay per head and step (scalar A): a masked attention and the recurrence agree to {error:.0e}.")
 
 
-@claim("mislabel", "Mamba has Transformer and mixture-of-experts layers, a context of 256K, and three times Mixtral's throughput.", sources=("D1", "lieber2024", "gu2023"), check="layers of the published models", attention=0, experts=0)
+@claim(
+    "mislabel",
+    "Mamba has Transformer and mixture-of-experts layers, a context of 256K, and three times Mixtral's throughput.",
+    sources=("D1", "lieber2024", "gu2023"),
+    check="layers of the published models",
+    attention=0,
+    experts=0,
+)
 def mislabel(case: Case) -> None:
     count = lambda name, kind: sum(b.count for b in PRESETS[name].blocks if isinstance(b.mixer, kind) or isinstance(b.channel, kind))
     for key, kind in (("attention", Attention), ("experts", Experts)):
         case.number(key, count("mamba-2.8b", kind), f"layers of {key} in Mamba 2.8B")
         case.number(f"jamba_{key}", count("jamba-v0.1", kind), f"layers of {key} in Jamba v0.1")
         case.compare(key, ">")
-    case.states(f"That is Jamba: {case.numbers['jamba_attention'].value} layers of attention and {case.numbers['jamba_experts'].value} of experts among 32; Mamba has none of either.")
+    case.states(
+        f"That is Jamba: {case.numbers['jamba_attention'].value} layers of attention and {case.numbers['jamba_experts'].value} of "
+        f"experts among 32; Mamba has none of either."
+    )
     case.disagree("D1 quotes the abstract of Mamba, which says that it has neither attention nor MLP blocks.")
 
 
-@claim("thruput", "Mamba 1.4B generates twice as fast at 2K tokens, five times at 16K, more than five at 131K.", sources=("D2", "gu2023, section 4.5"), check="times", short=2, middle=5, long=5)
+@claim(
+    "thruput",
+    "Mamba 1.4B generates twice as fast at 2K tokens, five times at 16K, more than five at 131K.",
+    sources=("D2", "gu2023, section 4.5"),
+    check="times",
+    short=2,
+    middle=5,
+    long=5,
+)
 def thruput(case: Case) -> None:
     slow, fast = {"op": "generation", "implementation": "transformer-1.3b"}, {"op": "generation", "implementation": "mamba-1.4b"}
     for key, n in (("short", 2048), ("middle", 16384), ("long", 131072)):
@@ -221,7 +361,14 @@ def thruput(case: Case) -> None:
     case.states("The cited section measures 4 to 5 times, from larger batches; it has no figures by length.")
 
 
-@claim("select", "Gating by the data is essential.", sources=("D3", "gu2023, section 3.1"), check="a token kept through 50 distractors", lti=1e-6, gated=0)
+@claim(
+    "select",
+    "Gating by the data is essential.",
+    sources=("D3", "gu2023, section 3.1"),
+    check="a token kept through 50 distractors",
+    lti=1e-6,
+    gated=0,
+)
 def select(case: Case) -> None:
     rng = np.random.default_rng(0)
     T = 51
@@ -236,4 +383,7 @@ def select(case: Case) -> None:
     case.compare("lti", ">")
     case.compare("gated", "<=")
     case.open("that models without it are worse", "training")
-    case.states(f"As a mechanism: a time-invariant system lets distractors in ({leaked:.1f}); a step of 0 keeps the token exactly (change {kept:.0f}).")
+    case.states(
+        f"As a mechanism: a time-invariant system lets distractors in ({leaked:.1f}); a step of 0 keeps the token exactly (change "
+        f"{kept:.0f})."
+    )

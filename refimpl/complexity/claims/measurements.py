@@ -77,7 +77,16 @@ def _rows(path: Path) -> Iterator[Measurement]:
         for row in data["rows"]:
             if not row.get("seconds", 0) > 0:
                 raise ValueError(f"{path}: seconds must be positive, got {row.get('seconds')!r}")
-            yield Measurement(row["op"], row["implementation"], row["seconds"], data["device"], data["driver"], data["date"], row.get("dtype", ""), row.get("sizes", {}))
+            yield Measurement(
+                row["op"],
+                row["implementation"],
+                row["seconds"],
+                data["device"],
+                data["driver"],
+                data["date"],
+                row.get("dtype", ""),
+                row.get("sizes", {}),
+            )
     elif {"device", "driver"} <= data.get("params", {}).keys():
         yield from _asv(path, data)
 
@@ -110,6 +119,9 @@ def look_up(slow: Mapping[str, Any], fast: Mapping[str, Any]) -> tuple[Measureme
         for a in kept
         if a.matches(slow)
         for b in kept
-        if b.matches(fast) and a.run == b.run and a.dtype == b.dtype and all(a.sizes[s] == b.sizes[s] for s in a.sizes.keys() & b.sizes.keys())
+        if b.matches(fast)
+        and a.run == b.run
+        and a.dtype == b.dtype
+        and all(a.sizes[s] == b.sizes[s] for s in a.sizes.keys() & b.sizes.keys())
     ]
     return max(pairs, key=lambda pair: pair[0].date, default=None)

@@ -55,7 +55,7 @@ def derivation(result: Result) -> RenderableType:
     parts: list[RenderableType] = [
         Text.assemble((f"{claim.id}", "bold"), f"  ({claim.section})"),
         Text(claim.says),
-        Text("\nClaimed by", "bold"),
+        Text("\nSources", "bold"),
         *(Padding(Text(_cited(source)), (0, 0, 0, 2)) for source in claim.sources),
         Text.assemble(("\nChecked by ", "bold"), claim.check),
     ]
@@ -64,14 +64,24 @@ def derivation(result: Result) -> RenderableType:
     if result.comparisons:
         parts += [Text("\nCompared with the claim", "bold"), _comparisons(result)]
     for measured in result.measured:
-        parts.append(Text(f"  measured: {measured.implementation}, {measured.seconds:.3g} s, {measured.device}, driver {measured.driver}, {measured.date}"))
+        parts.append(
+            Text(
+                f"  measured: {measured.implementation}, {measured.seconds:.3g} s, {measured.device}, driver {measured.driver}, "
+                f"{measured.date}"
+            )
+        )
     if result.opened:
-        parts += [Text("\nOpen", "bold"), *(Padding(Text(f"{o.part}: {o.verdict}; it would take {o.needs}"), (0, 0, 0, 2)) for o in result.opened)]
+        parts += [
+            Text("\nOpen", "bold"),
+            *(Padding(Text(f"{o.part}: {o.verdict}; it would take {o.needs}"), (0, 0, 0, 2)) for o in result.opened),
+        ]
     if result.disagreements:
         parts += [Text("\nDocuments disagree", "bold"), *(Padding(Text(d), (0, 0, 0, 2)) for d in result.disagreements)]
     verdict = Text.assemble(("\nVerdict: ", "bold"), (f"{MARKS[result.verdict]} {result.verdict}", STYLES[result.verdict]))
     if result.conditions:
-        verdict.append(" " + "; and ".join(result.conditions))
+        verdict.append(" " + "; and if ".join(result.conditions))
+    if result.opened and result.parts:
+        verdict.append(" (of what could be computed; a part is open)", "dim")
     return Group(*parts, verdict, Text(result.statement))
 
 
@@ -93,12 +103,14 @@ def _numbers(numbers: Iterable[Number]) -> Table:
 def _comparisons(result: Result) -> Table:
     grid = Table.grid(padding=(0, 2))
     for justify in ("left", "left", "right", "left", "right"):
-        grid.add_column(justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        grid.add_column(justify=justify, no_wrap=True)
     grid.add_column(ratio=1)
     for c in result.comparisons:
-        reading = "; ".join(filter(None, (c.part, f"if {c.given}" if c.given else "")))
+        reading = Text(result.numbers[c.key].says)
+        if c.given:
+            reading.append(f"\n(if {c.given})", "yellow")
         mark = Text("✓", "green") if c.holds else Text("✗", "red")
-        grid.add_row("", mark, shown(c.computed), {"<=": "≤", ">=": "≥"}.get(c.relation, c.relation), shown(c.claimed), reading or "as it is stated")
+        grid.add_row("", mark, shown(c.computed), {"<=": "≤", ">=": "≥"}.get(c.relation, c.relation), shown(c.claimed), reading)
     return grid
 
 

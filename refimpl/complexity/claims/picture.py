@@ -14,10 +14,15 @@ def drawable(result: Result) -> bool:
 def _bars(result: Result) -> list[tuple[str, float, float, bool]]:
     """(what, claimed, computed, whether it holds) of the comparisons of positive numbers."""
     return [
-        (result.numbers[c.key].says + (f"\n(if {c.given})" if c.given else ""), float(c.claimed), float(c.computed), c.holds)
+        (_label(result, c.key, c.given), float(c.claimed), float(c.computed), c.holds)
         for c in result.comparisons
         if not isinstance(c.claimed, bool) and c.claimed > 0 and c.computed > 0
     ]
+
+
+def _label(result: Result, key: str, given: str) -> str:
+    number = result.numbers[key]
+    return number.says + (f", {number.unit}" if number.unit else "") + (f"\n(if {given})" if given else "")
 
 
 def draw(result: Result, path: Path) -> None:
@@ -40,8 +45,9 @@ def draw(result: Result, path: Path) -> None:
         _curves(axes, result)
     else:
         _compare(axes, result)
-    axes.set_title(_wrapped(f"{result.claim.id}: {result.claim.says}", 84), fontsize=10, loc="left")
-    figure.supxlabel(_wrapped(f"{result.verdict}: {result.statement}", 110), fontsize=8.5, x=0.01, ha="left")
+    figure.suptitle(_wrapped(f"{result.claim.id}: {result.claim.says}", 95), fontsize=10, x=0.01, ha="left")
+    verdict = " ".join((result.verdict, "; and if ".join(result.conditions))).strip()
+    figure.supxlabel(_wrapped(f"{verdict}.\n{result.statement}", 115), fontsize=8.5, x=0.01, ha="left")
     figure.savefig(path, dpi=150)
 
 
@@ -54,6 +60,10 @@ def _curves(axes: Any, result: Result) -> None:
     axes.set_xscale("log")
     if len(positive) == sum(len(curve.y) for curve in curves) and max(positive) > 20 * min(positive):
         axes.set_yscale("log")
+    ticks = sorted({value for curve in curves for value in curve.x})
+    if len(ticks) <= 8 and max(ticks) < 100 * min(ticks):
+        axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
+        axes.minorticks_off()
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
@@ -65,7 +75,10 @@ def _compare(axes: Any, result: Result) -> None:
     rows = range(len(bars))
     claimed, computed = [b[1] for b in bars], [b[2] for b in bars]
     axes.barh([r - 0.2 for r in rows], claimed, 0.38, label="claimed", color="0.75")
-    axes.barh([r + 0.2 for r in rows], computed, 0.38, label="computed", color=["tab:green" if b[3] else "tab:red" for b in bars])
+    for holds, colour, name in ((True, "tab:green", "computed, as claimed"), (False, "tab:red", "computed, not as claimed")):
+        chosen = [r for r in rows if bars[r][3] is holds]
+        if chosen:
+            axes.barh([r + 0.2 for r in chosen], [computed[r] for r in chosen], 0.38, label=name, color=colour)
     axes.set_yticks(list(rows), [_wrapped(b[0], 40) for b in bars], fontsize=8.5)
     axes.invert_yaxis()
     if max(claimed + computed) > 50 * min(claimed + computed):

@@ -15,15 +15,29 @@ from refimpl.ops.quantization.ternary import absmax_quantize, binary_quantize, t
 CLAIMS: list[Claim] = []
 
 
-@claim("ternary", "Weights -1, 0, 1 take 1.58 bits each.", sources=("D1", "ma2024"), check="log₂ 3, and weights that were packed", entropy=1.58, packed=1.6)
+@claim(
+    "ternary",
+    "Weights -1, 0, 1 take 1.58 bits each.",
+    sources=("D1", "ma2024"),
+    check="log₂ 3, and weights that were packed",
+    entropy=1.58,
+    packed=1.6,
+)
 def ternary(case: Case) -> None:
     entropy = case.number("entropy", np.log2(3), "bits of a choice among three", "bits")
     weights = np.random.default_rng(0).integers(-1, 2, (64, 1280)).astype(np.int8)
-    packed = case.number("packed", pack_ternary(weights, layout="base3").nbytes * 8 / weights.size, "bits of a weight, five to a byte", "bits")
-    before, after = case.number("before", 3e9 * 2 / 1e9, "3 · 10⁹ weights in 16 bits", "GB"), case.number("after", 3e9 * packed / 8 / 1e9, "the same packed", "GB")
+    packed = case.number(
+        "packed", pack_ternary(weights, layout="base3").nbytes * 8 / weights.size, "bits of a weight, five to a byte", "bits"
+    )
+    before, after = (
+        case.number("before", 3e9 * 2 / 1e9, "3 · 10⁹ weights in 16 bits", "GB"),
+        case.number("after", 3e9 * packed / 8 / 1e9, "the same packed", "GB"),
+    )
     case.compare("entropy", within=0.01)
     case.compare("packed", within=0)
-    case.states(f"log₂ 3 = {entropy:.3f}; five to a byte are {packed:.1f} bits, so 3 billion weights shrink from {before:.1f} to {after:.2f} GB.")
+    case.states(
+        f"log₂ 3 = {entropy:.3f}; five to a byte are {packed:.1f} bits, so 3 billion weights shrink from {before:.1f} to {after:.2f} GB."
+    )
 
 
 @claim("q2021", "Quantisation of neural networks began in 2021.", sources=("D1",), check="years of the works that it cites", first=2021)
@@ -43,7 +57,14 @@ def gaussian_error(quantize) -> float:
     return float(np.sqrt(np.mean((values * scale - w) ** 2)))
 
 
-@claim("q1ssm", "Mamba, xLSTM and Jamba surely go to one bit as well.", sources=("D1",), check="a pole of 0.999 in 8 bits; error of one-bit weights", pole=1, weights=1)
+@claim(
+    "q1ssm",
+    "Mamba, xLSTM and Jamba surely go to one bit as well.",
+    sources=("D1",),
+    check="a pole of 0.999 in 8 bits; error of one-bit weights",
+    pole=1,
+    weights=1,
+)
 def q1ssm(case: Case) -> None:
     q, scale = absmax_quantize(np.array([0.999, 1.0]), bits=8)
     pole = case.number("pole", float(np.asarray(q)[0] / np.asarray(q)[1]), "a pole of 0.999 beside one of 1, in 8 bits")
@@ -53,10 +74,21 @@ def q1ssm(case: Case) -> None:
     case.compare("pole", "<")
     case.compare("weights", "<", given="only the weights of matrices are quantised, not decays or states")
     case.open("that such models are good", "training")
-    case.states(f"Matrices perhaps (error {one:.2f} in one bit, {three:.2f} in ternary); a pole of 0.999 becomes {pole:.1f} already in 8 bits and never forgets.")
+    case.states(
+        f"Matrices perhaps (error {one:.2f} in one bit, {three:.2f} in ternary); a pole of 0.999 becomes {pole:.1f} already in 8 bits "
+        f"and never forgets."
+    )
 
 
-@claim("kv4", "A cache in four bits: 2.38 times the throughput, peak memory divided by 2.29.", sources=("D3", "kang2024, abstract"), check="bits of an entry with its scales; peak of Llama-2 7B", peak=2.29, given_share=2.29, throughput=2.38)
+@claim(
+    "kv4",
+    "A cache in four bits: 2.38 times the throughput, peak memory divided by 2.29.",
+    sources=("D3", "kang2024, abstract"),
+    check="bits of an entry with its scales; peak of Llama-2 7B",
+    peak=2.29,
+    given_share=2.29,
+    throughput=2.38,
+)
 def kv4(case: Case) -> None:
     bits = case.number("bits", 4 + 2 * 16 / 64, "bits of an entry, 16 for a scale and for a zero point of 64 entries", "bits")
     smaller = case.number("smaller", 16 / bits, "cache in 16 bits over that", "×")
@@ -72,11 +104,27 @@ def kv4(case: Case) -> None:
     case.number("given_share", peak(0.78), "division of the peak if the cache is 78 % of it", "×")
     case.compare("peak", part="peak")
     case.compare("given_share", part="peak", given="the cache is about 78 % of the peak")
-    case.timing("throughput", {"op": "generation", "implementation": "cache of 16 bits"}, {"op": "generation", "implementation": "cache of 4 bits"}, "2.38 times the throughput", "=")
-    case.states(f"With groups of 64 an entry takes {bits:.1f} bits, {smaller:.2f} times less; ÷2.29 needs a cache of {needed:.0%} of the peak (at {share:.0%}, ÷{peak(share):.2f}). D3 credits Google; the paper is GEAR.")
+    case.timing(
+        "throughput",
+        {"op": "generation", "implementation": "cache of 16 bits"},
+        {"op": "generation", "implementation": "cache of 4 bits"},
+        "2.38 times the throughput",
+        "=",
+    )
+    case.states(
+        f"With groups of 64 an entry takes {bits:.1f} bits, {smaller:.2f} times less; ÷2.29 needs a cache of {needed:.0%} of the peak "
+        f"(at {share:.0%}, ÷{peak(share):.2f}). D3 credits Google; the paper is GEAR."
+    )
 
 
-@claim("spec", "Speculative decoding gives the same distribution, with less waiting.", sources=("D3", "leviathan2022, theorem 3.5"), check="acceptance and residual put together; expected tokens", error=1, tokens=1)
+@claim(
+    "spec",
+    "Speculative decoding gives the same distribution, with less waiting.",
+    sources=("D3", "leviathan2022, theorem 3.5"),
+    check="acceptance and residual put together; expected tokens",
+    error=1,
+    tokens=1,
+)
 def spec(case: Case) -> None:
     rng = np.random.default_rng(0)
     target, draft = rng.dirichlet(np.ones(50), 2)
@@ -87,4 +135,6 @@ def spec(case: Case) -> None:
     tokens = case.number("tokens", expected_tokens(0.8, 4), "tokens for a call of the large model, acceptance 0.8, four drafted")
     case.compare("error", "<=")
     case.compare("tokens", ">")
-    case.states(f"The law is the target's (difference {worst:.0e}); at an acceptance of 0.8 and four drafted tokens a call yields {tokens:.2f}.")
+    case.states(
+        f"The law is the target's (difference {worst:.0e}); at an acceptance of 0.8 and four drafted tokens a call yields {tokens:.2f}."
+    )

@@ -18,14 +18,23 @@ def capacity() -> tuple[float, float]:
     return bits, bits / np.log2(PRESETS["mamba-2.8b"].vocabulary)
 
 
-@claim("lossy", "A state of fixed size must forget.", sources=("D2", "D3", "jelassi2024, theorem 2.7"), check="bits of the state against bits of the text", needed=1)
+@claim(
+    "lossy",
+    "A state of fixed size must forget.",
+    sources=("D2", "D3", "jelassi2024, theorem 2.7"),
+    check="bits of the state against bits of the text",
+    needed=1,
+)
 def lossy(case: Case) -> None:
     bits, tokens = capacity()
     case.number("Mbit", bits / 1e6, "bits of Mamba 2.8B's state", "Mbit")
     case.number("tokens", tokens / 1e6, "tokens of its vocabulary that so many bits tell apart", "10⁶")
     case.number("needed", 10e6 / tokens, "bits of ten million tokens over the state's")
     case.compare("needed", ">")
-    case.states(f"True beyond a ceiling: {bits / 1e6:.1f} Mbit, {tokens / 1e6:.2f} million tokens of {PRESETS['mamba-2.8b'].vocabulary:,} words, if every bit were used.")
+    case.states(
+        f"True beyond a ceiling: {bits / 1e6:.1f} Mbit, {tokens / 1e6:.2f} million tokens of {PRESETS['mamba-2.8b'].vocabulary:,} "
+        f"words, if every bit were used."
+    )
 
 
 def bit_errors(pairs: int, width: int, orthonormal: bool = False) -> float:
@@ -38,7 +47,14 @@ def bit_errors(pairs: int, width: int, orthonormal: bool = False) -> float:
     return float(np.mean(np.sign(keys @ S[0]) != values))
 
 
-@claim("recall", "A recurrent state cannot recall the originals.", sources=("D3", "schlag2021, section 4.1", "arora2024"), check="pairs written to and read from a matrix of 64 × 64", few=0.01, many=0.01)
+@claim(
+    "recall",
+    "A recurrent state cannot recall the originals.",
+    sources=("D3", "schlag2021, section 4.1", "arora2024"),
+    check="pairs written to and read from a matrix of 64 × 64",
+    few=0.01,
+    many=0.01,
+)
 def recall(case: Case) -> None:
     few = case.number("few", bit_errors(64, 64, orthonormal=True), "wrong bits of 64 orthonormal keys")
     many = case.number("many", bit_errors(128, 64), "wrong bits of 128 random keys")
@@ -46,10 +62,20 @@ def recall(case: Case) -> None:
     case.compare("many", ">", given="there are more pairs than the keys have dimensions")
     counts = (4, 8, 16, 32, 64, 128, 256)
     case.curves("pairs", "share of wrong bits, random keys of 64", random_keys=(counts, [max(bit_errors(n, 64), 1e-4) for n in counts]))
-    case.states(f"64 orthonormal pairs come back exactly ({few:.0%} wrong bits) from 64 × 64 numbers; of 128 random ones {many:.0%} of the bits are wrong.")
+    case.states(
+        f"64 orthonormal pairs come back exactly ({few:.0%} wrong bits) from 64 × 64 numbers; of 128 random ones {many:.0%} of the "
+        f"bits are wrong."
+    )
 
 
-@claim("unbound", "Context is unlimited; a million tokens were shown.", sources=("D2", "gu2023, section 4.3"), check="growth of state and step; tokens that the state can tell apart", step=1, told=1e7)
+@claim(
+    "unbound",
+    "Context is unlimited; a million tokens were shown.",
+    sources=("D2", "gu2023, section 4.3"),
+    check="growth of state and step; tokens that the state can tell apart",
+    step=1,
+    told=1e7,
+)
 def unbound(case: Case) -> None:
     A, B, C = np.full((1, 4), 0.9), np.ones((1, 4)), np.ones((1, 4))
     sizes = [ssm(np.ones((n, 1)), A, B, C, return_state=True)[1].size for n in (10, 1000)]
@@ -61,7 +87,13 @@ def unbound(case: Case) -> None:
     case.states(f"Computation and state never grow; what the state can hold ends at {tokens / 1e6:.2f} million tokens at best.")
 
 
-@claim("ar", "Associative recall explains 82 % of the gap to attention; a 70M Transformer beats a 1.4B Hyena at it.", sources=("D3", "arora2023"), check="training", share=0.82)
+@claim(
+    "ar",
+    "Associative recall explains 82 % of the gap to attention; a 70M Transformer beats a 1.4B Hyena at it.",
+    sources=("D3", "arora2023"),
+    check="training",
+    share=0.82,
+)
 def ar(case: Case) -> None:
     case.number("ratio", 1.4e9 / 70e6, "ratio of the two models' parameters", "×")
     case.open("82 % of the gap, 70M beats 1.4B", "training of both models and their evaluation")
@@ -97,7 +129,15 @@ def online_error(n: int, steps: int = 4000) -> float:
     return float(np.sqrt(np.mean((basis @ c - f) ** 2)))
 
 
-@claim("hippo", "Memory is compression: a few coefficients keep the history of a signal.", sources=("D4", "gu2020, section 3"), check="Legendre coefficients of a signal, best and online", few=0.05, many=1e-6, online=0.05)
+@claim(
+    "hippo",
+    "Memory is compression: a few coefficients keep the history of a signal.",
+    sources=("D4", "gu2020, section 3"),
+    check="Legendre coefficients of a signal, best and online",
+    few=0.05,
+    many=1e-6,
+    online=0.05,
+)
 def hippo_claim(case: Case) -> None:
     errors = {n: case.number(f"error_{n}", reconstruction_error(n), f"RMS error of {n} coefficients") for n in (4, 8, 16, 32)}
     online = case.number("online", online_error(16), "16 coefficients kept up online over 4,000 steps")
@@ -107,4 +147,8 @@ def hippo_claim(case: Case) -> None:
         case.compare(key, "<=")
     sizes = (2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 32)
     case.curves("coefficients", "RMS error", best=(sizes, [reconstruction_error(n) for n in sizes]))
-    case.states("True of smooth signals: " + ", ".join(f"{error:.2g} at N = {n}" for n, error in errors.items()) + f"; kept up online with N = 16, {online:.2g}.")
+    case.states(
+        "True of smooth signals: "
+        + ", ".join(f"{error:.2g} at N = {n}" for n, error in errors.items())
+        + f"; kept up online with N = 16, {online:.2g}."
+    )

@@ -101,7 +101,16 @@ class Claim:
         case = Case(self)
         with np.errstate(all="ignore"):
             self.compute(case)
-        return Result(self, case.numbers, tuple(case.comparisons), tuple(case.opened), case.statement, tuple(case.disagreements), case.chart, tuple(case.measured))
+        return Result(
+            self,
+            case.numbers,
+            tuple(case.comparisons),
+            tuple(case.opened),
+            case.statement,
+            tuple(case.disagreements),
+            case.chart,
+            tuple(case.measured),
+        )
 
 
 @dataclass
@@ -123,7 +132,9 @@ class Case:
         self.numbers[key] = Number(key, value, says, unit)
         return value
 
-    def compare(self, key: str, relation: str = "=", claimed: str | None = None, *, within: float = 0.02, given: str = "", part: str = "") -> None:
+    def compare(
+        self, key: str, relation: str = "=", claimed: str | None = None, *, within: float = 0.02, given: str = "", part: str = ""
+    ) -> None:
         """Hold the number `key` against what is claimed under that key, or under the key `claimed`.
 
         `given` names a reading under which the claim is judged besides the one as it stands; `within` is a relative
@@ -131,7 +142,9 @@ class Case:
         """
         self.comparisons.append(Comparison(key, relation, self.claim.claimed[claimed or key], self.numbers[key].value, within, given, part))
 
-    def equal(self, key: str, operator: str, got: Any, want: Any, call: Mapping[str, Any], says: str, **where: str) -> float:
+    def equal(
+        self, key: str, operator: str, got: Any, want: Any, call: Mapping[str, Any], says: str, *, given: str = "", part: str = ""
+    ) -> float:
         """Hold two algorithms in float64 against the sum of their error bounds: the number is error over bound."""
         op = catalogue()[operator]
         bound = op.error_bound(**call, unit=2.0**-53)
@@ -140,14 +153,24 @@ class Case:
         ratio = np.max(error / np.maximum(2 * np.asarray(bound), 1e-300), initial=0.0)
         self.number(f"{key}_error", error.max(initial=0.0), f"{says}: largest difference")
         self.number(key, ratio, f"{says}: largest difference over the bound of rounding errors")
-        self.compare(key, "<=", **where)
+        self.compare(key, "<=", given=given, part=part)
         return float(error.max(initial=0.0))
 
     def open(self, part: str, needs: str, verdict: str = OUT_OF_SCOPE) -> None:
         """Say that a part is not decided here."""
         self.opened.append(Open(part, needs, verdict))
 
-    def timing(self, key: str, slow: Mapping[str, Any], fast: Mapping[str, Any], says: str, relation: str = ">=", needs: str = "", part: str = "", within: float = 0.25) -> None:
+    def timing(
+        self,
+        key: str,
+        slow: Mapping[str, Any],
+        fast: Mapping[str, Any],
+        says: str,
+        relation: str = ">=",
+        needs: str = "",
+        part: str = "",
+        within: float = 0.25,
+    ) -> None:
         """Compare a ratio of two times that were measured in one run and kept; without such, the part stays open."""
         found = look_up(slow, fast)
         if found is None:
@@ -166,7 +189,7 @@ class Case:
         """The corrected statement, with the numbers computed."""
         self.statement = text
 
-    def curves(self, x: str, y: str, **curves: tuple[Sequence[float], Sequence[float]]) -> None:
+    def curves(self, x: str, y: str, **curves: tuple[Any, Any]) -> None:
         """What the picture shows, on logarithmic axes."""
         self.chart = (x, y, tuple(Curve(label.replace("_", " "), *data) for label, data in curves.items()))
 
@@ -256,7 +279,15 @@ class Result:
             "statement": self.statement,
             "numbers": {n.key: {"value": _plain(n.value), "unit": n.unit, "says": n.says} for n in self.numbers.values()},
             "comparisons": [
-                {"number": c.key, "relation": c.relation, "claimed": _plain(c.claimed), "computed": _plain(c.computed), "given": c.given, "part": c.part, "holds": c.holds}
+                {
+                    "number": c.key,
+                    "relation": c.relation,
+                    "claimed": _plain(c.claimed),
+                    "computed": _plain(c.computed),
+                    "given": c.given,
+                    "part": c.part,
+                    "holds": c.holds,
+                }
                 for c in self.comparisons
             ],
             "open": [{"part": o.part, "needs": o.needs, "verdict": o.verdict} for o in self.opened],
@@ -270,11 +301,13 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, bool | int) or value is None else float(value) if np.isfinite(value) else str(value)
 
 
-def claim(id: str, says: str, *, sources: Sequence[str], check: str, **claimed: Any) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
+def claim(
+    id: str, says: str, *, sources: Sequence[str], check: str, **claimed: Any
+) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
     """Decorate the function that computes a claim; its module's `CLAIMS` collects it, its module's title is the section."""
 
     def decorate(compute: Callable[[Case], None]) -> Callable[[Case], None]:
-        room = compute.__globals__  # type: ignore[attr-defined]
+        room = compute.__globals__
         section = room["__doc__"].split("\n")[0].partition(":")[0].rstrip(".")
         room["CLAIMS"].append(Claim(id, section, says, tuple(sources), check, claimed, compute))
         return compute

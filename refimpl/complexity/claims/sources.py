@@ -43,13 +43,16 @@ SOURCES = {
     "beck2024": "Beck et al. (2024). xLSTM. arXiv:2405.04517",
     "lieber2024": "Lieber et al. (2024). Jamba. arXiv:2403.19887",
     "poli2023b": "Together (2023). StripedHyena-7B, release note",
-    "arora2024": "Arora et al. (2024). Simple linear attention language models balance the recall-throughput tradeoff (Based). arXiv:2402.18668",
+    "arora2024": "Arora et al. (2024). Simple linear attention language models balance the recall-throughput tradeoff (Based). "
+    "arXiv:2402.18668",
     "arora2023": "Arora et al. (2023). Zoology: measuring and improving recall in efficient language models. arXiv:2312.04927",
-    "shazeer2017": "Shazeer et al. (2017). Outrageously large neural networks: the sparsely-gated mixture-of-experts layer. arXiv:1701.06538",
+    "shazeer2017": "Shazeer et al. (2017). Outrageously large neural networks: the sparsely-gated mixture-of-experts layer. "
+    "arXiv:1701.06538",
     "fedus2021": "Fedus et al. (2021). Switch Transformers. arXiv:2101.03961",
     "ma2024": "Ma et al. (2024). The era of 1-bit LLMs: all large language models are in 1.58 bits. arXiv:2402.17764",
     "wang2023": "Wang et al. (2023). BitNet. arXiv:2310.11453",
-    "jacob2018": "Jacob et al. (2018). Quantization and training of neural networks for efficient integer-arithmetic-only inference. arXiv:1712.05877",
+    "jacob2018": "Jacob et al. (2018). Quantization and training of neural networks for efficient integer-arithmetic-only inference. "
+    "arXiv:1712.05877",
     "shen2020": "Shen et al. (2020). Q-BERT. arXiv:1909.05840",
     "kang2024": "Kang et al. (2024). GEAR: an efficient KV cache compression recipe. arXiv:2403.05527",
     "leviathan2022": "Leviathan et al. (2022). Fast inference from Transformers via speculative decoding. arXiv:2211.17192",
