@@ -48,6 +48,8 @@ class _NoAnswer(Exception):
 
 def _law(trial: Trial, law: Law, to: Precision, T: int, combo: dict, label: str) -> None:
     def f(**call):
+        if call.get("return_state") is False:  # the default, which a law may spell out
+            del call["return_state"]
         outside = _outside(trial, call)
         if outside:  # a law may choose options of its own
             raise _NoAnswer("NOT_APPLICABLE", f"the law speaks of {outside}, which the candidate does not take")
@@ -116,8 +118,8 @@ def _outside(trial: Trial, call: dict) -> str:
     """The first option or optional array of a call, as text, that the candidate does not support; empty if it supports all."""
     _, optional, options = parameters(trial.op)
     takes = trial.subject.support.takes
-    for name in optional:
-        if call.get(name) is not None and not takes(name):
+    for name in [*optional, "state", "return_state"]:
+        if call.get(name) is not None and call[name] is not False and not takes(name):
             return name
     for name, default in options.items():
         value = call.get(name, default)

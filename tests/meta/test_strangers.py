@@ -378,3 +378,22 @@ def taps(x, weight, bias=None, *, activation=None, bug=""):
     y = y if bias is None or late else y + bias
     y = _silu(y) if activation == "silu" else y
     return (y + bias if late and bias is not None else y).astype(x.dtype)
+
+
+def test_a_candidate_without_states_is_not_asked_for_one_by_a_law():
+    """Laws may spell out ``return_state=False``, which is the default and no keyword that a candidate must have."""
+
+    def plain(x, dt, A, B, C):
+        return refimpl.ssd(x, dt, A, B, C)
+
+    report = refimpl.check("ssd", plain, level="quick", dtypes=["float32"])
+    assert report.ok, report
+
+
+def test_an_operator_of_a_readers_own_can_be_checked():
+    """It is in no catalogue, and the kit looks nothing up by its name."""
+    import dataclasses
+
+    op = dataclasses.replace(refimpl.OPS["linear_recurrence"], name="a_scan_of_my_own")
+    assert refimpl.check(op, op.definition, level="quick", dtypes=["float32"]).ok
+    assert not refimpl.check(op, lambda a, b: b, level="quick", dtypes=["float32"]).ok
