@@ -7,7 +7,7 @@ def describe(bad: np.ndarray, axes: tuple[str, ...]) -> str:
     """Words for the places where `bad` is true; `axes` names the last axes, the others are batch axes."""
     if bad.ndim == 0 or not bad.any():
         return "the only element" if bad.ndim == 0 else "nowhere"
-    names = tuple(f"batch axis {i}" if bad.ndim - len(axes) > 1 else "batch" for i in range(bad.ndim - len(axes))) + tuple(axes[-bad.ndim :] if axes else ())
+    names = axes_of(bad.ndim, axes)
     if bad.all():
         return "every element"
     parts = []
@@ -23,6 +23,12 @@ def describe(bad: np.ndarray, axes: tuple[str, ...]) -> str:
     inside = bad[np.ix_(*[np.flatnonzero(bad.any(axis=tuple(i for i in range(bad.ndim) if i != a))) for a in range(bad.ndim)])]
     tail = "" if inside.mean() > 0.5 else f" ({share:.2%} of the elements)"
     return "only " + ", ".join(parts) + tail
+
+
+def axes_of(ndim: int, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """A name for every axis, the last of which have these."""
+    batch = ndim - len(axes)
+    return tuple(f"batch axis {i}" if batch > 1 else "batch" for i in range(batch)) + tuple(axes[-ndim:] if axes else ())
 
 
 def _run(touched: np.ndarray, size: int, name: str) -> str:

@@ -34,6 +34,10 @@ class Result:
         The candidate's time.
     features : tuple of str
         What a rule of refusal may speak of; kept where the candidate was asked for a plain result.
+    picture : dict, optional
+        Of a failure: where the errors are (`refimpl.conformance.pictures.picture`). Kept for a few telling ones.
+    ulps : dict
+        By result, how far its elements are off (`refimpl.conformance.pictures.ulps`).
     """
 
     id: str
@@ -53,9 +57,11 @@ class Result:
     traits: tuple[str, ...] = ()
     excusable: bool = False
     features: tuple[str, ...] = ()
+    picture: dict[str, Any] | None = None
+    ulps: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
-        plain = {k: v for k, v in vars(self).items() if k not in ("excusable", "features") and v is not None and not (isinstance(v, str | tuple) and not v)}
+        plain = {k: v for k, v in vars(self).items() if k not in ("excusable", "features", "ulps") and v is not None and not (isinstance(v, str | tuple) and not v)}
         for key in ("got", "expected"):
             if key in plain:
                 plain[key] = str(plain[key])
@@ -64,7 +70,8 @@ class Result:
 
     def record(self) -> dict:
         """Plain data from which `of_record` makes the same result again."""
-        return self.to_dict() | {"excusable": self.excusable, "features": self.features}
+        plain = self.to_dict() | {"excusable": self.excusable, "features": self.features, "ulps": self.ulps}
+        return {k: v for k, v in plain.items() if k != "picture"}
 
     @classmethod
     def of_record(cls, record: dict) -> "Result":

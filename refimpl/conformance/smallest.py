@@ -26,11 +26,12 @@ def smallest(trial: Trial) -> Result | None:
     for sizes in sorted(tries, key=lambda s: np.prod([v for k, v in s.items() if k != "batch"])):
         smaller = _again(trial, case, to, sizes)
         if smaller is not None and _elements(smaller[0].call) <= INLINE:  # a snippet can only write it out
-            return trial.failure(smaller[0], to, smaller[1], smaller[0].call)
+            case, finding, numbers = smaller
+            return trial.drawn(trial.failure(case, to, finding, case.call), finding, *numbers)
     return next((c for c in trial.report.failures if c.id == case.id and c.dtype == to.name), None)
 
 
-def _again(trial: Trial, case: Case, to: Precision, sizes: dict) -> tuple[Case, Finding] | None:
+def _again(trial: Trial, case: Case, to: Precision, sizes: dict) -> tuple[Case, Finding, tuple] | None:
     for attempt in range(3):
         try:
             drawn = trial.draw(np.random.default_rng([trial.seed, attempt, 3]), sizes, case.recipe["combo"], to, case.recipe["hard"])
@@ -42,9 +43,11 @@ def _again(trial: Trial, case: Case, to: Precision, sizes: dict) -> tuple[Case, 
         if trouble(answer) is not None:
             return None
         got = trial.named(answer, drawn.call)
-        finding = trial.gate(case.klass, drawn.call, to, got, drawn.right, truth.tolerance(trial.op, drawn.call, to, drawn.right))
+        limits = truth.tolerance(trial.op, drawn.call, to, drawn.right)
+        finding = trial.gate(case.klass, drawn.call, to, got, drawn.right, limits)
         if finding is not None:
-            return Case(case.operator, case.klass, f"{case.name}, made smaller", drawn.call, drawn.sizes, case.view, case.recipe), finding
+            smaller = Case(case.operator, case.klass, f"{case.name}, made smaller", drawn.call, drawn.sizes, case.view, case.recipe)
+            return smaller, finding, (got, drawn.right, limits)
     return None
 
 

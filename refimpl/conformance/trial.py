@@ -14,7 +14,8 @@ from refimpl.conformance.domain import Domain
 from refimpl.conformance.ensemble import ensemble
 from refimpl.conformance.gates import Finding
 from refimpl.conformance.invoke import Answer
-from refimpl.conformance.pattern import describe
+from refimpl.conformance.pattern import axes_of, describe
+from refimpl.conformance.pictures import picture
 from refimpl.conformance.precision import Precision, rounded
 from refimpl.conformance.report import Report, Result
 from refimpl.conformance.snippet import snippet
@@ -108,10 +109,7 @@ class Trial:
 
     def failure(self, case: Case, to: Precision, finding: Finding, call: dict) -> Result:
         """A finding as the report shows it: the place, the pattern in words, Python that reproduces it."""
-        pattern = ""
-        if finding.bad is not None:
-            named = [r for r in (*self.op.contract.results, *self.op.contract.states) if r.name == finding.output]
-            pattern = describe(finding.bad, tuple(a.rstrip("?") for r in named for a in r.shapes[0].axes))
+        pattern = describe(finding.bad, self._axes(finding.output)) if finding.bad is not None else ""
         recall = f"{self.op.name!r}, {case.id!r}, dtype={to.name!r}, level={self.level!r}, seed={self.seed}"
         if self.subject.support.keywords is not None:
             recall += f", keywords={sorted(self.subject.support.keywords & keywords(self.op))!r}"
@@ -121,6 +119,20 @@ class Trial:
             case.id, case.klass, to.name, finding.status, finding.message, finding.output, finding.index, finding.got, finding.expected, finding.bound,
             finding.ratio, pattern, text,
         )  # fmt: skip
+
+    def _axes(self, output: str) -> tuple[str, ...]:
+        """The last axes of a result, or of an argument whose gradient it is, by the contract's letters."""
+        contract = self.op.contract
+        named = [r for r in (*contract.results, *contract.states, *contract.arrays) if r.name == output]
+        return tuple(a.rstrip("?") for r in named[:1] for a in r.shapes[0].axes)
+
+    def drawn(self, result: Result, finding: Finding, got: dict, right: dict, limits: dict) -> Result:
+        """The result with a picture of the errors that were found."""
+        name = finding.output
+        if isinstance(got.get(name), np.ndarray) and name in right:
+            axes = axes_of(right[name].ndim, self._axes(name))
+            result.picture = picture(axes, got[name], np.asarray(right[name]), np.asarray(limits[name]))
+        return result
 
     def keep(self, evidence: Evidence) -> None:
         """Remember a case for the diagnosis: failures, and a few passes that no explanation may contradict."""

@@ -91,6 +91,7 @@ def _judge(trial: Trial, to: Precision, number: int, drawn: Drawn, label: str, k
             trial.keep(Evidence(call, to, {n: got[n] for n in right}, right, limits, (dy, dstate), failed=finding is not None))
         result = Result(case.id, case.klass, to.name, "PASS") if finding is None else trial.failure(case, to, finding, call)
         if finding is not None:
+            trial.drawn(result, finding, got, right, limits)
             result.snippet, result.pattern = "", describe(finding.bad, ()) if finding.bad is not None else ""
             result.excusable = COMPLEX in marks or ("shape" in finding.message and bool(shared(trial.op, call)))
     result.seconds, result.traits = seconds, marks

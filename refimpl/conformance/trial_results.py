@@ -12,6 +12,7 @@ from refimpl.conformance import gates, truth
 from refimpl.conformance.cases import Case, cases, default_sizes
 from refimpl.conformance.diagnosis import Evidence
 from refimpl.conformance.invoke import Answer
+from refimpl.conformance.pictures import ulps
 from refimpl.conformance.precision import Precision, rounded
 from refimpl.conformance.refusals import features
 from refimpl.conformance.report import Result
@@ -82,11 +83,19 @@ def _judged(trial: Trial, case: Case, call: dict, to: Precision, right: dict, an
         trial.keep(Evidence(call, to, got, right, limits, failed=finding is not None))
     if finding is not None:
         trial.failed_cases.append((case, to, finding))
-        return trial.failure(case, to, finding, call)
+        result = trial.drawn(trial.failure(case, to, finding, call), finding, got, right, limits)
+        result.ulps = _spread(got, right, to)
+        return result
     for name, exact in right.items():
         if exact.size > 8 and exact.dtype.kind in "fc":  # integers are compared exactly
             trial.teeth.setdefault(name, set()).update(gates.teeth(exact, limits[name]))
-    return Result(case.id, case.klass, to.name, "PASS")
+    closest = max((float(np.max(gates.error_ratio(got[n], right[n], limits[n]), initial=0.0)) for n in right if right[n].dtype.kind in "fc"), default=0.0)
+    return Result(case.id, case.klass, to.name, "PASS", ratio=closest, ulps=_spread(got, right, to))
+
+
+def _spread(got: dict, right: dict, to: Precision) -> dict[str, dict[str, int]]:
+    """Gate G4, which only reports: how far every result is off, in units in the last place."""
+    return {n: h for n, exact in right.items() if isinstance(got.get(n), np.ndarray) and (h := ulps(got[n], exact, to, n.startswith("state")))}
 
 
 def _excusable(trial: Trial, result: Result, call: dict, to: Precision, right: dict, answer: Answer) -> bool:
@@ -143,12 +152,13 @@ def _compared(trial: Trial, case: Case, to: Precision, results: list, other: dic
     if of_other == first and not trial.subject.mutable:
         return Result(case.id, case.klass, to.name, "PASS")
     got = trial.named(Answer(results[2]), other)
-    finding = trial.gate(case.klass, other, to, got, right, truth.tolerance(trial.op, other, to, right))
+    limits = truth.tolerance(trial.op, other, to, right)
+    finding = trial.gate(case.klass, other, to, got, right, limits)
     if finding is None:
         return Result(case.id, case.klass, to.name, "PASS")
     if of_other == first:
         return Result(case.id, case.klass, to.name, "NONDETERMINISTIC", "other values in the same memory give the first call's result: an answer is cached")
-    return trial.failure(case, to, finding, other)
+    return trial.drawn(trial.failure(case, to, finding, other), finding, got, right, limits)
 
 
 def _bits(result) -> bytes:
