@@ -138,6 +138,22 @@ def test_left_half_plane_inside_the_unit_circle(method):
     assert (np.abs(np.linalg.eigvals(A_bar)).max() < 1) == (method != "euler")
 
 
+@pytest.mark.parametrize("dt", [1e-3, 1.0, 1e3, 1e6])
+@pytest.mark.parametrize("method", ["bilinear", "backward_euler", "zoh"])
+def test_stable_systems_stay_stable_at_any_step(method, dt, rng):
+    """Eigenvalues λ of the left half plane, of matrices that are not normal, go where the formula sends them: inside the circle."""
+    for n in (2, 3, 5, 8):
+        eigenvalues = -rng.uniform(0.01, 3, n) + 1j * rng.uniform(-10, 10, n)
+        S = rng.standard_normal((n, n)) + 1j * rng.standard_normal((n, n))
+        A = S @ np.diag(eigenvalues) @ np.linalg.inv(S)
+        z = dt * eigenvalues
+        image = {"bilinear": lambda z: (1 + z / 2) / (1 - z / 2), "backward_euler": lambda z: 1 / (1 - z), "zoh": np.exp}[method](z)
+        found = np.linalg.eigvals(discretize(A, np.ones(n) + 0j, dt, method=method)[0])
+        assert np.all(abs(image) < 1)
+        assert np.max(abs(np.sort_complex(found) - np.sort_complex(image))) < 1e-9 * np.linalg.cond(S) ** 2
+        assert np.max(abs(found)) < 1 + 1e-12 * np.linalg.cond(S) ** 2
+
+
 @pytest.mark.parametrize("method", ["zoh", "mamba"])
 def test_gradient_is_scipy_expm_frechet(method, rng):
     A, B, dt = rng.standard_normal((4, 4)), rng.standard_normal((4, 2)), 0.6

@@ -102,6 +102,33 @@ def test_legs_remembers_more_with_more_coefficients():
     assert errors[1] < errors[0] and errors[2] < errors[1] / 10 and errors[3] < errors[2] / 10, errors
 
 
+@pytest.mark.parametrize(
+    ("past", "rate"),
+    [
+        (lambda s: np.where(s > 0.4, 1.0, 0.0), 0.5),
+        (lambda s: np.maximum(s - 0.4, 0.0), 1.5),
+        (lambda s: np.where(s > 0.4, (s - 0.4) ** 2, 0.0), 2.5),
+    ],
+    ids=["a jump", "a kink", "a jump of the curvature"],
+)
+def test_legs_remembers_as_well_as_theory_says(past, rate):
+    """Legendre coefficients of a function whose k-th derivative jumps fall as i^-(k+1), so that the error falls as n^-(k+1/2)."""
+    t = np.geomspace(1e-3, 1, 6000)
+    s, weights = scipy.special.roots_legendre(3000)
+    s = (s + 1) / 2
+    sizes, errors = (6, 12, 24, 48), []
+    for n in sizes:
+        A, B = hippo("legs", n)
+        A_bar, B_bar = discretize(A, B, np.log(t[1] / t[0]))  # in log t the system is constant: all steps are alike
+        x = np.zeros(n)
+        for middle in (t[1:] + t[:-1]) / 2:
+            x = A_bar @ x + B_bar * past(middle)
+        off = sum(x[i] * legendre(i, s) for i in range(n)) - past(s)
+        errors.append(np.sqrt((off**2 * weights).sum() / 2))
+    slope = -np.polyfit(np.log(sizes), np.log(errors), 1)[0]
+    assert abs(slope - rate) < 0.25, (slope, errors)
+
+
 def test_legt_and_fout_forget_what_left_the_window():
     """An input that ended more than a window ago leaves less, the more coefficients there are to notice."""
     left = {}
