@@ -10,7 +10,7 @@ _LAZY = {
     "Counts": "refimpl.complexity.counter",
     "Uncounted": "refimpl.complexity.counter",
     "fit": "refimpl.complexity.growth",
-    "growth": "refimpl.complexity.growth",
+    "leading_term": "refimpl.complexity.growth",
     "measure": "refimpl.complexity.runs",
     "costs": "refimpl.complexity.table",
     "predict": "refimpl.complexity.table",

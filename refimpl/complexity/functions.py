@@ -63,6 +63,7 @@ UFUNCS: dict[str, tuple[str, int, int]] = {
     "bitwise_count": ("integer", 1, 1),
 }
 MIXED = {"add": 1, "subtract": 1, "multiply": 2}  # a real and a complex number
+IDENTITIES = {"add": 0, "multiply": 1, "maximum": -np.inf, "minimum": np.inf, "logical_and": True, "logical_or": False}
 PRODUCTS = {"matmul", "vecdot", "matvec", "vecmat"}
 
 
@@ -155,12 +156,13 @@ def fold(name: str, function: Callable, array, axis=None, *, keepdims=False, las
     with outside():
         raw = asarray(function(bare, axis=axis, keepdims=keepdims, **plain(kwargs)))
     kind, each = weight(name, [bare, bare], bare)
+    started = int("initial" in kwargs and kwargs["initial"] != IDENTITIES[name])  # from the identity, a fold does nothing more
     depth, axes = depth_of(array), _axes(axis, bare.ndim)
     if isinstance(depth, np.ndarray):
         depth = depth.max(axis=axes, keepdims=bool(keepdims), initial=CONSTANT)
     each_of = bare.size // raw.size if raw.size else 0
-    count = max(bare.size - raw.size, 0) + (raw.size if "initial" in kwargs and bare.size else 0)
-    depth = raised(depth, levels(each_of + ("initial" in kwargs))) if bare.size else CONSTANT
+    count = max(bare.size - raw.size, 0) + started * raw.size if bare.size else 0
+    depth = raised(depth, levels(each_of + started)) if bare.size else CONSTANT
     if name == "add" and kind == "add":
         kind = "sum"
     if bare.dtype.kind == "b" and name == "add":

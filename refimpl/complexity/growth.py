@@ -19,13 +19,14 @@ from refimpl.op import Op
 
 LENGTHS = (16, 32, 64, 128, 256)
 LONGER = (512, 1024)  # tried in turn while no sum of few terms fits
-MANY = 4000  # array operations: what takes more is not run at greater lengths
+MANY = 30000  # array operations: what takes more is not run at greater lengths
 BLOCKS = {"chunk": 4, "block": 4, "block_q": 8, "block_k": 8}  # small, for lengths must be long beside them
 MEASURES = ("work", "depth", "traffic", "peak")
 
 _WHOLE = [(p, q) for p in (0, 1, 2, 3) for q in (0, 1, 2)]
-_HALF = [(p, q) for p in (0.5, 1.5) for q in (0, 1)]
-_TIGHT, _LOOSE = 1e-9, (0.01, 0.05, 0.5)
+_HALF = [(0.5, 0), (1.5, 0)]
+_TIGHT = 1e-9
+PART = 0.2  # of a count: what less makes up does not lead
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def fit(op: str | Op, form: str | None = None, axis: str = "T", *, lengths: Sequ
     pending = sorted(set(lengths)) or list(LENGTHS)
     while True:
         counts |= {n: measure(op, form, **(own | dict.fromkeys(grown, n))) for n in pending}
-        found = [growth({n: getattr(c, name) for n, c in counts.items()}, letter) for name in MEASURES]
+        found = [leading_term({n: getattr(c, name) for n, c in counts.items()}, letter) for name in MEASURES]
         if all(g.exact for g in found) or not more or counts[max(counts)].operations > MANY:
             return Fit(*found, counts=counts)
         pending = [more.pop(0)]
@@ -148,12 +149,12 @@ def blocks(op: Op, form: str) -> dict[str, int]:
     return {name: size for name, size in BLOCKS.items() if name in taken and taken[name].default not in (None, taken[name].empty)}
 
 
-def growth(values: Mapping[int, float], letter: str = "T") -> Growth:
+def leading_term(values: Mapping[int, float], letter: str = "T") -> Growth:
     """The leading term of a function given at some lengths.
 
     Examples
     --------
-    >>> str(growth({n: 3 * n * n + 7 * n for n in (8, 16, 32, 64, 128)}))
+    >>> str(leading_term({n: 3 * n * n + 7 * n for n in (8, 16, 32, 64, 128)}))
     'T²'
     """
     n = np.array(sorted(values), float)
@@ -163,16 +164,11 @@ def growth(values: Mapping[int, float], letter: str = "T") -> Growth:
     if not y.any():
         return Growth(0, 0, 0.0, letter=letter)
     found = _search(n, y, _WHOLE, range(1, 5), _TIGHT) or _search(n, y, _WHOLE + _HALF, range(1, 4), _TIGHT)
-    for start in (1, 2):  # the shortest may be cases of their own: less than a tile
-        found = found or _search(n[start:], y[start:], _WHOLE, range(1, 3), _TIGHT)
+    for start in range(1, len(n) - 2):  # the shortest may be cases of their own: less than a tile, another phase the largest
+        found = found or _search(n[start:], y[start:], _WHOLE, range(1, min(4, len(n) - start)), _TIGHT)
     if len(n) > 6:  # factors of a length are equal at every other power of two only
-        for start in (0, 1):
-            found = found or _search(n[start::2], y[start::2], _WHOLE + _HALF, range(1, 4), _TIGHT)
-    for tolerance in _LOOSE:
-        found = found or _search(n, y, _WHOLE + _HALF, range(1, 4), tolerance)
-    if found is None:
-        raise ValueError(f"complexity: no growth T^p log^q T fits {dict(values)}")
-    order, coefficient, residual = found
+        found = found or _search(n[::2], y[::2], _WHOLE + _HALF, range(1, 3), _TIGHT)
+    order, coefficient, residual = found or _nearest(n, y)
     return Growth(*order, coefficient, residual, letter)
 
 
@@ -191,6 +187,19 @@ def _search(n: np.ndarray, y: np.ndarray, basis: list, counts: range, tolerance:
         if best is not None:
             return best
     return None
+
+
+def _nearest(n: np.ndarray, y: np.ndarray):
+    """Where no sum fits: of the best one with no negative parts, the largest term that makes up a good part at the end."""
+    import scipy.optimize
+
+    basis = sorted((p, q) for p, q in _WHOLE + _HALF if q < 2)
+    scale = 1 / y.clip(min=1)
+    matrix = np.stack([_term(t, tuple(n)) / _term(t, tuple(n))[-1] * y[-1] for t in basis], axis=1)
+    weights = scipy.optimize.lsq_linear(matrix * scale[:, None], y * scale, bounds=(0, np.inf)).x
+    residual = float(np.abs((matrix @ weights - y) * scale).max())
+    leading = max(i for i in range(len(basis)) if weights[i] >= PART * weights.sum())
+    return basis[leading], float(weights[leading] * y[-1] / _term(basis[leading], tuple(n))[-1]), max(residual, 2 * _TIGHT)
 
 
 @functools.cache

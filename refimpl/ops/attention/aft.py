@@ -145,15 +145,17 @@ OPS = (
         forms={
             "dense": Form(
                 aft,
-                lambda T, d, batch=1: Cost(8 * batch * T * T * d, 3 * log2_ceil(T) + 8, 3 * batch * T * T * d),
+                lambda T, d, batch=1: Cost(batch * T * d * (8 * T + 1), 3 * log2_ceil(T) + 7, 3 * batch * T * d * (T + 1)),
+                exact=("work", "depth", "peak"),
             ),
             "tiled": Form(
                 aft_tiled,
                 lambda T, d, batch=1, block=64: Cost(
-                    batch * T * d * (8 * T + 5 * T / block),
-                    np.ceil(T / block) * (3 * log2_ceil(min(T, block)) + 8),
-                    batch * T * d * (3 * min(T, block) + 4),
+                    batch * T * d * (7 * T + 5 * np.ceil(T / block) + 4),
+                    2 * np.ceil(T / block) + 2 * log2_ceil(min(T, block)) + 6,
+                    batch * T * d * (4 * min(T, block) + 5),
                 ),
+                exact=("work",),
             ),
         },
         gradient=aft_vjp,

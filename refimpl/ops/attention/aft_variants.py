@@ -89,7 +89,7 @@ def aft_local(q, k, v, w, *, s, causal=False):
 
     Notes
     -----
-    8 T² d operations, as `aft`; the form ``banded`` takes 8 T (2s + 1) d.
+    8 T² d operations, as `aft`; the form ``banded`` takes 20 T (s + 2) d.
 
     Examples
     --------
@@ -219,7 +219,7 @@ def aft_conv(q, k, v, w, *, causal=False):
 
     Notes
     -----
-    8 H T² d operations as written; 8 H T (2s + 1) d in the form ``banded``.
+    8 H T² d operations as written; 10 H T (K + 6) d in the form ``banded``.
 
     Examples
     --------
@@ -389,10 +389,10 @@ def _sample_conv(rng, *, T=7, H=2, d=2, K=5, batch=()):
     return sample_qkv(rng, (*batch, H, T, d)) | {"w": rng.standard_normal((H, K))}
 
 
-_DENSE = lambda T, d, H=1, K=0, batch=1: Cost(8 * batch * H * T * T * d, 3 * log2_ceil(T) + 8, 3 * batch * H * T * T * d)
+_DENSE = lambda T, d, H=1, K=0, batch=1: Cost(batch * H * T * d * (8 * T + 1), 3 * log2_ceil(T) + 7, 3 * batch * H * T * d * (T + 1))
 _BANDED = lambda band: (
     lambda T, d, H=1, K=1, batch=1: Cost(
-        8 * batch * H * T * (band(K) + 4) * d, 4 * T + 3 * log2_ceil(band(K)) + 8, batch * H * T * d * (3 * band(K) + 12)
+        batch * H * T * d * (10 * band(K) + 56), 3 * T + 7.5 - band(K) / 2, batch * H * T * d * (4 * band(K) + 26)
     )
 )
 
@@ -401,7 +401,7 @@ OPS = (
         name="aft_local",
         summary="AFT whose position biases are zero beyond a distance",
         contract=LOCAL,
-        forms={"dense": Form(aft_local, _DENSE), "banded": Form(aft_local_banded, _BANDED(lambda K: 5))},
+        forms={"dense": Form(aft_local, _DENSE, exact=("work", "depth", "peak")), "banded": Form(aft_local_banded, _BANDED(lambda K: 5))},
         gradient=aft_local_vjp,
         sample=_sample_local,
         options={"s": (3, 1, 9), "causal": (False, True)},
@@ -415,7 +415,7 @@ OPS = (
         name="aft_simple",
         summary="AFT without position biases: a softmax over time in every channel",
         contract=SIMPLE,
-        forms={"dense": Form(aft_simple, _DENSE), "scan": Form(aft_simple_scan, _BANDED(lambda K: 1))},
+        forms={"dense": Form(aft_simple, _DENSE, exact=("work", "depth", "peak")), "scan": Form(aft_simple_scan, _BANDED(lambda K: 1))},
         gradient=aft_simple_vjp,
         sample=_sample_simple,
         options={"causal": (False, True)},
@@ -429,7 +429,7 @@ OPS = (
         name="aft_conv",
         summary="AFT whose position biases depend on distance and head",
         contract=CONV,
-        forms={"dense": Form(aft_conv, _DENSE), "banded": Form(aft_conv_banded, _BANDED(lambda K: K))},
+        forms={"dense": Form(aft_conv, _DENSE, exact=("work", "depth", "peak")), "banded": Form(aft_conv_banded, _BANDED(lambda K: K))},
         gradient=aft_conv_vjp,
         sample=_sample_conv,
         options={"causal": (False, True)},

@@ -399,23 +399,24 @@ OPS = (
             "dense": Form(
                 attention,
                 lambda n, m, d, e, Hq, Hkv, batch=1: Cost(
-                    batch * Hq * n * m * (2 * d + 2 * e + 5), log2_ceil(d) + 3 * log2_ceil(m) + 8, batch * Hq * (2 * n * m + n * e)
+                    batch * Hq * n * (m * (2 * d + 2 * e + 5) + d + 6), log2_ceil(d) + 3 * log2_ceil(m) + 9, batch * Hq * n * (3 * m + e)
                 ),
+                exact=("work", "depth"),
             ),
             "tiled": Form(
                 attention_tiled,
                 lambda n, m, d, e, Hq, Hkv, batch=1, block_q=192, block_k=512: Cost(
-                    batch * Hq * n * m * (2 * d + 2 * e + 5) + batch * Hq * n * (m / block_k) * (2 * e + 4),
-                    np.ceil(m / block_k) * (log2_ceil(d) + 3 * log2_ceil(min(m, block_k)) + 10),
-                    batch * Hq * n * (e + 1) + min(n, block_q) * (2 * min(m, block_k) + 2 * e),
+                    batch * Hq * n * (m * (2 * d + 2 * e + 4) + (m / block_k) * (2 * e + 5) + d + e),
+                    2 * np.ceil(m / block_k) + log2_ceil(d) + 2 * log2_ceil(min(m, block_k)) + 6,
+                    batch * Hq * n * (2 * e + 1) + min(n, block_q) * (3 * min(m, block_k) + 2 * e),
                 ),
             ),
             "split_kv": Form(
                 attention_split_kv,
                 lambda n, m, d, e, Hq, Hkv, batch=1, splits=4: Cost(
-                    batch * Hq * n * (m * (2 * d + 2 * e + 5) + splits * (2 * e + 3)),
-                    log2_ceil(d) + 3 * log2_ceil(m / splits) + log2_ceil(splits) + 14,
-                    batch * Hq * (2 * n * m + 2 * splits * n * (e + 1)),
+                    batch * Hq * n * (m * (2 * d + 2 * e + 5) + splits * (3 * e + 19) + d),
+                    log2_ceil(d) + 2 * log2_ceil(m / splits) + 3 * splits + 10,
+                    batch * Hq * n * max(3 * m / splits + splits * (e + 1), 5 * splits * (e + 1)),
                 ),
             ),
         },

@@ -108,10 +108,10 @@ def _in_window(pairs, rows, blocks):
 def _cost(n, m, d, e, Hq, Hkv, batch=1, block_q=64, block_k=64, seen=1.0):
     """`seen`: the share of blocks that are visible."""
     return Cost(
-        batch * Hq * n * m * seen * (2 * d + 2 * e + 5),
-        log2_ceil(d) + 3 * log2_ceil(m * seen) + 8,
-        batch * Hq * n * (e + 1) + min(n, block_q) * m * seen * (2 + e),
+        batch * Hq * n * (m * seen * (2 * d + 2 * e + 5) + d + 6),
+        log2_ceil(d) + 3 * log2_ceil(m * seen) + 9,
+        batch * Hq * n * (e + 1) + min(n, block_q) * m * seen * 3,
     )
 
 
-FORMS = {"attention": {"block_sparse": Form(attention_block_sparse, _cost)}}
+FORMS = {"attention": {"block_sparse": Form(attention_block_sparse, _cost, exact=("depth",))}}

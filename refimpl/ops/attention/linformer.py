@@ -231,8 +231,8 @@ def _with(options=None, **changes):
     return draw
 
 
-_WORK = lambda n, m, r, d, e: 2 * r * (m + n) * (d + e) + 6 * n * r
-_DEPTH = lambda m, r, d: log2_ceil(m) + log2_ceil(d) + 3 * log2_ceil(r) + 9
+_WORK = lambda n, m, r, d, e: 2 * r * (m + n) * (d + e) + 6 * n * r - n
+_DEPTH = lambda m, r, d: log2_ceil(m) + log2_ceil(d) + 3 * log2_ceil(r) + 8
 
 OPS = (
     Op(
@@ -243,22 +243,25 @@ OPS = (
             "dense": Form(
                 linformer_attention,
                 lambda n, m, d, e, r, H, batch=1: Cost(
-                    batch * H * _WORK(n, m, r, d, e), _DEPTH(m, r, d), batch * H * (r * (2 * n + d + e) + n * e)
+                    batch * H * _WORK(n, m, r, d, e), _DEPTH(m, r, d), batch * H * (r * (3 * n + d + e) + n * e)
                 ),
+                exact=("work", "depth"),
             ),
             "streamed": Form(
                 linformer_attention_streamed,
                 lambda n, m, d, e, r, H, batch=1, block=256: Cost(
-                    batch * H * _WORK(n, m, r, d, e),
+                    batch * H * (_WORK(n, m, r, d, e) + np.ceil(m / block) * r * (d + e)),
                     np.ceil(m / block) + _DEPTH(min(m, block), r, d),
                     batch * H * (r * (2 * n + 2 * d + 2 * e) + n * e),
                 ),
+                exact=("work", "depth"),
             ),
             "map": Form(
                 linformer_attention_map,
                 lambda n, m, d, e, r, H, batch=1: Cost(
-                    batch * H * n * (m * (2 * d + 2 * e + 4 * r) + 6 * r), _DEPTH(m, r, d) + log2_ceil(m), batch * H * n * (m + 2 * r + e)
+                    batch * H * n * (m * (2 * d + 2 * e + 4 * r) + 6 * r - 1), _DEPTH(m, r, d) + log2_ceil(m) + 1, batch * H * n * (m + 2 * r + e)
                 ),
+                exact=("work", "depth"),
             ),
         },
         gradient=linformer_attention_vjp,

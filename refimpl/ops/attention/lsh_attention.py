@@ -301,7 +301,9 @@ def _with(options, **changes):
 def _cost(T, d, e, batch=1, pairs=None, n_hashes=2):
     pairs = T if pairs is None else min(T, pairs)
     return Cost(
-        batch * n_hashes * T * pairs * (2 * d + 2 * e + 8), log2_ceil(d) + 3 * log2_ceil(pairs) + 16, batch * (T * pairs * 3 + n_hashes * T * (e + 1))
+        batch * n_hashes * T * (pairs * (2 * d + 2 * e + 8) + 2 * log2_ceil(T) + 6 * d),
+        log2_ceil(T) + log2_ceil(d) + 3 * log2_ceil(pairs) + 16,
+        batch * T * (pairs * 5 + n_hashes * (6 * e + 2) + 4 * d),
     )
 
 

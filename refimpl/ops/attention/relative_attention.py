@@ -262,7 +262,7 @@ def _both_signs(rng, call):
     return rng.standard_normal((H, max(call["q"].shape[-2] + m - 1, 0), d))
 
 
-_SCORES = lambda n, m, d, e, H, batch, per: batch * H * n * m * (per * d + 2 * e + 8)
+_SCORES = lambda n, m, d, e, H, batch, per: batch * H * n * (m * (per * d + 2 * e + 6) + 2 * d - 1)
 _DEPTH = lambda n, m, d: log2_ceil(d) + 3 * log2_ceil(m) + 9
 
 OPS = (
@@ -276,12 +276,14 @@ OPS = (
                 lambda n, m, d, e, H, R=0, batch=1: Cost(
                     _SCORES(n, m, d, e, H, batch, 4), _DEPTH(n, m, d), H * n * m * d + batch * H * n * m * (d + 3)
                 ),
+                exact=("work", "depth"),
             ),
             "shifted": Form(
                 relative_attention_shifted,
                 lambda n, m, d, e, H, R=0, batch=1: Cost(
-                    _SCORES(n, m, d, e, H, batch, 2) + batch * H * n * max(R, m) * 2 * d, _DEPTH(n, m, d), batch * H * n * (4 * m + e)
+                    _SCORES(n, m, d, e, H, batch, 2) + batch * H * n * (max(R, m) * 2 * d + m), _DEPTH(n, m, d), batch * H * n * (4 * m + e)
                 ),
+                exact=("work", "depth"),
             ),
         },
         gradient=relative_attention_vjp,

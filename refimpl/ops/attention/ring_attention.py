@@ -232,10 +232,10 @@ def attention_ring(
 
 def _cost(n, m, d, e, Hq, Hkv, batch=1, devices=4):
     return Cost(
-        batch * Hq * n * (m * (2 * d + 2 * e + 5) + devices * (2 * e + 3)),
-        devices * (log2_ceil(d) + 3 * log2_ceil(m / devices) + 12),
-        batch * Hq * (2 * n * m / devices + 2 * n * (e + 1)),
+        batch * Hq * n * (m * (2 * d + 2 * e + 5) + devices * (3 * e + 19 + d)),
+        6 * devices + log2_ceil(d) + 2 * log2_ceil(m / devices) + 10,
+        batch * Hq * n * (3 * m / devices**2 + 6 * (e + 2)),
     )
 
 
-FORMS = {"attention": {"ring": Form(attention_ring, _cost)}}
+FORMS = {"attention": {"ring": Form(attention_ring, _cost, exact=("work", "depth"))}}

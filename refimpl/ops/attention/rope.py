@@ -32,6 +32,7 @@ References
 import numpy as np
 
 from refimpl.core.contract import Contract, one_of
+from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import constant
 from refimpl.laws import linear
 from refimpl.op import Cost, Form, Law, Op
@@ -299,11 +300,12 @@ OPS = (
         summary="rotary position embedding: every pair of features turned by position times frequency",
         contract=CONTRACT,
         forms={
-            "pairs": Form(rope, _cost(lambda d: 4.5 * d, lambda d: 4, lambda d: 3 * d)),
-            "complex": Form(rope_complex, _cost(lambda d: 5 * d, lambda d: 4, lambda d: 6 * d)),
+            "pairs": Form(rope, _cost(lambda d: 4.5 * d, lambda d: 4, lambda d: 5.5 * d), exact=("work", "depth", "peak")),
+            "complex": Form(rope_complex, _cost(lambda d: 8.5 * d, lambda d: 4, lambda d: 4.5 * d), exact=("work", "depth", "peak")),
             "matrix": Form(
                 rope_matrix,
-                _cost(lambda d: 2 * d * d + 2 * d, lambda d: d + 3, lambda d: d * d + 2 * d),
+                _cost(lambda d: 2 * d * d + 1.5 * d, lambda d: log2_ceil(d) + 3, lambda d: d * d + 2.5 * d),
+                exact=("work", "depth"),
                 stops="non-finite features: a product with 0 spreads them",
             ),
         },

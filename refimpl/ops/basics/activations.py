@@ -100,9 +100,9 @@ def softplus_vjp(dy, x):
 def softplus_bound(x, *, unit, store=0.0):
     """|computed - exact|: 8 roundings of y, and 2 |x| more of its slope for a fast exponential.
 
-    Relative to y in both tails; nothing is stored on the way.
+    Relative to y in both tails. Half-precision code that is written out, log1p(e^-|x|) + max(x, 0), rounds two factors.
     """
-    return unit * (8 * softplus(x) + 2 * abs(x) * sigmoid(-abs(x)))
+    return unit * (8 * softplus(x) + 2 * abs(x) * sigmoid(-abs(x))) + 2 * store * softplus(x)
 
 
 # -- silu ------------------------------------------------------------------------------------------------------------
@@ -157,9 +157,9 @@ def silu_vjp(dy, x):
 def silu_bound(x, *, unit, store=0.0):
     """|computed - exact|: 8 roundings of y, and those of a fast exponential, 2 |x| times what its slope makes of them.
 
-    Relative to y, in the left tail as well.
+    Relative to y, in the left tail as well. Half-precision code that is written out, x σ(x), rounds σ too.
     """
-    return unit * (8 + 2 * abs(x) * sigmoid(-x)) * abs(numerics.silu(x))
+    return (unit * (8 + 2 * abs(x) * sigmoid(-x)) + store) * abs(numerics.silu(x))
 
 
 # -- gelu ------------------------------------------------------------------------------------------------------------
@@ -219,9 +219,10 @@ def gelu_bound(x, *, unit, store=0.0, approximate="none"):
     """|computed - exact|: 6 roundings of x.
 
     (1 + erf)/2 and (1 + tanh)/2 are right to a rounding or two of 1, and multiply x; the error of tanh's argument, some
-    roundings of z, is multiplied by x z (1 - tanh² z), at most 0.45 x.
+    roundings of z, is multiplied by x z (1 - tanh² z), at most 0.45 x. Half-precision code that is written out rounds erf,
+    half of x away from the result, and two factors.
     """
-    return 6 * unit * abs(x)
+    return 6 * unit * abs(x) + store * (abs(x) / 2 + 2 * abs(gelu(x, approximate=approximate)))
 
 
 def _inner(x):
@@ -275,10 +276,11 @@ def _sum_is_x(f, call, bound, rng):
     yield "f(x) - f(-x)", got, call["x"].astype(np.float64), bound(**there) + bound(**back)
 
 
-def _cost(each):
-    return lambda c=1, batch=1: Cost(each * c * batch, each, 2 * c * batch)
+def _cost(each, depth=0, alive=2):
+    return lambda c=1, batch=1: Cost(each * c * batch, depth or each, alive * c * batch)
 
 
+_ALL = ("work", "depth", "peak")
 _SIZES = ({"c": 1}, {"c": 256}, {"batch": ()}, {"batch": (2, 3)})
 
 OPS = (
@@ -286,7 +288,7 @@ OPS = (
         name="softplus",
         summary="log(1 + e^x)",
         contract=SOFTPLUS,
-        forms={"definition": Form(softplus, _cost(4)), "logaddexp": Form(softplus_by_logaddexp, _cost(5))},
+        forms={"definition": Form(softplus, _cost(4, depth=3, alive=3), exact=_ALL), "logaddexp": Form(softplus_by_logaddexp, _cost(1), exact=_ALL)},
         gradient=softplus_vjp,
         sample=_one,
         hard=_hard(_one, "x"),
@@ -300,7 +302,7 @@ OPS = (
         name="silu",
         summary="x σ(x)",
         contract=SILU,
-        forms={"definition": Form(silu, _cost(4))},
+        forms={"definition": Form(silu, _cost(2), exact=_ALL)},
         gradient=silu_vjp,
         sample=_one,
         hard=_hard(_one, "x"),
@@ -314,7 +316,7 @@ OPS = (
         name="gelu",
         summary="x Φ(x), or its approximation with tanh",
         contract=GELU,
-        forms={"definition": Form(gelu, _cost(10))},
+        forms={"definition": Form(gelu, _cost(2), exact=_ALL)},
         gradient=gelu_vjp,
         sample=_one,
         options={"approximate": _GELUS},

@@ -109,6 +109,7 @@ def _split(x, groups):
 
 
 def _sample(rng, *, c=12, groups=3, batch=(7,)):
+    c = max(1, c // groups) * groups
     return {
         "x": 2 * rng.standard_normal((*batch, c)) + rng.standard_normal((*batch, groups)).repeat(c // groups, axis=-1),
         "groups": groups,
@@ -134,7 +135,7 @@ def _shifted_groups(f, call, bound, rng):
 
 
 def _cost(c, groups=1, batch=1):
-    return Cost(8 * c * batch, 2 * log2_ceil(c / groups) + 8, 3 * c * batch)
+    return Cost((5 * c + 3 * groups) * batch, 2 * log2_ceil(c / groups) + 8, (2 * c + 2 * groups) * batch)
 
 
 OPS = (
@@ -142,7 +143,7 @@ OPS = (
         name="group_norm",
         summary="layer norm of each of some groups of features",
         contract=CONTRACT,
-        forms={"definition": Form(group_norm, _cost)},
+        forms={"definition": Form(group_norm, _cost, exact=("work", "depth", "peak"))},
         gradient=group_norm_vjp,
         sample=_sample,
         options={"eps": (1e-5, 0.25)},

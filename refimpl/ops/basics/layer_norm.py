@@ -161,7 +161,7 @@ def _moments(f, call, bound, rng):
 
 
 def _cost(c, batch=1):
-    return Cost(8 * c * batch, 2 * log2_ceil(c) + 8, 3 * c * batch)
+    return Cost((5 * c + 3) * batch, 2 * log2_ceil(c) + 8, (2 * c + 2) * batch)
 
 
 OPS = (
@@ -170,8 +170,8 @@ OPS = (
         summary="(x - mean x) / √(var x + ε) · weight + bias",
         contract=CONTRACT,
         forms={
-            "two_pass": Form(layer_norm, _cost),
-            "welford": Form(layer_norm_welford, lambda c, batch=1: Cost(9 * c * batch, 4 * c + 6, 3 * c * batch)),
+            "two_pass": Form(layer_norm, _cost, exact=("work", "depth", "peak")),
+            "welford": Form(layer_norm_welford, lambda c, batch=1: Cost((8 * c + 3) * batch, 3 * c + 7, (2 * c + 5) * batch), exact=("work", "depth")),
         },
         gradient=layer_norm_vjp,
         sample=_sample,

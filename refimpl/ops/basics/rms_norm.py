@@ -187,7 +187,7 @@ def _mean_square_is_one(f, call, bound, rng):
 
 
 def _cost(c, batch=1):
-    return Cost(12 * c * batch, log2_ceil(c) + 10, 3 * c * batch)
+    return Cost((3 * c + 2) * batch, log2_ceil(c) + 5, (c + 2) * batch)
 
 
 OPS = (
@@ -195,7 +195,12 @@ OPS = (
         name="rms_norm",
         summary="x / √(mean x² + ε) · weight, with a gate before or after",
         contract=CONTRACT,
-        forms={"definition": Form(rms_norm, _cost), "scaled": Form(rms_norm_scaled, _cost)},
+        forms={
+            "definition": Form(rms_norm, _cost, exact=("work", "depth", "peak")),
+            "scaled": Form(
+                rms_norm_scaled, lambda c, batch=1: Cost((5 * c + 5) * batch, 2 * log2_ceil(c) + 9, (2 * c + 3) * batch), exact=("work", "peak")
+            ),
+        },
         gradient=rms_norm_vjp,
         sample=_sample,
         options={"eps": (1e-6, 0.25), "gate_first": (True, False)},

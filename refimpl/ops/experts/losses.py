@@ -258,8 +258,8 @@ def _one_expert(f, call, bound, rng):
         yield "the loss of one expert", np.asarray(f(**one)), square, 2 * bound(**one)
 
 
-def _cost(each):
-    return lambda T, E, k=1, batch=1: Cost((each * T * E + 2 * T * k) * batch, log2_ceil(T) + 2 * log2_ceil(E) + 6, 3 * T * E * batch)
+def _cost(work, counted=False):
+    return lambda T, E, k=1, batch=1: Cost(work(T, E, k) * batch, log2_ceil(T) + 2 * log2_ceil(E) + 6 + log2_ceil(E) * counted, T * (4.125 * E + 1) * batch)
 
 
 _HARD = {
@@ -274,7 +274,9 @@ OPS = (
         name="load_balance_loss",
         summary="E Σ f_e P_e: least where the router uses its experts evenly",
         contract=BALANCE,
-        forms={"counts": Form(load_balance_loss, _cost(6)), "pairs": Form(load_balance_loss_pairs, _cost(6))},
+        forms={"counts": Form(
+                load_balance_loss, _cost(lambda T, E, k: T * (6 * E - 2) + 2 * T * min(k, E) * (E + 1) + 3 * E, counted=True), exact=("work", "depth", "peak")
+            ), "pairs": Form(load_balance_loss_pairs, _cost(lambda T, E, k: T * (6 * E - 2) + 3 * T * min(k, E) + 1, counted=True), exact=("work", "peak"))},
         gradient=load_balance_loss_vjp,
         sample=_sample_balance,
         hard={name: _with(_sample_balance, change) for name, change in _HARD.items()},
@@ -291,7 +293,7 @@ OPS = (
         name="router_z_loss",
         summary="mean square of the logits' log-sum-exp",
         contract=Z,
-        forms={"definition": Form(router_z_loss, _cost(5))},
+        forms={"definition": Form(router_z_loss, _cost(lambda T, E, k: 4 * T * E + 2 * T), exact=("work", "depth", "peak"))},
         gradient=router_z_loss_vjp,
         sample=_sample_z,
         hard={name: _with(_sample_z, change) for name, change in _HARD.items()},

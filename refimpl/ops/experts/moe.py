@@ -365,13 +365,13 @@ def _some_zero(rng, x, **_):
     return {"x": np.where(rng.random((*x.shape[:-1], 1)) < 0.4, 0, x)}
 
 
-def _cost(pairs, moved, depth):
-    """Work of the experts on so many (token, expert) pairs, with gates, of the router, and of `moved` multiply-adds."""
+def _cost(pairs, moved, depth, alive):
+    """Work of the experts on so many (token, expert) pairs, of the router, and of what moves tokens and results about."""
 
     def cost(T, d, E, f, k=2, batch=1):
         n = pairs(T, E, k)
-        work = batch * (n * (6 * d * f + 6 * f) + T * (2 * d * E + 6 * E + 2 * k * d) + 2 * moved(T, d, E, k))
-        return Cost(work, 3 * log2_ceil(d) + log2_ceil(f) + log2_ceil(E) + depth(E, T) + 20, batch * (n * (3 * f + d) + T * (E + d)))
+        work = batch * (n * (4 * d * f + 2 * f + 2 * d) + T * (2 * d * E + E * log2_ceil(E) + 5 * k) + moved(T, d, E, k))
+        return Cost(work, 2 * log2_ceil(d) + log2_ceil(f) + log2_ceil(E) + log2_ceil(k) + depth(E, T, k), batch * alive(T, d, E, f, k))
 
     return cost
 
@@ -382,11 +382,21 @@ OPS = (
         summary="mixture of experts: k of E networks for every token",
         contract=CONTRACT,
         forms={
-            "dense": Form(moe, _cost(lambda T, E, k: T * E, lambda *_: 0, lambda E, T: E)),
-            "gathered": Form(moe_gathered, _cost(lambda T, E, k: T * k, lambda *_: 0, lambda E, T: log2_ceil(T))),
+            "dense": Form(moe, _cost(lambda T, E, k: T * E, lambda T, d, E, k: 4 * T * E * k, lambda E, T, k: E + 4, lambda T, d, E, f, k: T * (2 * f + d + 2 * E + 4 * k))),
+            "gathered": Form(moe_gathered, _cost(
+                    lambda T, E, k: T * k,
+                    lambda T, d, E, k: T * k * (2.5 * log2_ceil(T * k) + d),
+                    lambda E, T, k: log2_ceil(T * k) + 7,
+                    lambda T, d, E, f, k: T * (k * (3 * d + 2) + 2 * f + E),
+                )),
             "capacity": Form(
                 moe_capacity,
-                _cost(lambda T, E, k: T * k, lambda T, d, E, k: 2 * T * T * k * d, lambda E, T: 2 * log2_ceil(T)),
+                _cost(
+                    lambda T, E, k: T * k,
+                    lambda T, d, E, k: 4 * T * T * k * (d + 1) + T * T * E,
+                    lambda E, T, k: 2 * log2_ceil(T) + log2_ceil(T * k) + 15,
+                    lambda T, d, E, f, k: T * T * (2.5 * k + 1.25 * E) + T * k * (f + d),
+                ),
                 stops="NaN and infinities in x, or in a token's result: 0 in a mask times NaN is NaN for all tokens",
             ),
         },

@@ -238,9 +238,9 @@ def _sums_to_one(f, call, bound, rng):
         yield "the sum of a token's weights", total, np.ones_like(total), bound(**call)[0].sum(axis=-1)
 
 
-def _cost(compare):
+def _cost(compare, depth, alive, counted=False):
     def cost(T, E, k=2, batch=1):
-        return Cost((compare(E) + 5 * E) * T * batch, 2 * log2_ceil(E) + 5, (compare(E) + 4 * E) * T * batch)
+        return Cost((compare(E) + counted * k * E + 5 * k - 2) * T * batch, depth(E) + 2 * log2_ceil(k), (alive(E) + 4 * k) * T * batch)
 
     return cost
 
@@ -251,8 +251,8 @@ OPS = (
         summary="the k experts of every token, and their weights",
         contract=CONTRACT,
         forms={
-            "sort": Form(route, _cost(lambda E: E * log2_ceil(E))),
-            "ranks": Form(route_ranks, _cost(lambda E: 3 * E * E), stops="NaN logits, which have no rank"),
+            "sort": Form(route, _cost(lambda E: E * log2_ceil(E), lambda E: log2_ceil(E) + 3, lambda E: 2 * E), exact=("work", "depth")),
+            "ranks": Form(route_ranks, _cost(lambda E: 3 * E * E - E, lambda E: 2 * log2_ceil(E) + 5, lambda E: 0.6 * E * E, counted=True), exact=("work", "depth"), stops="NaN logits, which have no rank"),
         },
         gradient=route_vjp,
         sample=_sample,

@@ -30,6 +30,7 @@ References
 import numpy as np
 
 from refimpl.core.contract import Contract
+from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import sigmoid, sqrt_of, tanh_derivative
 from refimpl.core.propagation import Propagation
 from refimpl.laws import causal, hand_off
@@ -298,12 +299,16 @@ def _between(f, call, bound, rng):
 
 
 def _cost(T, c, d, batch=1, **_):
-    return Cost(batch * T * (6 * d * (c + d) + 25 * d), T * (2 * np.log2(c + d + 1) + 10), batch * (T * d + 8 * d))
+    return Cost(batch * T * (6 * d * (c + d) + 17 * d), _depth(T, c, d), max(T + 6, 2 * T) * d * batch + 3 * d)
+
+
+def _depth(T, c, d):
+    return T * (9 + log2_ceil(d)) + max(log2_ceil(c) - log2_ceil(d), 0) + 1
 
 
 def _cost_fused(T, c, d, batch=1, **_):
     return Cost(
-        batch * T * (6 * d * (c + d) + 25 * d), T * (np.log2(d + 1) + 10) + np.log2(c + 1), batch * (4 * T * d + 8 * d) + 3 * (c + d) * d
+        batch * T * (6 * d * (c + d) + 17 * d), _depth(T, c, d), batch * (5 * T * d + 6 * d) + 3 * (c + d + 1) * d
     )
 
 
@@ -312,7 +317,7 @@ OPS = (
         name="gru",
         summary="GRU: h <- (1 - z) n + z h, gates from x W + b and h R + b'",
         contract=CONTRACT,
-        forms={"recurrent": Form(gru, _cost), "fused": Form(gru_fused, _cost_fused)},
+        forms={"recurrent": Form(gru, _cost, exact=("work",)), "fused": Form(gru_fused, _cost_fused, exact=("work",))},
         gradient=gru_vjp,
         sample=_sample,
         options={"linear_before_reset": (True, False)},

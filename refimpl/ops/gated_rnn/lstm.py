@@ -28,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refimpl.core.contract import Contract
+from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import sigmoid, sqrt_of, tanh_derivative
 from refimpl.core.propagation import Propagation
 from refimpl.laws import causal, hand_off
@@ -289,12 +290,14 @@ def _cell_only(f, call, bound, rng):
 
 
 def _cost(T, c, d, batch=1, **_):
-    return Cost(batch * T * (8 * d * (c + d) + 30 * d), T * (np.log2(c + d + 1) + 10), batch * (T * d + 8 * d))
+    return Cost(batch * T * (8 * d * (c + d) + 17 * d), T * (8 + log2_ceil(d)) + max(log2_ceil(c) - log2_ceil(d), 0), max(T + 10, 2 * T + 5) * d * batch + 4 * d)
 
 
 def _cost_fused(T, c, d, batch=1, **_):
     return Cost(
-        batch * T * (8 * d * (c + d) + 30 * d), T * (np.log2(d + 1) + 10) + np.log2(c + 1), batch * (5 * T * d + 8 * d) + 4 * (c + d) * d
+        batch * T * (8 * d * (c + d) + 17 * d),
+        T * (7 + log2_ceil(d)) + max(log2_ceil(c) - log2_ceil(d), 0) + 1,
+        batch * (8 * T * d + 6 * d) + 4 * (c + d) * d,
     )
 
 
@@ -303,7 +306,7 @@ OPS = (
         name="lstm",
         summary="LSTM: c <- f c + i g, h = o tanh(c), gates from x W + h R + b",
         contract=CONTRACT,
-        forms={"recurrent": Form(lstm, _cost), "fused": Form(lstm_fused, _cost_fused)},
+        forms={"recurrent": Form(lstm, _cost, exact=("work", "depth")), "fused": Form(lstm_fused, _cost_fused, exact=("work",))},
         gradient=lstm_vjp,
         sample=_sample,
         hard={

@@ -41,6 +41,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refimpl.core.contract import Contract, one_of, positive_int
+from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import constant, finite_or_zero, gate_exponents, log_sigmoid, masked_matmul, sigmoid, sqrt_of
 from refimpl.core.parallel import over_threads
 from refimpl.laws import causal, hand_off
@@ -187,7 +188,7 @@ def mlstm_chunkwise(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, ret
     T, batch, last = q.shape[-2], m.shape, State(C, n, m)
     if T == 0 or m.size == 0:
         return (v, last) if return_state else v
-    length = min(chunk, T)
+    length = min(chunk, max(T, 1))
     memory = np.concatenate([C, n[..., None]], axis=-1)  # (..., H, d, e + 1)
     heads = [x.reshape(m.size, *x.shape[len(batch) :]) for x in (q, k, v, i, F, memory, m[..., None])]
     done = over_threads(lambda head: _one_head(*(x[head] for x in heads), eps, length), range(m.size), q, k, v)
@@ -371,7 +372,7 @@ def _sample(rng, *, H=2, T=7, d=4, e=3, batch=()):
 
 def _cost(work, depth, peak):
     return lambda T, d, e, H=1, batch=1, chunk=64, **_: Cost(
-        work(T, d, e, chunk) * H * batch, depth(T, d, e, chunk), peak(T, d, e, chunk) * H * batch
+        work(T, d, e, min(chunk, max(T, 1))) * H * batch, depth(T, d, e, min(chunk, max(T, 1))), peak(T, d, e, min(chunk, max(T, 1))) * H * batch
     )
 
 
@@ -383,22 +384,28 @@ OPS = (
         forms={
             "recurrent": Form(
                 mlstm,
-                _cost(lambda T, d, e, c: T * (6 * d * e + 7 * d + e + 20), lambda T, d, e, c: 8 * T, lambda T, d, e, c: 3 * d * e + T * e),
+                _cost(
+                    lambda T, d, e, c: T * (5 * d * e + 7 * d + e + 13),
+                    lambda T, d, e, c: 2 * T + log2_ceil(d) + 11,
+                    lambda T, d, e, c: 4.5 * d * e + T * (e + 3),
+                ),
+                exact=("work", "depth"),
             ),
             "parallel": Form(
                 mlstm_parallel,
                 _cost(
-                    lambda T, d, e, c: T * T * (2 * d + 2 * e + 6) + 2 * T * d * e,
-                    lambda T, d, e, c: 3 * np.log2(T + 1) + T,
-                    lambda T, d, e, c: 4 * T * T + 2 * T * e,
+                    lambda T, d, e, c: T * T * (2 * d + 2 * e + 6) + T * (2 * d * e + 3 * d + 3 * e + 13) - 1,
+                    lambda T, d, e, c: T + 2 * log2_ceil(T) + 11,
+                    lambda T, d, e, c: 3 * T * T + T * (d + 3 * e + 4) + d * (e + 1),
                 ),
+                exact=("work", "depth"),
             ),
             "chunkwise": Form(
                 mlstm_chunkwise,
                 _cost(
-                    lambda T, d, e, c: T * (c * (2 * d + 2 * e + 6) + 4 * d * e) + 3 * (T / c) * d * e,
-                    lambda T, d, e, c: c + 6 * T / c,
-                    lambda T, d, e, c: 4 * T * c + 2 * (T / c) * d * e + T * (2 * d + 3 * e),
+                    lambda T, d, e, c: T * (c * (2 * d + 2 * e + 7) + 4 * d * e + 6 * d + 3 * e + 16) + (T / c) * (3 * d * e + 3 * d + 5),
+                    lambda T, d, e, c: c + 2 * T / c + 2 * log2_ceil(c) + log2_ceil(d) + 11,
+                    lambda T, d, e, c: 3 * T * c + 2 * (T / c) * d * e + T * (d + 3 * e),
                 ),
             ),
         },

@@ -34,6 +34,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refimpl.core.contract import Contract, one_of
+from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import finite_or_zero, log_sigmoid, sigmoid, tanh_derivative
 from refimpl.core.propagation import Propagation
 from refimpl.laws import causal, hand_off
@@ -332,8 +333,8 @@ def _mean_of_z(f, call, bound, rng):
     yield "h of a constant z, half open", f(**plain), want, 2 * bound(**plain)
 
 
-def _cost(T, d, H=1, batch=1, **_):
-    return Cost(batch * H * T * (8 * d * d + 30 * d), T * (np.log2(d + 1) + 12), batch * H * d * (T + 20))
+def _cost(each, depth, alive):
+    return lambda T, d, H=1, batch=1, **_: Cost(batch * H * T * d * (8 * d + each), T * (log2_ceil(d) + depth), batch * H * d * (5 * T + alive))
 
 
 OPS = (
@@ -342,10 +343,11 @@ OPS = (
         summary="LSTM with exponential gates and a normaliser, c <- f c + i z, n <- f n + i, h = o c / n, recurrent through h",
         contract=CONTRACT,
         forms={
-            "stabilized": Form(slstm, _cost),
+            "stabilized": Form(slstm, _cost(23, 13, 17), exact=("work", "depth")),
             "naive": Form(
                 slstm_naive,
-                _cost,
+                _cost(18, 8, 15),
+                exact=("work", "depth"),
                 stabilised=False,
                 stops="unstabilised: exp(ĩ) or a product of exp(f̃) overflows, or all of them underflow; returns m = 0",
             ),

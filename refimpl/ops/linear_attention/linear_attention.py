@@ -53,6 +53,7 @@ References
 import numpy as np
 
 from refimpl.core.contract import positive_int
+from refimpl.core.costs import log2_ceil
 from refimpl.core.linalg import solve_unit_lower
 from refimpl.core.numerics import gate_exponents, masked_matmul, times_exp
 from refimpl.core.parallel import over_threads
@@ -187,7 +188,7 @@ def linear_attention_chunkwise(
     if normalize:
         v, S = _with_ones(v), np.concatenate([S, z[..., None]], axis=-1)
     heads = [x if x is None else x.reshape(-1, *x.shape[len(batch) :]) for x in (q, k, v, g, beta, S)]
-    done = over_threads(lambda h: _one_head(*(x if x is None else x[h] for x in heads), min(chunk, T)), range(len(heads[1])), q, k, v)
+    done = over_threads(lambda h: _one_head(*(x if x is None else x[h] for x in heads), min(chunk, max(T, 1))), range(len(heads[1])), q, k, v)
     read, S = (np.stack(x).reshape(*batch, *x[0].shape) for x in zip(*done, strict=True))
     o = ungrouped(read[..., :-1] / read[..., -1:] if normalize else scale * read)
     return (o, State(S[..., :-1], S[..., -1]) if normalize else S) if return_state else o
@@ -294,7 +295,7 @@ def _transposed(x):
 
 def _cost(work, depth, peak):
     return lambda T, d, e, Hq=1, Hkv=1, batch=1, chunk=64, **_: Cost(
-        work(T, d, e, min(chunk, max(T, 1))) * Hq * batch, depth(T, d, e, chunk), peak(T, d, e, min(chunk, max(T, 1))) * Hq * batch
+        work(T, d, e, min(chunk, max(T, 1)), Hkv / Hq) * Hq * batch, depth(T, d, min(chunk, max(T, 1))), peak(T, d, e, min(chunk, max(T, 1))) * Hq * batch
     )
 
 
@@ -306,22 +307,28 @@ OPS = (
         forms={
             "recurrent": Form(
                 linear_attention,
-                _cost(lambda T, d, e, c: 8 * T * d * e + T * (d + 3 * e), lambda T, d, e, c: 6 * T, lambda T, d, e, c: 3 * d * e + T * e),
+                _cost(
+                    lambda T, d, e, c, share: 2 * T * d * e + T * e + (3 * T - 1) * d * e * share,
+                    lambda T, d, c: 2 * T + log2_ceil(d) + 2,
+                    lambda T, d, e, c: 2.5 * d * e + 2 * T * e,
+                ),
+                exact=("work", "depth"),
             ),
             "parallel": Form(
                 linear_attention_parallel,
                 _cost(
-                    lambda T, d, e, c: T * T * (4 * d + 3 * e + 6) + 6 * T * d * e,
-                    lambda T, d, e, c: T * np.log2(T + 2),
-                    lambda T, d, e, c: 6 * T * T + 3 * T * (d + e),
+                    lambda T, d, e, c, share: 2 * T * T * (d + e + 1) + T * (d + 2 * e + 2 * d * e),
+                    lambda T, d, c: log2_ceil(T) + log2_ceil(d) + 6,
+                    lambda T, d, e, c: 4 * T * T + 2 * T * (d + e),
                 ),
+                exact=("work", "depth"),
             ),
             "chunkwise": Form(
                 linear_attention_chunkwise,
                 _cost(
-                    lambda T, d, e, c: T * (c * (5 * d + 3 * e + 6) + 6 * d * e) + 3 * (T / c) * d * e,
-                    lambda T, d, e, c: c * np.log2(c + 2) + 6 * T / c,
-                    lambda T, d, e, c: 6 * T * c + 2 * (T / c) * d * e + 3 * T * (d + e),
+                    lambda T, d, e, c, share: T * (c * (2 * d + 2 * e + 2) + 4 * d * e + 2 * d + 4 * e) + 3 * (T / c) * d * e,
+                    lambda T, d, c: 4 * T / c + log2_ceil(c) + log2_ceil(d) + 2,
+                    lambda T, d, e, c: 2 * T * c + (T / c) * d * e + 2 * T * (d + e),
                 ),
             ),
         },

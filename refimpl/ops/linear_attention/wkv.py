@@ -33,6 +33,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refimpl.core.contract import Contract
+from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import finite_or_zero, masked_matmul
 from refimpl.laws import causal, hand_off
 from refimpl.op import Cost, Form, Op
@@ -317,10 +318,12 @@ def _raised(by):
 
 
 _cost = {
-    "recurrent": lambda T, c, batch=1: Cost(24 * T * c * batch, 8 * T, 6 * c * batch + T * c * batch),
-    "parallel": lambda T, c, batch=1: Cost(6 * T * (T + 1) * c * batch, 3 * np.log2(T + 2) + 8, 4 * T * (T + 1) * c * batch),
+    "recurrent": lambda T, c, batch=1: Cost(24 * T * c * batch, 2 * T + 5, max(T + 12, 2 * T + 3) * c * batch),
+    "parallel": lambda T, c, batch=1: Cost(
+        ((7 * T * T + 15 * T + 6) * batch + (T + 1) ** 2) * c, 2 * log2_ceil(T) + 8, 4 * T * (T + 2) * c * batch
+    ),
     "scan": lambda T, c, batch=1: Cost(
-        (9 * np.ceil(np.log2(max(T, 2))) + 14) * T * c * batch, 6 * np.ceil(np.log2(max(T, 2))) + 8, 14 * T * c * batch
+        (9 * np.ceil(np.log2(max(T, 2))) + 14) * T * c * batch, 2 * log2_ceil(T) + 8, 15 * T * c * batch
     ),
 }
 
@@ -330,8 +333,8 @@ OPS = (
         summary="RWKV-4: a mean of the values so far, weighted by e^k and by a decay per channel, with a bonus for the current step",
         contract=CONTRACT,
         forms={
-            "recurrent": Form(wkv, _cost["recurrent"]),
-            "parallel": Form(wkv_parallel, _cost["parallel"]),
+            "recurrent": Form(wkv, _cost["recurrent"], exact=("work", "depth", "peak")),
+            "parallel": Form(wkv_parallel, _cost["parallel"], exact=("work", "depth")),
             "scan": Form(wkv_scan, _cost["scan"]),
         },
         gradient=wkv_vjp,

@@ -31,6 +31,7 @@ References
 import numpy as np
 
 from refimpl.core.contract import Contract, positive_int
+from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import masked_matmul, times_exp
 from refimpl.laws import causal, hand_off, linear
 from refimpl.op import Cost, Form, Law, Op
@@ -121,7 +122,7 @@ def wkv6_chunkwise(r, k, v, w, u, *, state=None, return_state=False, chunk=32):
     T, e = v.shape[-2:]
     if v.shape[-2] == 0:
         return (v, S) if return_state else v
-    L = min(chunk, T)
+    L = min(chunk, max(T, 1))
     own = (r * u[:, None, :] * k).sum(axis=-1, keepdims=True)  # (..., H, T, 1)
     r, k, values, w = (chunks(x, L) for x in (r, k, v, w))  # (..., H, T/L, L, d or e)
     A, since, peak = fading(w)
@@ -268,12 +269,12 @@ def _rows_of_zeros(rng, x):
 
 _cost = {
     "recurrent": lambda T, d, e, H=1, batch=1, **_: Cost(
-        T * (7 * d * e + 5 * d + 2 * e) * H * batch, 5 * T, (3 * d * e + T * e) * H * batch
+        T * (5 * d * e + 4 * d + 2 * e - 1) * H * batch, 2 * T + log2_ceil(d) + 1, (4 * d * e + T * (e + 1)) * H * batch
     ),
     "chunkwise": lambda T, d, e, H=1, batch=1, chunk=32, **_: Cost(
-        T * (min(chunk, T) * (6 * d + 2 * e) + 5 * d * e + 9 * d) * H * batch,
-        6 * min(chunk, T) + 3 * T / chunk,
-        (4 * T * min(chunk, T) * d + 4 * T * (d + e) + 2 * (T / chunk + 1) * d * e) * H * batch,
+        T * (min(chunk, max(T, 1)) * (8 * d + 2 * e) + 4 * d * e + log2_ceil(min(chunk, max(T, 1))) * (6 * d + 2 * e) + 4 * d * e / min(chunk, max(T, 1))) * H * batch,
+        0.6 * min(chunk, max(T, 1)) + 4 * T / min(chunk, max(T, 1)) + log2_ceil(d) + 2.6 * log2_ceil(min(chunk, max(T, 1))) + 2,
+        (4 * T * min(chunk, max(T, 1)) * d + 4 * T * (d + e) + 2 * (T / chunk + 1) * d * e) * H * batch,
     ),
 }
 
@@ -282,7 +283,7 @@ OPS = (
         name="wkv6",
         summary="RWKV-6: o = (S + (u∘k) vᵀ)ᵀ r, then S <- e^w S + k vᵀ, with a log-decay per key channel",
         contract=CONTRACT,
-        forms={"recurrent": Form(wkv6, _cost["recurrent"]), "chunkwise": Form(wkv6_chunkwise, _cost["chunkwise"])},
+        forms={"recurrent": Form(wkv6, _cost["recurrent"], exact=("work", "depth")), "chunkwise": Form(wkv6_chunkwise, _cost["chunkwise"])},
         gradient=wkv6_vjp,
         sample=_sample,
         hard={

@@ -34,6 +34,7 @@ References
 import numpy as np
 
 from refimpl.core.contract import Contract, positive_int
+from refimpl.core.costs import log2_ceil
 from refimpl.core.linalg import solve_unit_lower
 from refimpl.core.numerics import masked_matmul, times_exp
 from refimpl.laws import causal, hand_off, linear
@@ -134,7 +135,7 @@ def wkv7_chunkwise(r, w, k, v, a, b, *, state=None, return_state=False, chunk=32
     T, e = v.shape[-2:]
     if T == 0:
         return (v, S) if return_state else v
-    r, w, k, v, a, b = (chunks(x, min(chunk, T)) for x in (r, w, k, v, a, b))  # (..., H, T/L, L, d or e)
+    r, w, k, v, a, b = (chunks(x, min(chunk, max(T, 1))) for x in (r, w, k, v, a, b))  # (..., H, T/L, L, d or e)
     A, since, peak = fading(w)
     before, after = A[..., :-1, :], A[..., 1:, :]
     of_k = matched(a, k, before, own=False)
@@ -288,11 +289,13 @@ def _rows_of_zeros(rng, x):
 
 
 _cost = {
-    "recurrent": lambda T, d, e, H=1, batch=1, **_: Cost(T * (9 * d * e + d) * H * batch, 7 * T, (4 * d * e + T * e) * H * batch),
+    "recurrent": lambda T, d, e, H=1, batch=1, **_: Cost(
+        T * (9 * d * e + d) * H * batch, T * (4 + log2_ceil(d)) + log2_ceil(d) + 1, (4 * d * e + T * (e + 1)) * H * batch
+    ),
     "chunkwise": lambda T, d, e, H=1, batch=1, chunk=32, **_: Cost(
-        T * (min(chunk, T) * (17 * d + 7 * e) + 9 * d * e + 9 * d) * H * batch,
-        8 * min(chunk, T) + 4 * T / chunk,
-        (5 * T * min(chunk, T) * d + 8 * T * (d + e) + 2 * (T / chunk + 1) * d * e) * H * batch,
+        T * (min(chunk, max(T, 1)) * (24 * d + 7 * e) + 8 * d * e + log2_ceil(min(chunk, max(T, 1))) * (16 * d + 2 * e) + 5 * d * e / min(chunk, max(T, 1))) * H * batch,
+        3 * min(chunk, max(T, 1)) + T / min(chunk, max(T, 1)) * (7 + log2_ceil(d) + log2_ceil(min(chunk, max(T, 1)))),
+        (5 * T * min(chunk, max(T, 1)) * d + 8 * T * (d + e) + 2 * (T / chunk + 1) * d * e) * H * batch,
     ),
 }
 
@@ -301,7 +304,7 @@ OPS = (
         name="wkv7",
         summary="RWKV-7: S <- e^w S + b (aᵀ S) + k vᵀ, o = Sᵀ r: a delta rule whose two halves are free",
         contract=CONTRACT,
-        forms={"recurrent": Form(wkv7, _cost["recurrent"]), "chunkwise": Form(wkv7_chunkwise, _cost["chunkwise"])},
+        forms={"recurrent": Form(wkv7, _cost["recurrent"], exact=("work", "depth")), "chunkwise": Form(wkv7_chunkwise, _cost["chunkwise"])},
         gradient=wkv7_vjp,
         sample=_sample,
         hard={

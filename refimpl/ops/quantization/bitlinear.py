@@ -271,7 +271,9 @@ def _bias_is_added(f, call, bound, rng):
 
 
 def _cost(c, e, batch=1):
-    return Cost(2 * c * e * batch + 5 * c * batch + 4 * c * e, 2 * log2_ceil(c) + log2_ceil(c * e) + 10, (c + 2 * e) * batch + 2 * c * e)
+    return Cost(
+        2 * c * e * batch + (6 * c + e + 3) * batch + 5 * c * e + 1, log2_ceil(c) + log2_ceil(c * e) + 9, (2 * c + 2 * e) * batch + 2.5 * c * e
+    )
 
 
 OPS = (
@@ -280,7 +282,7 @@ OPS = (
         summary="linear layer of ternary or binary weights and eight-bit activations",
         contract=CONTRACT,
         forms={
-            "integers": Form(bitlinear, _cost),
+            "integers": Form(bitlinear, _cost, exact=("work",)),
             "dequantised": Form(bitlinear_dequantised, _cost),
             "additions": Form(bitlinear_additions, _cost, on_balls=False, stops="NaN and infinities, which no integer stands for"),
         },

@@ -263,8 +263,8 @@ def _nearest(f, call, bound, rng):
     yield "distance of x from q scale", np.maximum(away, unit / 2), np.broadcast_to(unit / 2, away.shape), (abs(q) + 2.0) * off
 
 
-def _cost(c, e=1, batch=1):
-    return Cost(4 * c * e * batch, log2_ceil(c * e) + 4, 3 * c * e * batch)
+def _cost(each, depth, once=0):
+    return lambda c, e=1, batch=1: Cost((each * c * e + once) * batch, log2_ceil(c * e) + depth, 3 * c * e * batch)
 
 
 _HARD = {
@@ -280,7 +280,7 @@ OPS = (
         name="ternary_quantize",
         summary="weights -1, 0, 1 in units of their mean size",
         contract=TERNARY,
-        forms={"round": Form(ternary_quantize, _cost), "threshold": Form(ternary_quantize_threshold, _cost)},
+        forms={"round": Form(ternary_quantize, _cost(5, 6, 1), exact=("work", "depth")), "threshold": Form(ternary_quantize_threshold, _cost(3, 2), exact=("work", "depth"))},
         gradient=None,
         sample=_weights,
         hard=_HARD | {"exact ties": _with(_weights, _exact_ties)},
@@ -294,7 +294,7 @@ OPS = (
         name="binary_quantize",
         summary="weights -1 and 1 in units of their mean size",
         contract=BINARY,
-        forms={"sign": Form(binary_quantize, _cost)},
+        forms={"sign": Form(binary_quantize, _cost(3, 2), exact=("work", "depth"))},
         gradient=None,
         sample=_weights,
         hard=_HARD | {"a common offset": _with(_weights, lambda rng, w: np.rint(4 * w) / 4 + 8 + 4 * np.sign(w))},
@@ -308,7 +308,7 @@ OPS = (
         name="absmax_quantize",
         summary="rows of integers in units of their largest size",
         contract=ABSMAX,
-        forms={"round": Form(absmax_quantize, _cost)},
+        forms={"round": Form(absmax_quantize, _cost(6, 6, 2), exact=("work",))},
         gradient=None,
         sample=_activations,
         options={"bits": (8, 4, 2)},

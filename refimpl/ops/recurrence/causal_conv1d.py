@@ -26,6 +26,7 @@ References
 import numpy as np
 
 from refimpl.core.contract import Contract, one_of
+from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import silu, silu_derivative
 from refimpl.laws import causal, hand_off
 from refimpl.op import Cost, Form, Law, Op
@@ -237,12 +238,12 @@ OPS = (
         summary="depthwise causal convolution with a few taps, its state the last W - 1 inputs",
         contract=CONTRACT,
         forms={
-            "taps": Form(causal_conv1d, lambda T, c, W, batch=1: Cost(2 * T * W * c * batch, 2 * W, (2 * T + W) * c * batch)),
+            "taps": Form(causal_conv1d, lambda T, c, W, batch=1: Cost(2 * T * W * c * batch, W + 1, (4 * T + W - 1) * c * batch), exact=("work", "depth")),
             "windows": Form(
-                causal_conv1d_windows, lambda T, c, W, batch=1: Cost(2 * T * W * c * batch, 1 + W, (2 * T * W + T) * c * batch)
+                causal_conv1d_windows, lambda T, c, W, batch=1: Cost((2 * W - 1) * T * c * batch, 1 + log2_ceil(W), (2 * T * W + T + W - 1) * c * batch), exact=("work", "depth")
             ),
             "stream": Form(
-                causal_conv1d_stream, lambda T, c, W, batch=1: Cost(2 * T * W * c * batch, T * (1 + W), (T + 2 * W) * c * batch)
+                causal_conv1d_stream, lambda T, c, W, batch=1: Cost((2 * W - 1) * T * c * batch, 1 + log2_ceil(W), (3 * T + 3 * W) * c * batch), exact=("work", "depth")
             ),
         },
         gradient=causal_conv1d_vjp,

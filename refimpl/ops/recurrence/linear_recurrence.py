@@ -9,6 +9,8 @@ at every step. It looks sequential, and is not. A step is the affine map h -> a_
 
 is associative (and not commutative: the later step stands on the left). So all prefixes can be computed by any
 parallel prefix scan [1, section 1.4]; and where `a` is constant, (1) unrolls to a convolution with the kernel a^j.
+With an input that comes from a system in continuous time (`discretize`) and states that are read (`ssm`) it is a state
+space model: the introduction to that part, `refimpl.ops.state_space`, follows it from here to Mamba-2.
 
 Glossary
     a, b    decay and input             (a_t, b_t) in (1); pairs (c_i) in [1, section 1.4]
@@ -29,7 +31,7 @@ import numpy as np
 import scipy.fft
 
 from refimpl.core.contract import Contract, positive_int
-from refimpl.core.costs import fft_depth, fft_work
+from refimpl.core.costs import fft_depth, fft_work, log2_ceil
 from refimpl.laws import causal, hand_off, linear, time_invariant
 from refimpl.op import Cost, Form, Law, Op
 
@@ -328,22 +330,27 @@ OPS = (
         summary="h_t = a_t h_{t-1} + b_t, elementwise",
         contract=CONTRACT,
         forms={
-            "sequential": Form(linear_recurrence, lambda T, c, batch=1: Cost(2 * T * c * batch, 2 * T, 2 * T * c * batch)),
+            "sequential": Form(linear_recurrence, lambda T, c, batch=1: Cost(2 * T * c * batch, 2 * T, 2 * T * c * batch), exact=("work", "depth", "peak")),
             "hillis_steele": Form(
                 linear_recurrence_hillis_steele,
                 lambda T, c, batch=1: Cost(
-                    3 * T * c * batch * max(1, np.ceil(np.log2(max(T, 1)))), 2 * np.ceil(np.log2(max(T, 2))), 7 * T * c * batch
+                    (3 * (T * log2_ceil(T) - 2 ** log2_ceil(T)) + 5) * c * batch, 2 * log2_ceil(T) + 2, 7 * T * c * batch
                 ),
+                exact=("work",),
                 stops="|a| > 1: products of decays may overflow where h does not; NaN in a decay reaches every later row",
             ),
             "blelloch": Form(
                 linear_recurrence_blelloch,
-                lambda T, c, batch=1: Cost(6 * T * c * batch, 4 * np.ceil(np.log2(max(T, 2))), 8 * T * c * batch),
+                lambda T, c, batch=1: Cost(
+                    (3 * sum((T >> i) - 1 for i in range(T.bit_length())) + 2) * c * batch, max(4 * log2_ceil(T) - 2, 2), 6 * T * c * batch
+                ),
+                exact=("work",),
                 stops="|a| > 1: products of decays may overflow where h does not",
             ),
             "chunked": Form(
                 linear_recurrence_chunked,
-                lambda T, c, batch=1, chunk=64: Cost(5 * T * c * batch, 2 * (chunk + T / chunk), 6 * T * c * batch),
+                lambda T, c, batch=1, chunk=64: Cost((5 * chunk - 1) * -(-T // chunk) * c * batch, 2 * (chunk + -(-T // chunk)) - 3, (7 * chunk * -(-T // chunk) + 1) * c * batch),
+                exact=("work",),
                 stops="|a| > 1: a chunk's product of decays may overflow where h does not",
             ),
             "in_place": Form(

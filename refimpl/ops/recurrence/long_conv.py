@@ -35,7 +35,7 @@ import numpy as np
 import scipy.fft
 
 from refimpl.core.contract import Contract, positive_int
-from refimpl.core.costs import fft_depth, fft_work
+from refimpl.core.costs import fft_depth, fft_work, log2_ceil
 from refimpl.laws import causal, linear, time_invariant
 from refimpl.op import Cost, Form, Law, Op
 from refimpl.ops.recurrence.monarch import monarch_dft, monarch_matmul_blocks
@@ -307,7 +307,9 @@ def _direct_work(T, K):
 def _monarch_cost(T, K, c, batch=1):
     rows, columns = _near_square(max(T + min(T, K) - 1, 1))
     n = rows * columns
-    return Cost((3 * 8 * n * (rows + columns) + 6 * n + 2 * T) * c * batch, 3 * (rows + columns), 8 * n * c * batch + n * (rows + columns))
+    return Cost(
+        (20 * n * (rows + columns) + 8 * n) * c * batch, 2 * (log2_ceil(rows) + log2_ceil(columns)) + 6, 10 * n * c * batch + n * (rows + columns + 3)
+    )
 
 
 def _overlap_cost(T, K, c, batch=1, block=None):
@@ -326,7 +328,7 @@ OPS = (
         contract=CONTRACT,
         forms={
             "direct": Form(
-                long_conv, lambda T, K, c, batch=1: Cost(2 * (_direct_work(T, K) + T) * c * batch, min(T, K) + 2, 2 * T * c * batch)
+                long_conv, lambda T, K, c, batch=1: Cost(min(T, K) * (2 * T - min(T, K) + 1) * c * batch, min(T, K) + 1, 2 * T * c * batch), exact=("work", "depth", "peak")
             ),
             "fft": Form(
                 long_conv_fft,

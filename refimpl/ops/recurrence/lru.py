@@ -28,6 +28,7 @@ References
 import numpy as np
 
 from refimpl.core.contract import Contract
+from refimpl.core.costs import log2_ceil
 from refimpl.laws import causal, hand_off, linear, time_invariant
 from refimpl.op import Cost, Form, Op
 from refimpl.ops.recurrence import linear_recurrence as lr
@@ -237,10 +238,8 @@ def _with(**changes):
     return draw
 
 
-def _cost(depth, factor=1.0):
-    return lambda T, c, n, batch=1: Cost(
-        (16 * T * n * c + factor * 8 * T * n + 4 * T * c) * batch, depth(T) + 2 * (n + c), 8 * T * n * batch
-    )
+def _cost(each, depth, alive):
+    return lambda T, c, n, batch=1: Cost((12 * T * n * c + each(T) * T * n + 2 * T * c) * batch + 14 * n, depth(T) + log2_ceil(n), alive * T * n * batch)
 
 
 OPS = (
@@ -249,11 +248,11 @@ OPS = (
         summary="x_t = λ x_{t-1} + γ B u_t, y_t = Re(C x_t) + D u_t with λ = exp(-e^ν + i e^θ)",
         contract=CONTRACT,
         forms={
-            "recurrent": Form(lru, _cost(lambda T: 2 * T)),
-            "scan": Form(lru_scan, _cost(lambda T: 4 * np.ceil(np.log2(max(T, 2))), 3.0)),
+            "recurrent": Form(lru, _cost(lambda T: 10, lambda T: 2 * T + 6, 7), exact=("work",)),
+            "scan": Form(lru_scan, _cost(lambda T: 30, lambda T: 4 * log2_ceil(T) + 4, 14)),
             "convolution": Form(
                 lru_convolution,
-                _cost(lambda T: 4 * np.ceil(np.log2(max(T, 2))), 15.0),
+                _cost(lambda T: 30 * log2_ceil(T) + 75, lambda T: 4 * log2_ceil(T) + 13, 16),
                 on_balls=False,
                 stops="non-finite data: a transform spreads its largest value over all",
             ),

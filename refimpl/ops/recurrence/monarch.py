@@ -34,6 +34,7 @@ import math
 import numpy as np
 
 from refimpl.core.contract import Contract, positive_int
+from refimpl.core.costs import log2_ceil
 from refimpl.laws import linear
 from refimpl.op import Cost, Form, Op
 
@@ -286,12 +287,14 @@ OPS = (
             "dense": Form(
                 monarch_matmul,
                 lambda k, p, q, l, s, batch=1, **_: Cost(
-                    2 * k * q * (k * p + l * s) * batch, k * p + k * q, k * q * (k * p + l * s) + (k * q + s * l) * batch
+                    2 * k * q * (k * p + l * s) * batch, log2_ceil(k * p) + log2_ceil(k * q) + 2, k * q * (k * p + l * s) + (k * q + s * l) * batch
                 ),
+                exact=("work", "depth"),
             ),
             "blocks": Form(
                 monarch_matmul_blocks,
-                lambda k, p, q, l, s, batch=1, **_: Cost(2 * k * q * (p + s) * batch, p + k * q / max(l, 1), (2 * k * q + s * l) * batch),
+                lambda k, p, q, l, s, batch=1, **_: Cost(2 * k * q * (p + s) * batch, log2_ceil(p) + log2_ceil(k * q / max(l, 1)) + 2, (k * q + s * l) * batch),
+                exact=("work", "depth"),
             ),
         },
         gradient=monarch_matmul_vjp,

@@ -243,12 +243,12 @@ OPS = (
         summary="h_t = a_t h_{t-1} + √(1 - a_t²) i_t x_t with log a_t = exponent r_t log a",
         contract=CONTRACT,
         forms={
-            "recurrent": Form(rg_lru, lambda T, c, batch=1: Cost(11 * T * c * batch, 2 * T + 7, 4 * T * c * batch)),
+            "recurrent": Form(rg_lru, lambda T, c, batch=1: Cost(10 * T * c * batch, 2 * T + 5, 4 * T * c * batch), exact=("work", "depth", "peak")),
             "scan": Form(
-                rg_lru_scan, lambda T, c, batch=1: Cost(15 * T * c * batch, 4 * np.ceil(np.log2(max(T, 2))) + 7, 10 * T * c * batch)
+                rg_lru_scan, lambda T, c, batch=1: Cost(14 * T * c * batch, 4 * np.ceil(np.log2(max(T, 2))) + 3, 8 * T * c * batch)
             ),
             "chunked": Form(
-                rg_lru_chunked, lambda T, c, batch=1, chunk=64: Cost(14 * T * c * batch, 2 * (chunk + T / chunk) + 7, 8 * T * c * batch)
+                rg_lru_chunked, lambda T, c, batch=1, chunk=64: Cost((13 * T + 5 * (-T % chunk)) * c * batch, 2 * (chunk + np.ceil(T / chunk)) + 3, (2 * T + 7 * chunk * np.ceil(T / chunk)) * c * batch)
             ),
         },
         gradient=rg_lru_vjp,

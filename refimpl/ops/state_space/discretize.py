@@ -14,6 +14,7 @@ larger exponential [1],
 
 (3)-(5) are one family, (I - α dt A)⁻¹ (I + (1-α) dt A) with α = 1/2, 1, 0 [2]: first order in dt, the bilinear one second.
 For A in the left half plane (3) and (4) keep the eigenvalues of Ā inside the unit circle at every dt; (5) does not.
+Where A is diagonal all of this is elementwise: `discretize_diagonal`. What is done with Ā and B̄ is `ssm`.
 
 Glossary
     A, B      continuous system          A, B in [3, equation (1)]
@@ -41,6 +42,7 @@ import numpy as np
 
 from refimpl.core import linalg
 from refimpl.core.contract import Contract, one_of
+from refimpl.core.costs import log2_ceil
 from refimpl.op import Cost, Form, Op
 from refimpl.ops.state_space.discretization_laws import contraction, linear_in_b, semigroup, small_step, time_scale
 
@@ -314,11 +316,17 @@ def _legs(rng, A):
 
 
 def _exponential_cost(n, m=1, batch=1, norm=2.0):
-    return Cost(2 * (n + m) ** 3 * (10 + np.log2(1 + norm)) * batch, (n + m) * (10 + np.log2(1 + norm)), 4 * (n + m) ** 2 * batch)
+    return Cost(
+        2 * (n + m) ** 3 * (20 + np.log2(1 + norm)) * batch, (log2_ceil(n + m) + 3) * (20 + np.log2(1 + norm)), 8 * (n + m) ** 2 * batch
+    )
 
 
 def _doubling_cost(n, m=1, batch=1, norm=2.0):
-    return Cost(2 * n**2 * ((n + m) * (1 + np.log2(1 + norm)) + 14 * n) * batch, n * (15 + np.log2(1 + norm)), 4 * n * (n + m) * batch)
+    return Cost(
+        2 * n**2 * ((n + m) * (1 + np.log2(1 + norm)) + 14 * n) * batch,
+        (log2_ceil(n) + 2) * (22 + np.log2(1 + norm)),
+        7 * n * (n + m) * batch,
+    )
 
 
 OPS = (

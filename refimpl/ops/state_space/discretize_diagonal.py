@@ -227,8 +227,10 @@ OPS = (
         summary="(ā, b̄) of x' = ax + bu for a step dt, elementwise and accurate for short steps",
         contract=CONTRACT,
         forms={
-            "elementwise": Form(discretize_diagonal, lambda n=1, batch=1: Cost(8 * n * batch, 5, 5 * n * batch)),
-            "doubling": Form(discretize_diagonal_doubling, lambda n=1, batch=1: Cost(34 * n * batch, 34, 8 * n * batch), on_balls=False),
+            "elementwise": Form(
+                discretize_diagonal, lambda n=1, batch=1: Cost(7 * n * batch, 6, 6.125 * n * batch), exact=("work", "depth", "peak")
+            ),
+            "doubling": Form(discretize_diagonal_doubling, lambda n=1, batch=1: Cost(88 * n * batch, 58, 8.5 * n * batch), on_balls=False),
         },
         gradient=discretize_diagonal_vjp,
         sample=_sample,

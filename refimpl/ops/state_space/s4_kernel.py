@@ -327,14 +327,17 @@ def _real(rng, v):
 
 
 def _dense_cost(n, L=7, r=1, batch=1, **_):
-    return Cost(24 * n**3 + 8 * r * n * n + L * (8 * n * n + 8 * n), 3 * n + 2 * L + L * log2_ceil(n), 4 * n * n + L)
-
-
-def _cauchy_cost(n, L=7, r=1, batch=1, **_):
-    sums = 8 * L * n * ((1 + r) ** 2 + 3) + 8 * L * r**3
     return Cost(
-        (24 + 16 * log2_ceil(L)) * n**3 + sums + 2 * fft_work(L),
-        3 * n + (2 + log2_ceil(n)) * (log2_ceil(L) + 2) + 8 * r + fft_depth(L),
+        32 * n**3 / 3 + 24 * n * n + L * (8 * n * n + 8 * n - 2), 8 * n + L + L * log2_ceil(n), max(12 * n * n + 4 * n, 2 * L + 3 * n * n)
+    )
+
+
+def _cauchy_cost(n, L=7, r=1, batch=1, matrix=True, **_):
+    r = r if matrix else 1
+    sums = 8 * L * n * ((1 + r) ** 2 + 4) + 40 * L * r**3
+    return Cost(
+        (10 + 8 * log2_ceil(L)) * n**3 + sums + 2 * fft_work(L),
+        8 * n + (1 + log2_ceil(n)) * (log2_ceil(L) + 2) + 5 + fft_depth(L),
         2 * L * (n * (3 + r) + (1 + r) ** 2) + 4 * n * n,
     )
 

@@ -10,6 +10,8 @@ dt forgets the past and takes in the present, dt = 0 keeps the state and skips t
 3.5]. That ends the convolution, but not the parallelism, for (2) is still linear in h: a `linear_recurrence` of c·n
 lanes with the decays exp(dt A). What it costs is memory, T·c·n states where input and output have T·c numbers; hence
 the form `chunked`, which never has more than a chunk of them, and which is the algorithm of the published kernel.
+Held constant, dt, B and C give `ssm` again, of `discretize_diagonal(A, B, dt, method="mamba")`; one A and one dt for
+many channels and states give `ssd`; a second scan from the other end, `bidirectional_scan`.
 
 Glossary
     u, y      input, output of the scan      x, y in [1, algorithm 2]
@@ -379,28 +381,31 @@ OPS = (
         forms={
             "recurrent": Form(
                 selective_scan,
-                lambda T, c, n, batch=1, G=0: Cost((7 * n + 9) * T * c * batch, 3 * T + log2_ceil(n), (2 * T + 5 * n) * c * batch),
+                lambda T, c, n, batch=1, G=0: Cost(7 * T * c * n * batch, 2 * T + log2_ceil(n) + 3, (2 * T + 3 * n) * c * batch),
+                exact=("work", "depth"),
             ),
             "associative": Form(
                 selective_scan_associative,
-                lambda T, c, n, batch=1, G=0: Cost(
-                    (11 * n + 9) * T * c * batch, 4 * _tree(T) + log2_ceil(n) + 3, (10 * n + 2) * T * c * batch
-                ),
+                lambda T, c, n, batch=1, G=0: Cost(11 * T * n * c * batch, 4 * _tree(T) + log2_ceil(n) + 1, (8 * n + 2) * T * c * batch),
                 stops="dt A > 0: products of decays may overflow where h does not",
             ),
             "chunked": Form(
                 selective_scan_chunked,
                 lambda T, c, n, batch=1, G=0, chunk=32, channels=512: Cost(
-                    (7 * n + 9) * T * c * batch,
-                    3 * T + log2_ceil(n),
+                    (7 * n + 1) * T * c * batch,
+                    2 * T + log2_ceil(n) + 3,
                     2 * T * c * batch + 3 * n * min(chunk, T) * min(channels, c) + n * c * batch,
                 ),
+                exact=("work", "depth"),
             ),
             "attention": Form(
                 selective_scan_attention,
                 lambda T, c, n, batch=1, G=0: Cost(
-                    (5 * n + 5) * T * T * c * batch, 2 * _tree(T) + log2_ceil(n) + 5, ((3 * n + 4) * T * T + 2 * T * c) * batch
+                    ((5 * n + 3) * T * T + 8 * n * T - 1) * c * batch,
+                    2 * _tree(T) + log2_ceil(n) + 7,
+                    ((3 * n + 4) * T * T + 2 * T * c) * batch,
                 ),
+                exact=("work", "depth"),
             ),
         },
         gradient=selective_scan_vjp,

@@ -383,7 +383,7 @@ def _cost(work, depth, peak):
 
     def cost(T, p, n, H=1, G=1, batch=1, chunk=64):
         size = min(chunk, max(T, 1))
-        return Cost(work(T, n, p, size) * H * batch, depth(T, n, size), peak(T, n, p, size) * H * batch)
+        return Cost(work(T, n, p, size, G / H) * H * batch, depth(T, n, size), peak(T, n, p, size) * H * batch)
 
     return cost
 
@@ -397,25 +397,29 @@ OPS = (
             "recurrent": Form(
                 ssd,
                 _cost(
-                    lambda T, n, p, L: T * (5 * n * p + n + 9 * p + 6),
-                    lambda T, n, L: 3 * T + log2_ceil(n),
-                    lambda T, n, p, L: 2 * T * p + 4 * n * p,
+                    lambda T, n, p, L, share: T * (5 * n * p + n - p + 4),
+                    lambda T, n, L: 2 * T + log2_ceil(n) + 5,
+                    lambda T, n, p, L: 4 * T * p + 4 * n * p,
                 ),
+                exact=("work", "depth"),
             ),
             "quadratic": Form(
                 ssd_quadratic,
                 _cost(
-                    lambda T, n, p, L: T * T * (2 * n + 2 * p + 3) + T * (4 * n * p + 9 * p + 8),
-                    lambda T, n, L: T + 2 * log2_ceil(T) + log2_ceil(n) + 8,
-                    lambda T, n, p, L: 5 * T * T + 4 * T * (n + p) + n * p,
+                    lambda T, n, p, L, share: T * T * (2 * n * share + 2 * p + 3) + T * (2 * n * p + n + 2 * p + 5) - 2,
+                    lambda T, n, L: T + log2_ceil(T) + 7,
+                    lambda T, n, p, L: 3.5 * T * T + 3 * T * (n + p) + n * p,
                 ),
+                exact=("work",),
             ),
             "chunked": Form(
                 ssd_chunked,
                 _cost(
-                    lambda T, n, p, L: T * (L * (2 * n + 2 * p + 3) + 4 * n * p + 9 * p + 8) + 2 * (T / L) * n * p,
-                    lambda T, n, L: L + 2 * (T / L) + 2 * log2_ceil(L) + log2_ceil(n) + 8,
-                    lambda T, n, p, L: 5 * T * L + 3 * (T / L) * n * p + 4 * T * (n + p) + n * p,
+                    lambda T, n, p, L, share: (
+                        T * (L * (2 * n * share + 2 * p + 3) + 4 * n * p + 2 * n + 2 * p + 5) + (T / L) * (2 * n * p - 2)
+                    ),
+                    lambda T, n, L: L + 2 * (T / L) + log2_ceil(L) + log2_ceil(n) + 4,
+                    lambda T, n, p, L: 2 * T * L + 2 * (T / L) * n * p + 2 * T * (n + p),
                 ),
             ),
         },

@@ -222,18 +222,20 @@ OPS = (
             "power": Form(
                 ssm_kernel,
                 _cost(
-                    lambda L, n, dense: L * (8 * n + (8 * n * n if dense else 6 * n)),
-                    lambda L, n: 3 * L + log2_ceil(n),
-                    lambda L, n, dense: L + 4 * n,
+                    lambda L, n, dense: L * (8 * n + (8 * n * n if dense else 6 * n) - 2) + 14 * n,
+                    lambda L, n: L + log2_ceil(n) + 1,
+                    lambda L, n, dense: 3.5 * L + 6 * n,
                 ),
+                exact=("depth",),
             ),
             "vandermonde": Form(
                 ssm_kernel_vandermonde,
                 _cost(
                     lambda L, n, dense: L * 14 * n,
-                    lambda L, n: 3 * log2_ceil(L) + 3 + log2_ceil(n),
-                    lambda L, n, dense: 6 * L * n + L,
+                    lambda L, n: log2_ceil(L) + log2_ceil(n) + 1,
+                    lambda L, n, dense: 4.5 * L * n + L,
                 ),
+                exact=("depth",),
                 stops="|Ā| > 1: powers that are then cut off may overflow",
             ),
         },
