@@ -267,8 +267,11 @@ def test_a_new_claim_is_decided_by_its_numbers():
     assert make(5051).run().verdict == FALSE
 
 
-def test_no_verdict_is_stored():
+def test_no_verdict_is_stored(computed):
+    """Neither in a field, nor among what is claimed, nor as a word in a corrected statement."""
     assert "verdict" not in {f.name for f in dataclasses.fields(Claim)}
+    for result in computed.values():
+        assert not re.search(r"\b(true|false|holds|refuted|(is|are) (right|wrong))\b", result.statement, re.I), result.statement
     for claim in ledger().values():
         for word in claim.claimed.values():
             assert not isinstance(word, str), claim.id
@@ -296,15 +299,15 @@ def kept(tmp_path, monkeypatch):
 
     def keep(rows, name="run.json", **about):
         about = {"device": "NVIDIA H100", "driver": "580.1", "date": "2026-11-21"} | about
-        (folder / name).write_text(json.dumps({**about, "rows": rows}))
+        (folder / name).write_text(json.dumps({"measured_on": about, "rows": rows}))
         measurements._read.cache_clear()
 
     yield keep
     measurements._read.cache_clear()
 
 
-def timing(op, implementation, seconds, **sizes):
-    return {"op": op, "implementation": implementation, "seconds": seconds, "sizes": sizes}
+def timing(op, shape, work="forward, bf16", **ms):
+    return {"operator": op, "work": work, "shape": shape, "floor_ms": 0.1, "ms": {name.replace("_", "-"): t for name, t in ms.items()}}
 
 
 def test_without_measurements_speed_is_not_measured(kept):
@@ -313,35 +316,51 @@ def test_without_measurements_speed_is_not_measured(kept):
 
 
 def test_a_kept_measurement_decides(kept):
-    both = [timing("attention", "flash-attn 1", 0.002, T=4096), timing("attention", "flash-attn 2", 0.001, T=4096)]
-    kept(both)
+    kept([timing("attention", "B4 T4096 d128", FlashAttention=2.0, FlashAttention_2=1.0)])
     result = ledger()["fa2"].run()
     assert result.value("speed") == 2
     assert result.parts["speed"] == HOLDS
     assert [m.device for m in result.measured] == ["NVIDIA H100"] * 2
     text = CliRunner().invoke(app, ["claims", "fa2"]).stdout
     assert "NVIDIA H100" in text and "580.1" in text and "2026-11-21" in text
-    kept([timing("attention", "flash-attn 1", 0.001), timing("attention", "flash-attn 2", 0.001)])
+    kept([timing("attention", "B4 T4096 d128", FlashAttention=1.0, FlashAttention_2=1.0)])
     assert ledger()["fa2"].run().parts["speed"] == FALSE
 
 
-def test_times_of_different_runs_or_sizes_are_not_compared(kept):
-    kept([timing("generation", "transformer", 6.0, T=1024)], "one.json")
-    kept([timing("generation", "s4", 0.1, T=1024)], "two.json", date="2026-11-22")
-    assert ledger()["s4-60"].run().verdict == NOT_MEASURED
-    kept([timing("generation", "s4", 0.1, T=2048)], "two.json")
-    assert ledger()["s4-60"].run().verdict == NOT_MEASURED
-    kept([timing("generation", "s4", 0.1, T=1024)], "two.json")
-    assert ledger()["s4-60"].run().verdict == HOLDS
+def test_times_that_do_not_belong_together_are_not_compared(kept):
+    verdict = lambda: ledger()["s4-60"].run().verdict
+    kept([timing("generation", "T1024", transformer=600)], "one.json")
+    for other, about in (
+        (timing("generation", "T1024", s4=1), {"date": "2026-11-22"}),
+        (timing("generation", "T1024", s4=1), {"device": "NVIDIA A100"}),
+        (timing("generation", "T2048", s4=1), {}),
+        (timing("generation", "T1024", "forward, fp32", s4=1), {}),
+        (timing("generation", "T1024", "gradient, bf16", s4=1), {}),
+    ):
+        kept([other], "two.json", **about)
+        assert verdict() == NOT_MEASURED
+    kept([timing("generation", "T1024", s4=1)], "two.json")
+    assert verdict() == HOLDS
+    kept([timing("generation", "T1024", s4=300)], "two.json")
+    assert verdict() == FALSE
 
 
 def test_a_measurement_without_a_device_is_refused(kept):
-    kept([timing("generation", "s4", 1.0)], driver="")
+    kept([timing("generation", "T1", s4=1)], driver="")
     with pytest.raises(ValueError, match="must name its driver"):
         measurements.measurements()
-    kept([timing("generation", "s4", 0.0)])
-    with pytest.raises(ValueError, match="seconds must be positive"):
+    kept([timing("generation", "T1", s4=0)])
+    with pytest.raises(ValueError, match="a time must be positive, got 0 for generation, s4"):
         measurements.measurements()
+
+
+def test_shapes_are_read(kept):
+    ms = {"refimpl": 0.7, "copy of as many bytes": 0.6, "CPU dense": 900.0}
+    kept([{"operator": "attention", "work": "decode GQA bf16", "shape": "B16 H32/8 T32768 d128", "floor_ms": 0.7, "ms": ms}])
+    (found,) = measurements.measurements()
+    assert found.sizes == {"B": 16, "H": 32, "Hkv": 8, "T": 32768, "d": 128}
+    assert (found.dtype, found.direction, found.implementation) == ("bfloat16", "decode", "refimpl")
+    assert found.seconds == pytest.approx(0.7e-3)
 
 
 def test_results_of_asv_are_read(tmp_path, monkeypatch):

@@ -171,12 +171,15 @@ def test_predictions_beside_measurements():
         Measurement("attention", "kernel", 6.04e-3, *about, "float32", {"T": 4096, "B": 4, "H": 16, "d": 128}),
         Measurement("selective_scan", "on a CPU", 1.0, "some processor", "", "2026-11-21", "", sizes),
         Measurement("lstm", "kernel", 1.0, *about, "", {"T": 5}),
+        Measurement("selective_scan", "gradient", 1.0, *about, "bfloat16", sizes, "gradient, bf16"),
     ]
     found = compare(rows)
     assert [row.measurement.implementation for row in found] == ["mamba_ssm", "kernel"]
     assert found[0].predicted == predict_time("selective_scan", 2048, c=2048, batch=8).seconds
     assert found[0].ratio == pytest.approx(0.595e-3 / found[0].predicted)
     assert all(row.ratio > 1 for row in found)
+    full, causal = (compare([Measurement("attention", "k", 1.0, *about, "bfloat16", {"T": 4096}, w)])[0] for w in ("full", "causal"))
+    assert full.predicted > 1.9 * causal.predicted
     assert compare([]) == []
 
 

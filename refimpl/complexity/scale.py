@@ -349,6 +349,8 @@ _LETTERS = {
     "n": "n",
     "p": "p",
     "G": "groups",
+    "C": "c",
+    "N": "n",
 }
 _TAKES = {
     "attention": {"heads", "kv_heads", "batch", "d"},
@@ -376,7 +378,7 @@ def compare(kept: Sequence[Measurement] | None = None, machines: Mapping[str, Ma
     Parameters
     ----------
     kept : sequence of Measurement, optional
-        By default all that the repository keeps.
+        By default all that the repository keeps; of them, forward passes of the four mixers.
     machines : mapping of str to Machine
         A measurement counts if its device's name holds the name of one of them.
 
@@ -397,12 +399,16 @@ def compare(kept: Sequence[Measurement] | None = None, machines: Mapping[str, Ma
     for m in measurements() if kept is None else kept:
         machine = next((v for k, v in machines.items() if k in m.device.lower()), None)
         mixer = _MEASURED_AS.get(m.op)
-        if machine is None or mixer is None or "T" not in m.sizes:
+        if machine is None or mixer is None or "T" not in m.sizes or m.direction != "forward":
             continue
         sizes: dict[str, Any] = {_LETTERS[k]: int(v) for k, v in m.sizes.items() if _LETTERS.get(k) in _TAKES[mixer]}
-        if mixer == "attention" and "heads" in sizes:
-            sizes.setdefault("kv_heads", sizes["heads"])
+        if mixer == "attention":
+            sizes |= {"causal": "full" not in m.work}
+            if "heads" in sizes:
+                sizes.setdefault("kv_heads", sizes["heads"])
         element = {"float32": 4, "float64": 8}.get(m.dtype, 2)
+        if element > 2:
+            machine = dataclasses.replace(machine, tensor=machine.scalar)  # tensor cores would round to TF32
         found.append(Compared(m, predict_time(mixer, int(m.sizes["T"]), machine, element=element, **sizes).seconds))
     return found
 

@@ -54,7 +54,7 @@ def pairs(case: Case) -> None:
     case.compare("long", within=0)
     n = lengths(256, 2**20)
     case.curves("tokens", "scores", all=(n, [m * m for m in n]), causal=(n, [attention_pairs(m) for m in n]))
-    case.states(f"True without a mask; a causal model needs about half, {causal:,} for 1,000 tokens.")
+    case.states(f"n² without a mask; a causal model needs about half, {causal:,} for 1,000 tokens.")
 
 
 @claim(
@@ -215,7 +215,7 @@ def map_bytes(case: Case) -> None:
         case.compare(key)
     n_axis = lengths(1024, 2**20)
     case.curves("tokens", "bytes of one head's map, 16 bits", map=(n_axis, [attention_map_bytes("gpt3-175b", m, heads=1) for m in n_axis]))
-    case.states(f"Right, in units of 1,024 up to 32 GiB; a million tokens are {case.numbers['e'].value:.2f} TB ({2e12 / 2**40:.2f} TiB).")
+    case.states(f"In units of 1,024 up to 32 GiB; a million tokens are {case.numbers['e'].value:.2f} TB ({2e12 / 2**40:.2f} TiB).")
 
 
 @claim(
@@ -403,7 +403,9 @@ def mixing(case: Case) -> None:
     )
     case.compare("attention", ">")
     case.compare("mlp", "<=")
-    case.states(f"True; RWKV's MLP sees the step before and is an exception ({shifted:.1f}).")
+    case.states(
+        f"A step elsewhere changes an MLP's output by exactly 0; RWKV's MLP sees the step before and is an exception ({shifted:.1f})."
+    )
     case.disagree("D4 describes RWKV's recurrent MLP elsewhere.")
 
 

@@ -265,6 +265,6 @@ def based(case: Case) -> None:
         "4.5 times the throughput",
     )
     case.states(
-        f"True: a state of 273 rows ({error:.0e}); the polynomial follows the exponential at small scores only ({ratios[0]:.2f}, "
+        f"A state of {S.shape[-2]} rows ({error:.0e}); the polynomial follows the exponential at small scores only ({ratios[0]:.2f}, "
         f"{ratios[1]:.2f}, {ratios[2]:.2f} of it at 1, 3, 5)."
     )

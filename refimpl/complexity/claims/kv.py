@@ -58,7 +58,9 @@ def kv_lin(case: Case) -> None:
             for name in ("llama2-13b", "llama3-70b", "mixtral-8x7b", "jamba-v0.1")
         },
     )
-    case.states("True: exponent 1, and each of the cached keys moves the newest token's output.")
+    case.states(
+        f"Exponent {case.numbers['exponent'].value:.2f}, and {np.mean(touched):.0%} of the cached keys move the newest token's output."
+    )
 
 
 @claim(

@@ -181,7 +181,7 @@ def ssm_cost(case: Case) -> None:
     case.compare("transform_logs", within=0, part="O(N log N)")
     case.disagree("D2 says O(n), D3 and D4 O(N log N), D3 also O(log N).")
     case.states(
-        f"Each is right for something: work of the scan ({recurrence}), of transforms ({transform}), depth of the scan ({scan.depth}), "
+        f"Of three different things: work of the scan ({recurrence}), of transforms ({transform}), depth of the scan ({scan.depth}), "
         f"as counted."
     )
 
@@ -194,17 +194,16 @@ def ssm_cost(case: Case) -> None:
     growth=1,
 )
 def kparams(case: Case) -> None:
+    stored = {n: sum(x.size for x in call_of("ssm_kernel", L=n, c=4, n=8).values() if isinstance(x, np.ndarray)) for n in (64, 1024)}
+    explicit = {n: call_of("long_conv", T=n, K=n, c=4)["kernel"].size for n in (64, 1024)}
     call = call_of("ssm_kernel", c=4, n=8)
-    stored = sum(x.size for x in call.values() if isinstance(x, np.ndarray))
-    kernels = {n: form("ssm_kernel", "vandermonde")(**call | {"length": n}) for n in (64, 1024)}
-    case.number("parameters", stored, "numbers that define the kernel of 4 channels at both lengths")
-    case.number("growth", stored / stored, "their growth, length 1,024 over 64")
-    case.number("same", abs(kernels[1024][:64] - kernels[64]).max(), "the longer kernel's beginning against the shorter one")
-    explicit = case.number("explicit", kernels[1024].size / kernels[64].size, "entries of the kernel itself, the same lengths")
+    long, short = (form("ssm_kernel", "vandermonde")(**call | {"length": n}) for n in (1024, 64))
+    case.number("parameters", stored[1024], "numbers that define an SSM's kernel of 4 channels and length 1,024")
+    case.number("growth", stored[1024] / stored[64], "the same over those for length 64")
+    case.number("same", abs(long[:64] - short).max(), "one A, B and C: the longer kernel's beginning against the shorter one")
+    grown = case.number("explicit", explicit[1024] / explicit[64], "numbers of a kernel that is stored as it is, the same lengths")
     case.compare("growth", "<=")
-    case.states(
-        f"True for an SSM (its A, B and C make a kernel of any length); a kernel that is stored entry by entry grows {explicit:.0f}-fold."
-    )
+    case.states(f"An SSM's A, B and C make a kernel of any length; a kernel that is stored entry by entry grows {grown:.0f}-fold.")
 
 
 @claim(
@@ -377,7 +376,7 @@ def rwkv(case: Case) -> None:
     state = case.number("state", state_bytes("rwkv4-14b", bits=32) / 1e6, "state of 5 d L elements in 32 bits", "MB")
     case.number("billions", parameters("rwkv4-14b") / 1e9, "parameters", "10⁹")
     case.compare("billions")
-    case.states(f"True: the two forms agree to {error:.0e}, and the state is 5 d L elements, {state:.1f} MB in 32 bits.")
+    case.states(f"The two forms agree to {error:.0e}, and the state is 5 d L elements, {state:.1f} MB in 32 bits.")
 
 
 @claim("vecstate", "The state of an RNN is one vector.", sources=("D3",), check="axes of the states of five operators", axes=1)

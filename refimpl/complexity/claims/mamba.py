@@ -176,8 +176,15 @@ def gru_gate(case: Case) -> None:
     g = sigmoid(z)
     gate = {"a": 1 - g, "b": g * x}
     error = case.equal("error", "linear_recurrence", got, linear_recurrence(**gate), gate, "selection against a gate")
+    steps = softplus(z)
+    theirs = case.number(
+        "code",
+        abs(linear_recurrence(np.exp(-steps), steps * x) - linear_recurrence(**gate)).max(),
+        "the same with B̄ = T B, as Mamba's code has it",
+    )
     case.states(
-        f"Exactly, for one state with a = -1 and B = 1 under zero-order hold: exp(-softplus z) = 1 - σ(z) (difference {error:.0e})."
+        f"Exactly, for one state with a = -1 and B = 1 under zero-order hold: exp(-softplus z) = 1 - σ(z) (difference {error:.0e}); "
+        f"with T B for the input, as Mamba's code has it, they differ by {theirs:.1f}."
     )
 
 

@@ -1,22 +1,20 @@
 """Times that were measured on a device and kept as data: where they are, and how a claim finds two that belong together.
 
-Two kinds of file are read, where a checkout has them:
+Files of one run on one device are read, where a checkout has them, from ``asv_benchmarks/results/`` and ``docs/measurements/``::
 
-``docs/measurements/*.json``, one run on one device::
+    {"measured_on": {"device": "NVIDIA H100", "driver": "580", "date": "2026-11-21"},
+     "rows": [{"operator": "attention", "work": "forward, causal, bf16", "shape": "B4 H16 T4096 d128", "ms": {"refimpl": 0.47}}]}
 
-    {"device": "...", "driver": "...", "date": "2026-11-21",
-     "rows": [{"op": "attention", "implementation": "refimpl.gpu", "dtype": "bfloat16", "seconds": 0.00047,
-               "sizes": {"T": 4096, "d": 128}}]}
-
-``asv_benchmarks/results/<machine>/*.json``, as asv writes them, if the machine's record names a ``device`` and a ``driver``
-and the benchmark's parameters are called ``op`` or ``form`` (operator.form), ``implementation`` or ``backend``, ``dtype``,
-and letters of sizes.
+which is what the scripts in ``asv_benchmarks/device`` write; and asv's own, if the machine's record names a ``device`` and a
+``driver`` and the benchmark's parameters are called ``op`` or ``form`` (operator.form), ``implementation`` or ``backend``,
+``dtype``, and letters of sizes.
 """
 
 import datetime
 import functools
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +22,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[3]
 FOLDERS = (ROOT / "docs" / "measurements", ROOT / "asv_benchmarks" / "results")
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
+_NOT_CONTENDERS = re.compile(r"\bCPU\b|\bcop(y|ies)\b")  # floors and other machines beside the times
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,26 @@ class Measurement:
     date: str
     dtype: str = ""
     sizes: Mapping[str, float] = field(default_factory=dict)
+    work: str = ""
 
     @property
     def run(self) -> tuple[str, str, str]:
         return self.device, self.driver, self.date
 
+    @property
+    def direction(self) -> str:
+        """Forward, gradient, or decoding."""
+        words = self.work.lower()
+        return "gradient" if re.search(r"gradient|bwd|backward", words) else "decode" if "decode" in words else "forward"
+
     def matches(self, wanted: Mapping[str, Any]) -> bool:
         """Whether it is what is asked for: fields by name, sizes by letter."""
         return all(getattr(self, name, self.sizes.get(name)) == value for name, value in wanted.items())
+
+    def goes_with(self, other: "Measurement") -> bool:
+        """From the same run, of the same precision and direction, at the same sizes where both have the letter."""
+        same = self.run == other.run and self.dtype == other.dtype and self.direction == other.direction
+        return same and all(self.sizes[s] == other.sizes[s] for s in self.sizes.keys() & other.sizes.keys())
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,7 +69,7 @@ def measurements() -> tuple[Measurement, ...]:
     Raises
     ------
     ValueError
-        If a file does not name device, driver and date, or a row has no time.
+        If a file does not name device, driver and date, or a time is not positive.
     """
     return _read(FOLDERS)
 
@@ -70,25 +82,39 @@ def _read(folders: tuple[Path, ...]) -> tuple[Measurement, ...]:
 
 def _rows(path: Path) -> Iterator[Measurement]:
     data = json.loads(path.read_text(encoding="utf-8"))
-    if "rows" in data:
+    if not isinstance(data, dict):
+        return
+    if "measured_on" in data:
+        about = data["measured_on"]
         for name in ("device", "driver", "date"):
-            if not data.get(name):
+            if not about.get(name):
                 raise ValueError(f"{path}: a kept measurement must name its {name}")
         for row in data["rows"]:
-            if not row.get("seconds", 0) > 0:
-                raise ValueError(f"{path}: seconds must be positive, got {row.get('seconds')!r}")
-            yield Measurement(
-                row["op"],
-                row["implementation"],
-                row["seconds"],
-                data["device"],
-                data["driver"],
-                data["date"],
-                row.get("dtype", ""),
-                row.get("sizes", {}),
-            )
+            work = row.get("work", "")
+            dtype, sizes = _shape(f"{row.get('shape', '')} {work}")
+            for contender, ms in row["ms"].items():
+                if not ms > 0:
+                    raise ValueError(f"{path}: a time must be positive, got {ms!r} for {row['operator']}, {contender}")
+                if not _NOT_CONTENDERS.search(contender):
+                    yield Measurement(
+                        row["operator"], contender, ms / 1e3, about["device"], about["driver"], about["date"], dtype, sizes, work
+                    )
     elif {"device", "driver"} <= data.get("params", {}).keys():
         yield from _asv(path, data)
+
+
+def _shape(text: str) -> tuple[str, dict[str, float]]:
+    """``B4 H16/8 T4096 d128 float32`` as a dtype and sizes by letter; of two numbers the second is of keys: Hkv."""
+    sizes: dict[str, float] = {}
+    dtype = ""
+    for word in re.split(r"[\s,]+", text):
+        if word in _DTYPES or re.fullmatch(r"b?float\d+", word):
+            dtype = _DTYPES.get(word, word)
+        elif match := re.fullmatch(r"([A-Za-z])(\d+)(?:/(\d+))?", word):
+            sizes.setdefault(match[1], int(match[2]))
+            if match[3]:
+                sizes[f"{match[1]}kv"] = int(match[3])
+    return dtype, sizes
 
 
 def _asv(path: Path, data: dict[str, Any]) -> Iterator[Measurement]:
@@ -112,16 +138,7 @@ def _asv(path: Path, data: dict[str, Any]) -> Iterator[Measurement]:
 
 
 def look_up(slow: Mapping[str, Any], fast: Mapping[str, Any]) -> tuple[Measurement, Measurement] | None:
-    """Two measurements of one run, the same sizes (where both have the letter) and dtype; the latest; None without."""
+    """Two measurements that belong together, of the latest run that has them; None without."""
     kept = measurements()
-    pairs = [
-        (a, b)
-        for a in kept
-        if a.matches(slow)
-        for b in kept
-        if b.matches(fast)
-        and a.run == b.run
-        and a.dtype == b.dtype
-        and all(a.sizes[s] == b.sizes[s] for s in a.sizes.keys() & b.sizes.keys())
-    ]
+    pairs = [(a, b) for a in kept if a.matches(slow) for b in kept if b.matches(fast) and a.goes_with(b)]
     return max(pairs, key=lambda pair: pair[0].date, default=None)

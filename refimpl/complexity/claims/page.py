@@ -27,7 +27,12 @@ def table(results: Sequence[Result]) -> RenderableType:
         for result in results:
             if result.claim.section == section:
                 style = STYLES[result.verdict]
-                grid.add_row(Text(MARKS[result.verdict], style), result.claim.id, Text(result.verdict, style), _summary(result))
+                grid.add_row(
+                    Text(MARKS[result.verdict], style),
+                    result.claim.id,
+                    Text(result.verdict + (" ◦" if result.opened and result.parts else ""), style),
+                    _summary(result),
+                )
         parts += [Text(f"\n{section}", "bold"), grid]
     counts = {verdict: sum(r.verdict == verdict for r in results) for verdict in VERDICTS}
     said = ", ".join(f"{count} {MARKS[verdict]} {verdict}" for verdict, count in counts.items() if count)
@@ -42,7 +47,7 @@ def table(results: Sequence[Result]) -> RenderableType:
 
 def _summary(result: Result) -> Text:
     text = Text(result.claim.says)
-    text.append((" ⚔" if result.disagreements else "") + (" ◦" if result.opened and result.parts else ""))
+    text.append(" ⚔" if result.disagreements else "")
     for condition in result.conditions:
         text.append(f"\nif {condition}", "yellow")
     text.append(f"\n→ {result.statement}", "dim")

@@ -32,7 +32,7 @@ def lossy(case: Case) -> None:
     case.number("needed", 10e6 / tokens, "bits of ten million tokens over the state's")
     case.compare("needed", ">")
     case.states(
-        f"True beyond a ceiling: {bits / 1e6:.1f} Mbit, {tokens / 1e6:.2f} million tokens of {PRESETS['mamba-2.8b'].vocabulary:,} "
+        f"Beyond a ceiling: {bits / 1e6:.1f} Mbit, {tokens / 1e6:.2f} million tokens of {PRESETS['mamba-2.8b'].vocabulary:,} "
         f"words, if every bit were used."
     )
 
@@ -64,7 +64,7 @@ def recall(case: Case) -> None:
     case.curves("pairs", "share of wrong bits, random keys of 64", random_keys=(counts, [max(bit_errors(n, 64), 1e-4) for n in counts]))
     case.states(
         f"64 orthonormal pairs come back exactly ({few:.0%} wrong bits) from 64 × 64 numbers; of 128 random ones {many:.0%} of the "
-        f"bits are wrong."
+        f"bits flip."
     )
 
 
@@ -148,7 +148,7 @@ def hippo_claim(case: Case) -> None:
     sizes = (2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 32)
     case.curves("coefficients", "RMS error", best=(sizes, [reconstruction_error(n) for n in sizes]))
     case.states(
-        "True of smooth signals: "
+        "Of a smooth signal: "
         + ", ".join(f"{error:.2g} at N = {n}" for n, error in errors.items())
         + f"; kept up online with N = 16, {online:.2g}."
     )

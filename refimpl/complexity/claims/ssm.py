@@ -45,7 +45,7 @@ def euler(case: Case) -> None:
     case.compare("bilinear_worst", "<=")
     case.curves("step", "error at time 1", **{m: (steps, e) for m, e in errors.items()})
     case.states(
-        f"True: orders {case.numbers['euler'].value:.2f} and {case.numbers['bilinear'].value:.2f}. Euler is unstable beyond T |a| = 2, "
+        f"Orders {case.numbers['euler'].value:.2f} and {case.numbers['bilinear'].value:.2f}. Euler is unstable beyond T |a| = 2, "
         f"bilinear never (decay at most {worst:.4f})."
     )
 
@@ -166,7 +166,9 @@ def thousandth(case: Case) -> None:
     case.number("work", _step_work(256) / _step_work(16), "operations of a step in a run of 256, counted, over one in a run of 16")
     case.compare("growth", within=0)
     case.compare("work", within=0.02)
-    case.states("True: the state's size never changes, and a step's operations do not depend on the position.")
+    case.states(
+        f"The state has {state.size} elements after 1,000 tokens as after one, and a step's operations do not depend on the position."
+    )
 
 
 def _step_work(T: int) -> float:

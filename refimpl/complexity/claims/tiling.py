@@ -4,6 +4,7 @@ import numpy as np
 
 from refimpl.complexity.claims.record import Case, Claim, claim
 from refimpl.complexity.claims.tools import A100, KIB, MIB, counted, form, lengths, qkv, slope
+from refimpl.complexity.scale import MACHINES, ring_times
 from refimpl.ops.attention.attention import attention, attention_tiled_vjp, attention_vjp
 from refimpl.ops.attention.ring_attention import ring_schedule
 
@@ -167,14 +168,14 @@ def fa2(case: Case) -> None:
     case.compare("pieces", part="instead of batch and heads")
     case.timing(
         "speed",
-        {"op": "attention", "implementation": "flash-attn 1"},
-        {"op": "attention", "implementation": "flash-attn 2"},
+        {"op": "attention", "implementation": "FlashAttention"},
+        {"op": "attention", "implementation": "FlashAttention-2"},
         "FlashAttention over FlashAttention-2",
         "=",
     )
     case.states(
-        f"Over the length in addition to batch and heads: {batch} · {heads} · {blocks} = {count} pieces, not {blocks}. Splitting "
-        f"queries rather than keys is right."
+        f"Over the length in addition to batch and heads: {batch} · {heads} · {blocks} = {count} pieces, not {blocks}. Queries "
+        f"are split, not keys."
     )
 
 
@@ -245,7 +246,7 @@ def sram(case: Case) -> None:
     case.compare("near", within=0.05, part="speed")
     case.compare("far", within=0.05, part="speed")
     case.states(
-        f"{size:.2f} MiB in 108 pieces that do not add up for one block (L2 has 40 MB; 50 MB is the H100's L2). The speeds are right: "
+        f"{size:.2f} MiB in 108 pieces that do not add up for one block (L2 has 40 MB; 50 MB is the H100's L2). Speeds "
         f"{near:.1f} and {far:.2f} TB/s."
     )
 
@@ -265,7 +266,8 @@ def ring(case: Case) -> None:
         "exact", "attention", form("attention", "ring")(**call, devices=8), attention(**call), call, "8 shards round a ring", part="exact"
     )
     p = 8
-    case.number("context", p * 1.0, "context that 8 devices hold, in units of one's")
+    held = {count: ring_times(4096 * count, MACHINES["a100"], count)[3] for count in (2, p)}
+    case.number("context", p * held[2] / held[p], "context of 8 devices, in units of one's, at the bytes that each of two would hold")
     case.compare("context", part="context")
     holds = ring_schedule(p)
     busy = holds <= np.arange(p)  # a causal device needs only shards up to its own

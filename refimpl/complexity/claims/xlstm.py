@@ -82,7 +82,7 @@ def mlstm_claim(case: Case) -> None:
         sLSTM=(list(counted("slstm", "naive").counts), [c.depth for c in counted("slstm", "naive").counts.values()]),
     )
     case.states(
-        f"True ({error:.0e}), in depth {span} if the gates are summed by a scan; sLSTM, which mixes its last output into its gates, is "
+        f"Equal to {error:.0e}, in depth {span} if the gates are summed by a scan; sLSTM, which mixes its last output into its gates, is "
         f"not (its depth grows as n^{depth:.0f})."
     )
 
@@ -107,7 +107,7 @@ def expgate(case: Case) -> None:
         for t in ("float32", "float16")
     )
     case.compare("stabilised")
-    case.states(f"True: finite at e^1000, where the plain exponential overflows at {single:.1f} in fp32 and {half:.1f} in fp16.")
+    case.states(f"Finite at e^1000 with the stabiliser; the plain exponential overflows at {single:.1f} in fp32 and {half:.1f} in fp16.")
 
 
 def matrix_memory(d: int) -> int:
