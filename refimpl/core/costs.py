@@ -16,3 +16,9 @@ def fft_work(n: float) -> float:
 def fft_depth(n: float) -> int:
     """Levels of butterflies, each a product and a sum."""
     return 2 * log2_ceil(n)
+
+
+def taps(T: float, K: float) -> float:
+    """Products that a causal filter of K rows forms over T steps: min(t + 1, K) at step t."""
+    short = min(T, K)
+    return short * T - short * (short - 1) / 2

@@ -37,7 +37,7 @@ References
 import numpy as np
 
 from refimpl.core.contract import Contract, one_of
-from refimpl.core.costs import fft_depth, fft_work, log2_ceil
+from refimpl.core.costs import fft_depth, fft_work, log2_ceil, taps
 from refimpl.laws import causal, linear, time_invariant
 from refimpl.op import Cost, Form, Op
 from refimpl.ops.recurrence.long_conv import error_bound as convolution_bound
@@ -93,7 +93,7 @@ def h3(q, k, v, shift_kernel, A_bar, B_bar, C, D=None, skip=None, *, pairs=False
 
     Notes
     -----
-    2 T (K + 9 n + 3) c operations for a complex system, 3 T deep. The error is at most ``error_bound``: that of the filter,
+    T (2 K + 18 n + 4) c operations for a complex system, 2 T deep. The error is at most ``error_bound``: that of the filter,
     carried on by the system of absolute values, and that of the system.
 
     References
@@ -226,15 +226,15 @@ OPS = (
             "recurrent": Form(
                 h3,
                 lambda T, c, n, K, batch=1: Cost(
-                    T * (2 * min(T, K) + 18 * n + 6) * c * batch, 3 * T + min(T, K) + log2_ceil(n) + 4, (6 * T + 6 * n) * c * batch
+                    (2 * taps(T, K) + T * (18 * n + 4)) * c * batch, 2 * T + log2_ceil(n) + 5, (5 * T + 4 * n) * c * batch
                 ),
             ),
             "convolution": Form(
                 h3_convolution,
                 lambda T, c, n, K, batch=1: Cost(
-                    (6 * fft_work(2 * T) + 14 * T + 32 * T * n) * c * batch,
-                    4 * fft_depth(2 * T) + 3 * log2_ceil(T) + log2_ceil(n) + 8,
-                    (8 * T * n + 12 * T) * c * batch,
+                    (3 * fft_work(T + min(T, K)) + 3 * fft_work(2 * T) + 16 * T + 20 * T * n) * c * batch,
+                    2 * fft_depth(T + min(T, K)) + 2 * fft_depth(2 * T) + 4,
+                    (6 * T * n + 8 * T) * c * batch,
                 ),
                 on_balls=False,
                 stops="|Ā| > 1 and non-finite data: a transform spreads its largest value over all",
@@ -242,7 +242,9 @@ OPS = (
             "attention": Form(
                 h3_attention,
                 lambda T, c, n, K, batch=1: Cost(
-                    (4 * T * T + 2 * T * min(T, K) + 14 * T * n) * c * batch, 3 * T + log2_ceil(n) + log2_ceil(T) + 4, 5 * T * T * c * batch
+                    (4 * T * T + 2 * taps(T, K) + 14 * T * n) * c * batch,
+                    T + log2_ceil(n) + log2_ceil(T) + 4,
+                    5 * T * T * c * batch,
                 ),
             ),
         },

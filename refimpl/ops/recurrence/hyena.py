@@ -35,7 +35,7 @@ References
 import numpy as np
 
 from refimpl.core.contract import Contract, tuple_of
-from refimpl.core.costs import fft_depth, fft_work
+from refimpl.core.costs import fft_depth, fft_work, log2_ceil, taps
 from refimpl.laws import causal, linear, time_invariant
 from refimpl.op import Cost, Form, Law, Op
 from refimpl.ops.recurrence.long_conv import error_bound as convolution_bound
@@ -253,11 +253,6 @@ def _of_length(length):
     return draw
 
 
-def _direct_work(T, K):
-    short = min(T, K)
-    return short * T - short * (short - 1) / 2
-
-
 OPS = (
     Op(
         name="hyena",
@@ -266,14 +261,14 @@ OPS = (
         forms={
             "direct": Form(
                 hyena,
-                lambda T, K, c, N, batch=1: Cost((2 * _direct_work(T, K) + 3 * T) * N * c * batch, N * (min(T, K) + 3), 4 * T * c * batch),
+                lambda T, K, c, N, batch=1: Cost((2 * taps(T, K) + 3 * T) * N * c * batch, N * (min(T, K) + 3), 3 * T * c * batch),
             ),
             "fft": Form(
                 hyena_fft,
                 lambda T, K, c, N, batch=1: Cost(
                     (3 * fft_work(T + min(T, K)) + 6 * T + 3 * min(T, K)) * N * c * batch,
                     N * (2 * fft_depth(T + min(T, K)) + 3),
-                    5 * (T + min(T, K)) * c * batch,
+                    4 * (T + min(T, K)) * c * batch,
                 ),
                 on_balls=False,
                 stops="non-finite data: a transform spreads its largest value over all",
@@ -281,7 +276,7 @@ OPS = (
             "matrix": Form(
                 hyena_matrix,
                 lambda T, K, c, N, batch=1: Cost(
-                    (2 * T**3 * max(N - 1, 0) + 2 * N * T * T + 2 * T * T) * c * batch, N * (T + 2) + T, 4 * T * T * c * batch
+                    (2 * T**3 * max(N - 1, 0) + 2 * N * T * T + 2 * T * T) * c * batch, N * (log2_ceil(T) + 1) + 1, 3 * T * T * c * batch
                 ),
                 stops="non-finite data: 0 times what lies ahead is NaN",
             ),

@@ -324,7 +324,7 @@ OPS = (
                 lambda K, p, f, M, N, c, batch=1: Cost(
                     K * (2 * f * (p + M * f + N * c) + 3 * f * (M + 1) + 4 * N * c),
                     (M + 1) * (log2_ceil(max(p, f)) + 4) + log2_ceil(f) + 2,
-                    K * (3 * f + 3 * N * c),
+                    2 * K * (f + N * c),
                 ),
             ),
         },

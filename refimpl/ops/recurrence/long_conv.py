@@ -299,11 +299,6 @@ def _kernel_of_length(length):
     return draw
 
 
-def _direct_work(T, K):
-    short = min(T, K)
-    return short * T - short * (short - 1) / 2
-
-
 def _monarch_cost(T, K, c, batch=1):
     rows, columns = _near_square(max(T + min(T, K) - 1, 1))
     n = rows * columns
