@@ -245,6 +245,7 @@ def _conclude(trial: Trial, fail_fast: bool) -> None:
         unexplained = any(f.status in _NO_VARIANT for f in report.failures)
         if report.variant and (unexplained or not breaks_the_same_laws(trial, report.variant.split(" and "))):
             report.variant = ""
+    report.thin()
     for name, seen in trial.teeth.items():
         missing = {"zeros", "sign"} - seen
         if missing:

@@ -19,6 +19,7 @@ from refimpl.conformance.traits import COMPLEX, traits
 from refimpl.op import Op
 
 FEW = 0.1  # of all calls that no rule sets aside
+EXCEPTIONS = 0.15  # of the refused calls that a rule of one feature covers
 _PAIRS_NEED = 4  # refused calls that a rule of two must cover, lest it be found by chance
 _RULES = 8  # rules of two, likewise
 _ALIKE = (("e", "d"), ("Hq", "Hkv"))
@@ -61,10 +62,13 @@ def weigh(report: Report) -> None:
             rules.setdefault(dtype, []).append(dtype)
             continue
         found, left = _rules(refused, answered)
+        telling = [c for c in answered if not _trivial(c.features) and not any(rule <= set(c.features) for rule in found)]
+        if not telling:
+            found, left = [], refused
         for rule in found:
-            rules.setdefault(rule, []).append(dtype)
+            rules.setdefault(" with ".join(sorted(rule, key=lambda f: (f.startswith("no "), f))), []).append(dtype)
         if left:
-            stray[dtype] = left, len(answered)
+            stray[dtype] = left, len(telling)
     known = ", ".join(report.not_checked)
     for rule, where in rules.items():
         if rule not in known:
@@ -77,16 +81,27 @@ def weigh(report: Report) -> None:
             report.reason = f"it refuses {words}; what it supports is said with domain="
 
 
-def _rules(refused: list[Result], answered: list[Result]) -> tuple[list[str], list[Result]]:
-    """Features, alone or two together, of which every call was refused: those that cover most first; and what none covers."""
-    found: list[str] = []
-    for size in (1, 2):
-        allowed = {c for r in answered for c in itertools.combinations(sorted(r.features), size)}
-        while refused:
-            counts = Counter(c for r in refused for c in itertools.combinations(sorted(r.features), size) if c not in allowed)
-            if not counts or (size == 2 and (max(counts.values()) < _PAIRS_NEED or sum(" with " in f for f in found) >= _RULES)):
+def _trivial(found: tuple[str, ...]) -> bool:
+    """Whether there is a size of 0 or 1 among features."""
+    return any(f.endswith((" = 0", " = 1")) for f in found)
+
+
+def _rules(refused: list[Result], answered: list[Result]) -> tuple[list[set[str]], list[Result]]:
+    """Features, alone or two together, of which calls were refused: those that cover most first; and what none covers.
+
+    A rule of one feature may have a few exceptions: a filter whose decay is constant in time takes an array over time too,
+    where it holds the same value everywhere.
+    """
+    found: list[set[str]] = []
+    for size, exceptions, need, most in ((1, EXCEPTIONS, 1, 100), (2, 0.0, _PAIRS_NEED, _RULES)):
+        combos = ((c, r) for r in answered for c in itertools.combinations(sorted(r.features), size))
+        allowed = Counter(c for c, r in combos if not _trivial(r.features) or _trivial(c))  # what a single step looks like says nothing
+        for _ in range(most):
+            counts = Counter(c for r in refused for c in itertools.combinations(sorted(r.features), size))
+            counts = Counter({c: n for c, n in counts.items() if n >= need and allowed[c] <= exceptions * n})
+            if not counts:
                 break
             best = max(counts, key=lambda c: (counts[c], [not f.startswith("no ") for f in c]))
-            found.append(" with ".join(best))
+            found.append(set(best))
             refused = [r for r in refused if not set(best) <= set(r.features)]
     return found, refused

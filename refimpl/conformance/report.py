@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.conformance.pictures import summed
+
 STATUSES = (
     "PASS", "SHAPE", "DTYPE", "NONFINITE", "NUMERIC", "BIAS", "PROPERTY", "GRADIENT", "MUTATED_INPUT", "NONDETERMINISTIC", "ERROR", "CRASH", "TIMEOUT",
     "NOT_APPLICABLE",
@@ -148,9 +150,8 @@ class Report:
     # -- for people --------------------------------------------------------------------------------------------------
 
     def __str__(self) -> str:
-        judged = [c for c in self.cases if c.status != "NOT_APPLICABLE"]
         head = f"{self.operator}: {self.candidate} {self._verdict_words()}"
-        lines = [head, self._counts(judged)]
+        lines = [head, self.counts()]
         if self.not_checked:
             lines.append("not checked: " + ", ".join(self.not_checked))
         lines += [f"note: {note}" for note in self.notes]
@@ -171,11 +172,17 @@ class Report:
         return "\n".join(lines)
 
     def _verdict_words(self) -> str:
-        reason = self.reason or ("the run was interrupted" if self.interrupted else "")
+        reason = self.why_not()
         words = {"conforms": "conforms", "wrong": "is WRONG", "inconclusive": f"could not be judged{': ' + reason if reason else ''}"}
         return words.get(self.verdict, f"DEVIATES: {self.variant}")
 
-    def _counts(self, judged: list[Result]) -> str:
+    def why_not(self) -> str:
+        """Why there is no verdict, where something other than failures says so."""
+        return self.reason or ("the run was interrupted" if self.interrupted else "")
+
+    def counts(self) -> str:
+        """How many cases pass, in which precisions, with which seed, and where the candidate ran."""
+        judged = [c for c in self.cases if c.status != "NOT_APPLICABLE"]
         skipped = len(self.cases) - len(judged)
         passed = sum(c.status == "PASS" for c in judged)
         dtypes = ", ".join(dict.fromkeys(c.dtype for c in self.cases))
@@ -193,6 +200,25 @@ class Report:
                     rows.append(f"{klass:<12} {dtype:<9} {len(bad):>3} of {len(here)}   {kinds}")
         return rows
 
+    def accuracy(self) -> dict[str, dict[str, dict]]:
+        """By precision and result: elements, median, 99th percentile and largest of |error| in ULPs, and the signed histogram."""
+        found: dict[str, dict[str, list]] = {}
+        for c in self.cases:
+            for name, histogram in c.ulps.items():
+                found.setdefault(c.dtype, {}).setdefault(name, []).append(histogram)
+        return {dtype: {name: summed(h) for name, h in outputs.items()} for dtype, outputs in found.items()}
+
+    def thin(self) -> None:
+        """Keep pictures of few failures: of the smallest, and of the largest map and the largest error of each class."""
+        drawn = [c for c in self.failures if c.picture]
+        kept = {id(self.smallest)}
+        for dtype, klass in dict.fromkeys((c.dtype, c.klass) for c in drawn):
+            here = [c for c in drawn if (c.dtype, c.klass) == (dtype, klass)]
+            kept |= {id(max(here, key=lambda c: c.ratio)), id(max(here, key=lambda c: len(c.picture["map"]) * len(c.picture["map"][0])))}
+        for c in drawn:
+            if id(c) not in kept:
+                c.picture = None
+
     # -- for programs ------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict:
@@ -209,6 +235,7 @@ class Report:
             "not_checked": list(self.not_checked),
             "notes": list(self.notes),
             "settings": {k: v if isinstance(v, str | int | float | bool | list | type(None)) else repr(v) for k, v in self.settings.items()},
+            "accuracy": self.accuracy(),
             "seconds": round(self.seconds, 3),
             "interrupted": self.interrupted,
             "smallest": self.smallest.to_dict() if self.smallest else None,
