@@ -374,6 +374,8 @@ def claims(
                     found.append(result)
     except KeyboardInterrupt:
         fail(f"interrupted after {len(found)} claims", INTERRUPTED)
+    except ValueError as error:  # a kept measurement that cannot be read
+        fail(f"{error}")
     if json is not None:
         text = encoder.dumps([result.to_dict() for result in found], indent=1, ensure_ascii=False)
         if json == "-":

@@ -124,6 +124,15 @@ def test_growth_with_length_and_devices():
     assert at("attention", 10**9) / at("attention", 10**9, 64) == pytest.approx(64, rel=0.02)
 
 
+def test_few_blocks_leave_multiprocessors_idle():
+    wide, narrow = (attention_work(2**16, heads=h, kv_heads=h) for h in (32, 1))
+    machine = MACHINES["h100"]
+    assert wide.limits(machine)["products"] == wide.products / machine.tensor
+    alone = attention_work(128, heads=1, kv_heads=1)
+    assert alone.limits(machine)["products"] == pytest.approx(alone.products / machine.tensor * machine.multiprocessors)
+    assert narrow.limits(machine)["products"] == narrow.products / machine.tensor  # 512 blocks of queries
+
+
 def test_what_decides():
     assert predict_time("attention", 2**20).limit == "products"
     assert predict_time("recurrence", 2**20).limit == "bandwidth"

@@ -5,6 +5,8 @@ large memory. A `Machine` does each at a stated rate, all of them side by side, 
 
     time = launch + max(products / tensor, arithmetic / scalar, exponentials / special, bytes / bandwidth)            (1)
 
+with the rates of arithmetic cut to the multiprocessors that have a block to work on.
+
 Over P devices, with c the time of one tile of T/P queries and keys and x that of handing on a shard,
 
     ring, all pairs               c + (P - 1) max(c, x)                                                               (2)
@@ -82,20 +84,22 @@ MACHINES: dict[str, Machine] = {
 
 @dataclass(frozen=True)
 class Work:
-    """What a mixer does: dense products, plain arithmetic, exponentials, bytes moved; elements that stay resident."""
+    """What a mixer does: dense products, plain arithmetic, exponentials, bytes moved; bytes that stay resident; blocks of threads."""
 
     products: float = 0.0
     arithmetic: float = 0.0
     exponentials: float = 0.0
     moved: float = 0.0
     resident: float = 0.0
+    blocks: float = inf
 
     def limits(self, machine: Machine) -> dict[str, float]:
-        """Seconds that each resource takes by itself."""
+        """Seconds that each resource takes by itself; fewer blocks than multiprocessors leave the others idle."""
+        busy = min(1.0, self.blocks / machine.multiprocessors)
         return {
-            "products": self.products / machine.tensor,
-            "arithmetic": self.arithmetic / machine.scalar,
-            "exponentials": self.exponentials / machine.special,
+            "products": self.products / (busy * machine.tensor),
+            "arithmetic": self.arithmetic / (busy * machine.scalar),
+            "exponentials": self.exponentials / (busy * machine.special),
             "bandwidth": self.moved / machine.bandwidth,
         }
 
@@ -122,20 +126,20 @@ def attention_work(
     n = T if queries is None else queries
     pairs = batch * heads * (attention_pairs(T, causal=True) if causal and n == T else n * T)
     moved = batch * element * d * (2 * heads * n + 2 * kv_heads * T)
-    return Work(4 * pairs * d, 4 * pairs, pairs, moved, moved)
+    return Work(4 * pairs * d, 4 * pairs, pairs, moved, moved, batch * heads * ceil(n / 128))
 
 
 def recurrence_work(T: int, *, c: int = 4096, element: int = 2, batch: int = 1, reduce: bool = False) -> Work:
     """h_t = a_t h_{t-1} + b_t in one pass [5]; with `reduce` only the total, nothing written but one state."""
     moved = batch * element * c * T * (2 if reduce else 3)
-    return Work(0, 2 * batch * c * T, 0, moved, 3 * batch * element * c * T)
+    return Work(0, 2 * batch * c * T, 0, moved, 3 * batch * element * c * T, _scan_blocks(T, c, batch))
 
 
 def selective_scan_work(T: int, *, c: int = 8192, n: int = 16, element: int = 2, batch: int = 1, reduce: bool = False) -> Work:
     """Mamba's fused scan: 7 operations, one an exponential, for each of c n states; u, dt, B, C read, y written."""
     states = batch * c * n * T
     moved = batch * element * T * ((2 if reduce else 3) * c + 2 * n)
-    return Work(0, 6 * states, states, moved, batch * element * T * (3 * c + 2 * n))
+    return Work(0, 6 * states, states, moved, batch * element * T * (3 * c + 2 * n), _scan_blocks(T, c, batch))
 
 
 def ssd_work(
@@ -155,9 +159,14 @@ def ssd_work(
     states = 2 * n * p * heads
     products = batch * T * (states if reduce else within + 2 * states)
     moved = batch * element * T * ((1 if reduce else 2) * heads * p + 2 * groups * n)
-    return Work(
-        products, batch * T * chunk * heads, batch * T * chunk * heads / 2, moved, batch * element * T * (2 * heads * p + 2 * groups * n)
-    )
+    decays = batch * T * chunk * heads
+    resident = batch * element * T * (2 * heads * p + 2 * groups * n)
+    return Work(products, decays, decays / 2, moved, resident, batch * heads * ceil(T / chunk))
+
+
+def _scan_blocks(T: int, c: int, batch: int) -> int:
+    """Blocks of a single-pass scan: 64 channels by 1,024 steps."""
+    return batch * ceil(c / 64) * ceil(T / 1024)
 
 
 SCANS: dict[str, tuple[Callable[..., Work], Callable[..., float]]] = {
