@@ -346,7 +346,8 @@ def einsum(subscripts, *operands, **kwargs):
     sizes: dict[str, int] = {}
     for term, x in zip(terms, bare, strict=True):
         sizes |= {letter: n for letter, n in zip(term, x.shape, strict=True) if n != 1 or letter not in sizes}
-    summed = int(np.prod([n for letter, n in sizes.items() if letter not in right]))
+    left_out = [n for letter, n in sizes.items() if letter not in right]
+    summed = int(np.prod(left_out))
     depth = full(raw.shape, CONSTANT, np.int32)
     for term, x in zip(terms, operands, strict=True):
         own = full_depth(x).max(axis=tuple(i for i, letter in enumerate(term) if letter not in right), initial=CONSTANT)
@@ -355,8 +356,8 @@ def einsum(subscripts, *operands, **kwargs):
         depth = np.maximum(depth, np.expand_dims(own, [i for i, letter in enumerate(right) if letter not in letters]))
     depth = raised(depth, len(operands) - 1 + levels(summed))
     complexes = sum(x.dtype.kind == "c" for x in bare)
-    each = (len(operands) - 1) * (1, 2, 6)[min(complexes, 2)] + (summed > 1) * (2 if complexes else 1)
-    kind = "integer" if raw.dtype.kind in "biu" else "matmul" if summed > 1 else "multiply"
+    each = (len(operands) - 1) * (1, 2, 6)[min(complexes, 2)] + bool(left_out) * (2 if complexes else 1)
+    kind = "integer" if raw.dtype.kind in "biu" else "matmul" if left_out else "multiply"
     ledger.add(kind, each * raw.size * summed, deepest(depth))
     made = adopt(raw, depth, ledger)
     ledger.touch(_arrays(operands), (made,))

@@ -319,7 +319,6 @@ OPS = (
                 _cost(
                     lambda T, n, step: T * (step + 12 * n - 2) + 6 * n, lambda T, n: 2 * T + log2_ceil(n) + 1, lambda T, n: 3 * T + 6 * n
                 ),
-                exact=("depth",),
             ),
             "convolution": Form(
                 ssm_convolution,

@@ -226,7 +226,6 @@ OPS = (
                     lambda L, n: L + log2_ceil(n) + 1,
                     lambda L, n, dense: 3.5 * L + 6 * n,
                 ),
-                exact=("depth",),
             ),
             "vandermonde": Form(
                 ssm_kernel_vandermonde,
@@ -235,7 +234,6 @@ OPS = (
                     lambda L, n: log2_ceil(L) + log2_ceil(n) + 1,
                     lambda L, n, dense: 4.5 * L * n + L,
                 ),
-                exact=("depth",),
                 stops="|Ā| > 1: powers that are then cut off may overflow",
             ),
         },
