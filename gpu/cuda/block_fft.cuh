@@ -10,10 +10,12 @@
 // other; and the inverse transform runs the same passes backwards, from that order to the natural one. So a convolution of 2^14
 // points needs two exchanges each way, and nothing is ever sorted.
 //
-// The layout. Element b R + i of a thread's registers is point `place(...)`. Shared memory holds a point p at p + p/16, so that
-// neither strides of 16 nor runs of 16 points meet in one bank.
+// The layout. Register b R + i of thread j is point i of the butterfly j (E/R) + b; `place` says where that stands. Shared memory
+// holds point p at p + p/E, so that neither runs nor strides of points meet in one bank. A thread writes, at an exchange, just the points
+// that it read at the last one: so nobody needs to wait before writing, only before reading; and where all points that a warp
+// needs are its own, it waits for nobody else.
 //
-// What limits it. An exchange writes and reads N float2 of shared memory, at 128 bytes a cycle; a pass of 2^5 points is about
+// What limits it. An exchange writes and reads N points of shared memory, at 128 bytes a cycle; a pass of 2^5 points is about
 // 800 instructions a thread. For 2^14 points both take the same order of time, and nothing leaves the multiprocessor.
 #pragma once
 
@@ -82,7 +84,7 @@ __device__ __forceinline__ void transform_registers(Complex* x) {
 template <int LOG, int LOGE>
 struct BlockFFT {
     static constexpr int N = 1 << LOG, E = 1 << LOGE, THREADS = 1 << (LOG - LOGE);
-    static constexpr int SHARED = N + N / 16;                         // points of shared memory
+    static constexpr int SHARED = N + N / E;                          // points of shared memory
     static constexpr int TOGETHER = THREADS < 256 ? 256 / THREADS : 1;  // transforms that a block holds at most
     static constexpr int BLOCK = THREADS * TOGETHER, BLOCKS = BLOCK > 256 ? 1 : 2;
 
@@ -92,7 +94,7 @@ struct BlockFFT {
     template <int REST>
     static __device__ __forceinline__ int place(int j, int element) {
         constexpr int r = radix(REST), m = REST - r;
-        const int i = element & ((1 << r) - 1), butterfly = j + (element >> r) * THREADS;
+        const int i = element & ((1 << r) - 1), butterfly = (j << (LOGE - r)) + (element >> r);
         return ((butterfly >> m) << REST) + (i << m) + (butterfly & ((1 << m) - 1));
     }
 
@@ -103,7 +105,7 @@ struct BlockFFT {
         for (int b = 0; b < E / R; ++b) {
             Complex w1 = {1, 0};
             if (m > 0) {
-                const int offset = (j + b * THREADS) & ((1 << m) - 1);
+                const int offset = ((j << (LOGE - r)) + b) & ((1 << m) - 1);
                 sincospif((INVERSE ? 2.0f : -2.0f) * offset / (1 << REST), &w1.y, &w1.x);
             }
             if (INVERSE && m > 0) turn<R>(x + b * R, w1);
@@ -128,28 +130,31 @@ struct BlockFFT {
         }
     }
 
-    // Where shared memory holds the first point of a butterfly; point i stands (i << m) + (i << m) / 16 after it, without a carry,
+    // Where shared memory holds the first point of a butterfly; point i stands (i << m) + (i << m) / E after it, without a carry,
     // since what is below bit m belongs to the butterfly.
     template <int REST>
     static __device__ __forceinline__ int slot(int j, int b) {
         const int p = place<REST>(j, b << radix(REST));
-        return p + (p >> 4);
+        return p + (p >> LOGE);
     }
 
     template <int REST>
     static __host__ __device__ constexpr int step(int i) {
-        return (i << (REST - radix(REST))) + ((i << (REST - radix(REST))) >> 4);
+        return (i << (REST - radix(REST))) + ((i << (REST - radix(REST))) >> LOGE);
     }
 
-    // Registers in the order of one pass to those of another, through shared memory that every thread has left.
-    template <int FROM, int TO>
+    // Registers in the order of one pass to those of another; blocks of 2^REST points stay among the threads that have them.
+    template <int REST, int FROM, int TO>
     static __device__ __forceinline__ void exchange(Complex* x, Complex* shared, int j) {
 #pragma unroll
         for (int e = 0; e < E; ++e) shared[slot<FROM>(j, e >> radix(FROM)) + step<FROM>(e & ((1 << radix(FROM)) - 1))] = x[e];
-        __syncthreads();
+        if (REST - LOGE <= 5) {
+            __syncwarp();
+        } else {
+            __syncthreads();
+        }
 #pragma unroll
         for (int e = 0; e < E; ++e) x[e] = shared[slot<TO>(j, e >> radix(TO)) + step<TO>(e & ((1 << radix(TO)) - 1))];
-        __syncthreads();
     }
 
     // From points in the order of place<LOG> (with HALF the second half of them is zero) to the spectrum in that of the last pass.
@@ -158,7 +163,7 @@ struct BlockFFT {
         constexpr int next = REST - radix(REST);
         pass<REST, false, HALF>(x, j);
         if constexpr (next > 0) {
-            exchange<REST, next>(x, shared, j);
+            exchange<REST, REST, next>(x, shared, j);
             forward<next, false>(x, shared, j);
         }
     }
@@ -169,7 +174,7 @@ struct BlockFFT {
         constexpr int next = REST - radix(REST);
         if constexpr (next > 0) {
             inverse<next>(x, shared, j);
-            exchange<next, REST>(x, shared, j);
+            exchange<REST, next, REST>(x, shared, j);
         }
         pass<REST, true, false>(x, j);
     }

@@ -13,6 +13,7 @@
 //
 // What limits it. For N = 2^14: shared memory and instructions in about equal parts (see block_fft.cuh); the inputs are read once
 // and the outputs written once. With many segments, reading the spectra back from the L2 cache.
+#include "async_copy.cuh"
 #include "block_fft.cuh"
 
 template <class R>
@@ -28,12 +29,12 @@ __device__ __forceinline__ void store_spectrum(const Complex* x, float4* to, int
     for (int e = 0; e < E / 2; ++e) to[e * threads + j] = make_float4(x[2 * e].x, x[2 * e].y, x[2 * e + 1].x, x[2 * e + 1].y);
 }
 
-// x <- a x, or x <- conj(a) x
-template <int E, bool CONJUGATE>
-__device__ __forceinline__ void multiply(Complex* x, const float4* a, int threads, int j) {
+// x <- a x, or x <- conj(a) x; the first AHEAD points of a are in shared memory already
+template <int E, int AHEAD, bool CONJUGATE>
+__device__ __forceinline__ void multiply(Complex* x, const float4* a, const float4* ring, int threads) {
 #pragma unroll
     for (int e = 0; e < E / 2; ++e) {
-        const float4 v = a[e * threads + j];
+        const float4 v = e < AHEAD ? ring[e * threads] : a[e * threads];
         x[2 * e] = times({v.x, CONJUGATE ? -v.y : v.y}, x[2 * e]);
         x[2 * e + 1] = times({v.z, CONJUGATE ? -v.w : v.w}, x[2 * e + 1]);
     }
@@ -52,6 +53,35 @@ __device__ __forceinline__ void accumulate(Complex* x, const float4* a, const fl
         const float4 v = a[e * threads + j], w = b[e * threads + j];
         add_product(x[2 * e], {v.x, CONJUGATE ? -v.y : v.y}, {w.x, w.y});
         add_product(x[2 * e + 1], {v.z, CONJUGATE ? -v.w : v.w}, {w.z, w.w});
+    }
+}
+
+// x <- x + the sum over `other` = 1 ... count of a[other] b[other], or conj(a) b: spectra that lie `a_step` and `b_step` apart. A
+// thread reads what only it reads, three points ahead, through eight float4 of its own in shared memory.
+template <int E, int THREADS, bool CONJUGATE>
+__device__ __forceinline__ void accumulate_ahead(Complex* x, const float4* a, long long a_step, const float4* b, long long b_step, int count,
+                                                 float4* ring) {
+    constexpr int POINTS = E / 2;
+#pragma unroll
+    for (int e = 0; e < 3; ++e) {
+        copy_async<16>(ring + 2 * e * THREADS, a + a_step + e * THREADS);
+        copy_async<16>(ring + (2 * e + 1) * THREADS, b + b_step + e * THREADS);
+        close_copy_group();
+    }
+    for (int other = 1; other <= count; ++other) {
+#pragma unroll
+        for (int e = 0; e < POINTS; ++e) {
+            const int next = (e + 3) % POINTS, of = other + (e + 3 >= POINTS ? 1 : 0), to = 2 * ((e + 3) % 4) * THREADS;
+            if (of <= count) {
+                copy_async<16>(ring + to, a + of * a_step + next * THREADS);
+                copy_async<16>(ring + to + THREADS, b + of * b_step + next * THREADS);
+            }
+            close_copy_group();
+            wait_for_copies<3>();
+            const float4 v = ring[2 * (e % 4) * THREADS], w = ring[(2 * (e % 4) + 1) * THREADS];
+            add_product(x[2 * e], {v.x, CONJUGATE ? -v.y : v.y}, {w.x, w.y});
+            add_product(x[2 * e + 1], {v.z, CONJUGATE ? -v.w : v.w}, {w.z, w.w});
+        }
     }
 }
 
@@ -117,10 +147,14 @@ long_conv_convolve(const float* u_data, long long u_batch, long long u_channel, 
     using F = BlockFFT<LOG, LOGE>;
     constexpr int N = F::N, S = N / 2, E = F::E;
     extern __shared__ float4 memory[];
-    __shared__ unsigned peaks[2 * 32];
+    __shared__ unsigned peaks[2][2 * 32];
+    constexpr int AHEAD = E / 2 < 8 ? E / 2 : 8;
     Complex* shared = reinterpret_cast<Complex*>(memory) + threadIdx.y * F::SHARED;
-    unsigned* peak = peaks + 2 * threadIdx.y;
     const int j = threadIdx.x;
+    float4* ring = memory + blockDim.y * (F::SHARED / 2) + threadIdx.y * 8 * F::THREADS + j;
+    int turn = 0;
+    if (j < 2) peaks[0][2 * threadIdx.y + j] = peaks[1][2 * threadIdx.y + j] = 0;
+    __syncthreads();
     const long long pairs = (batch + 1) / 2, count = channels * pairs, lane = blockIdx.x * (long long)blockDim.y + threadIdx.y;
     const long long lanes = gridDim.x * (long long)blockDim.y;
     for (long long first = blockIdx.x * (long long)blockDim.y; first < count; first += lanes) {
@@ -133,8 +167,7 @@ long_conv_convolve(const float* u_data, long long u_batch, long long u_channel, 
         float scale = 1.0f;
         bool alive1 = true, alive2 = second;
 
-        if (j < 2) peak[j] = 0;
-        __syncthreads();
+        unsigned* peak = peaks[turn] + 2 * threadIdx.y;
         if (segments > 1) {
             float m1 = 0, m2 = 0;
             for (long long t = j; here && t < T; t += F::THREADS) {
@@ -163,6 +196,8 @@ long_conv_convolve(const float* u_data, long long u_batch, long long u_channel, 
             }
             if (step == 0) {
                 __syncthreads();
+                turn ^= 1;
+                if (j < 2) peaks[turn][2 * threadIdx.y + j] = 0;  // which all have read: that was before this barrier
                 scale = balance(peak[0], peak[1]);
                 alive1 = peak[0] != 0;
                 alive2 = second && peak[1] != 0;
@@ -173,12 +208,19 @@ long_conv_convolve(const float* u_data, long long u_batch, long long u_channel, 
                 x[e].y *= scale;
                 x[e + E / 2] = {0.0f, 0.0f};
             }
+            if (here) {
+#pragma unroll
+                for (int e = 0; e < AHEAD; ++e) copy_async<16>(ring + e * F::THREADS, spectrum + e * F::THREADS + j);
+            }
+            close_copy_group();
             F::template forward<LOG, true>(x, shared, j);
             if (here && mine) store_spectrum<E>(x, mine + i * (N / 2), F::THREADS, j);
-            if (here) multiply<E, ADJOINT>(x, spectrum, F::THREADS, j);
-            for (int other = 1; other <= step && other < windows; ++other) {  // the segments done before, `other` away
-                const int m = ADJOINT ? i + other : i - other;
-                if (here) accumulate<E, ADJOINT>(x, spectrum + other * (N / 2), mine + m * (N / 2), F::THREADS, j);
+            wait_for_copies<0>();
+            if (here) {
+                multiply<E, AHEAD, ADJOINT>(x, spectrum + j, ring, F::THREADS);
+                const int others = min(step, windows - 1);  // segments done before, whose windows reach this one
+                const long long to_next = (ADJOINT ? 1 : -1) * (N / 2);
+                if (others > 0) accumulate_ahead<E, F::THREADS, ADJOINT>(x, spectrum + j, N / 2, mine + i * (N / 2) + j, to_next, others, ring);
             }
             F::inverse(x, shared, j);
             const float direct = here && skip ? skip[c] : 0.0f;
@@ -191,7 +233,6 @@ long_conv_convolve(const float* u_data, long long u_batch, long long u_channel, 
                 }
             }
         }
-        __syncthreads();
     }
 }
 

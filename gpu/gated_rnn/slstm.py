@@ -46,7 +46,10 @@ def slstm_vjp(dy, z, i, f, o, R, bias=None, *, forget="sigmoid", state=None, dst
     da, dstate = call.run_vjp(flat(dy, call.heads, 2), h, saved, dstate)  # (sequences, T, 4, d)
     before = cp.zeros((call.count, 1, call.d), h.dtype) if state is None else flat(state[2], call.heads, 1)[:, None]
     read = cp.concatenate([before, h.reshape(call.count, call.T, call.d)[:, :-1]], axis=1)[:, : call.T]  # h_{t-1}
-    dR = da.reshape(call.count, call.T, -1).swapaxes(-1, -2) @ read  # (sequences, 4 d, d)
+    if call.T:
+        dR = da.reshape(call.count, call.T, 4 * call.d).swapaxes(-1, -2) @ read  # (sequences, 4 d, d)
+    else:
+        dR = cp.zeros((call.count, 4 * call.d, call.d), h.dtype)
     dR = dR.reshape(*call.heads, 4, call.d, call.d)
     da = da.reshape(*call.heads, call.T, 4, call.d)
     inputs = {name: da[..., g, :] for g, name in enumerate("zifo")}

@@ -12,14 +12,14 @@ from refimpl.gpu.launch import Kernel, multiprocessors
 from refimpl.gpu.transpose import INSTANCES, transposed
 from refimpl.ops.recurrence.long_conv import CONTRACT
 
-_POINTS = {6: 3, 8: 4, 10: 4, 12: 5, 13: 5, 14: 5}  # log2 of a transform's length: log2 of the points that a thread holds
+_POINTS = {6: 3, 8: 4, 10: 4, 11: 4, 12: 4, 13: 5, 14: 5}  # log2 of a transform's length: log2 of the points that a thread holds
 _FILE = "kernel_long_conv.cu"
 _MOST = 320  # products of spectra a row, beyond which one long transform by cuFFT is less work
 
 
 def _kernel(name: str, log: int, *options: bool) -> Kernel:
     arguments = ", ".join([str(log), str(_POINTS[log]), *("true" if o else "false" for o in options)])
-    return Kernel(_FILE, f"long_conv_{name}<{arguments}>")
+    return Kernel(_FILE, f"long_conv_{name}<{arguments}>", spills=_POINTS[log] == 5)  # some 100 bytes of a thread that holds 32 points
 
 
 KERNELS = (
@@ -94,7 +94,8 @@ class _Plan:
         self.windows = min(self.segments, -(-self.K // (self.N // 2)) + 1)
         threads = self.N >> _POINTS[self.log]
         self.block = (threads, max(1, 256 // threads))
-        self.shared = self.block[1] * (self.N + self.N // 16) * 8
+        self.shared = self.block[1] * (self.N + threads) * 8
+        self.ring = self.block[1] * threads * 8 * 16
 
     def rows(self, x):
         x = cp.broadcast_to(x, (*self.batch_shape, self.T, self.c))
@@ -154,12 +155,12 @@ class _Plan:
         y = cp.empty((self.batch, self.channels, self.T), cp.float32)
         grid, keep_all = -(-self.channels * self.pairs // self.block[1]), kept is not None
         if self.segments > 1 and not keep_all:
-            grid = min(grid, multiprocessors() * _resident(self.shared))
+            grid = min(grid, multiprocessors() * _resident(self.shared + self.ring))
             kept = self.room(grid * self.block[1])
         sizes = (np.int64(self.batch), np.int64(self.channels), np.int64(self.T), np.int32(self.segments), np.int32(self.windows))
         nothing = np.uint64(0)
         arguments = (rows, *_strides(rows), y, spectra, skip, nothing if kept is None else kept, nothing if scales is None else scales)
-        _kernel("convolve", self.log, adjoint)((grid,), self.block, (*arguments, *sizes, np.int32(keep_all)), self.shared)
+        _kernel("convolve", self.log, adjoint)((grid,), self.block, (*arguments, *sizes, np.int32(keep_all)), self.shared + self.ring)
         return y
 
     def lags(self, of_u, of_dy):
@@ -172,7 +173,7 @@ class _Plan:
 
 def _resident(shared: int) -> int:
     """Blocks that share a multiprocessor, at most two by their registers."""
-    return max(1, min(2, 220 * 1024 // shared))
+    return 2 if shared <= 110 * 1024 else 1
 
 
 def _strides(rows):
