@@ -1,5 +1,6 @@
 """Headlines: throughputs, qualities, machines."""
 
+from refimpl.complexity.calculators import kv_cache_bytes
 from refimpl.complexity.claims.record import Case, Claim, claim
 
 CLAIMS: list[Claim] = []
@@ -14,7 +15,7 @@ def s4_60(case: Case) -> None:
         "S4's generation, 60 times",
     )
     case.disagree('"SSM 5 to 60 times against FlashAttention 2 to 3 times" compares with two different baselines.')
-    case.states("A timing against a Transformer that keeps no cache; nothing counted here can decide it.")
+    case.states("Against a Transformer that keeps no cache and computes everything again for every token.")
 
 
 @claim("j3x", "Jamba has three times Mixtral's throughput.", sources=("D1", "D2", "D3", "lieber2024, section 3"), check="times", speed=3)
@@ -25,7 +26,11 @@ def j3x(case: Case) -> None:
         {"op": "generation", "implementation": "jamba-v0.1"},
         "Mixtral over Jamba at 128K tokens",
     )
-    case.states("A timing at long contexts on one machine; not kept here.")
+    mixtral, jamba = (kv_cache_bytes(name, 2**18) / 2**30 for name in ("mixtral-8x7b", "jamba-v0.1"))
+    case.states(
+        f"Of generation at long contexts, where Mixtral's cache allows smaller batches: {mixtral:.0f} against {jamba:.0f} GiB "
+        f"a sequence at 262,144 tokens."
+    )
 
 
 @claim(
@@ -41,7 +46,7 @@ def sh_t(case: Case) -> None:
     slow, fast = {"op": "training", "implementation": "transformer"}, {"op": "training", "implementation": "stripedhyena"}
     for key, n in (("short", 32768), ("middle", 65536), ("long", 131072)):
         case.timing(key, slow | {"T": n}, fast | {"T": n}, f"Transformer over StripedHyena at {n:,} tokens", "=")
-    case.states("A timing of trainings; not kept here.")
+    case.states("Of whole trainings, by those who trained them.")
 
 
 @claim(

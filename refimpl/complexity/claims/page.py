@@ -50,6 +50,9 @@ def _summary(result: Result) -> Text:
     text.append(" ⚔" if result.disagreements else "")
     for condition in result.conditions:
         text.append(f"\nif {condition}", "yellow")
+    if not result.parts:
+        needed = list(dict.fromkeys(o.needs for o in result.opened))
+        text.append(f"\nneeds {needed[0]}" + (f", and {len(needed) - 1} more" if needed[1:] else ""), "cyan")
     text.append(f"\n→ {result.statement}", "dim")
     return text
 
