@@ -13,7 +13,8 @@ _SWIZZLE_128, _L2_256 = 3, 3  # CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PRO
 def fits(x) -> bool:
     """Whether the engine can read a 4-d array as it lies: neighbours along the last axis, all else in steps of 16 bytes."""
     steps = [s for s, n in zip(x.strides[:-1], x.shape[:-1], strict=True) if n > 1]
-    return x.size > 0 and x.strides[-1] == x.itemsize and x.data.ptr % 16 == 0 and all(s >= 0 and s % 16 == 0 for s in steps)
+    rows = x.shape[2] <= 1 or x.strides[2] > 0
+    return x.size > 0 and rows and x.strides[-1] == x.itemsize and x.data.ptr % 16 == 0 and all(s >= 0 and s % 16 == 0 for s in steps)
 
 
 def panels(x, rows: int) -> np.ndarray:

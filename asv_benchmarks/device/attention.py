@@ -114,7 +114,7 @@ def check(dtypes=KINDS, cases=CASES, gradients=True):
                     w, g = np.where(both, 0, w), np.where(both, 0, g)
                     off = abs(g - w)
                     out.append(f"{np.linalg.norm(off) / np.linalg.norm(w):.1e} ({np.max(off / (b + ROUNDOFF[dtype] * abs(w) + 1e-300)):.2f})")
-                line = f"{dtype:9} {str(case):110} {' '.join(out)}"
+                line = f"{dtype:9} {case!s:110} {' '.join(out)}"
                 if gradients:
                     names = ("q", "k", "v", "bias", "sink")
                     dy = tuple(rng.standard_normal(np.shape(w)).astype(np.float32).astype(DTYPES[dtype]) for w in (want if several else (want,)))
@@ -129,19 +129,19 @@ def check(dtypes=KINDS, cases=CASES, gradients=True):
                 print(f"{dtype:9} {case} FAILED {type(error).__name__}: {str(error)[:1500]}", flush=True)
 
 
-def times(function, sets, inner=8, repeat=7):
+def times(function, sets, inner=8, repeat=7, events=cp.cuda):
     """Median of means over `inner` calls in a row: the host's part of a call hides behind the device's."""
-    for s in sets:
-        function(*s)
+    for i in range(10):
+        function(*sets[i % len(sets)])
     found = []
     for _ in range(repeat):
-        start, stop = cp.cuda.Event(), cp.cuda.Event()
+        start, stop = ((events.Event(), events.Event()) if events is cp.cuda else (events.Event(enable_timing=True), events.Event(enable_timing=True)))
         start.record()
         for i in range(inner):
             function(*sets[i % len(sets)])
         stop.record()
         stop.synchronize()
-        found.append(cp.cuda.get_elapsed_time(start, stop) / inner)
+        found.append(cp.cuda.get_elapsed_time(start, stop) / inner if events is cp.cuda else start.elapsed_time(stop) / inner)
     return statistics.median(found)
 
 
@@ -153,28 +153,38 @@ WORK = [  # name, B, Hq, Hkv, n, m, d, causal, target
 ]
 
 
-def torch_times(arrays, causal, group):
+def torch_times(arrays, causal, group, gradient=False):
+    """torch's kernels on the same arrays: forward, or the gradient alone."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    found, stream = {}, torch.cuda.ExternalStream(cp.cuda.get_current_stream().ptr)
+    cp.cuda.Device().synchronize()
+    found = {}
     sets = [tuple(torch.from_dlpack(x) for x in s) for s in arrays]
     backends = {"FlashAttention-2": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
     if sets[0][0].dtype == torch.float32:
         backends = {"efficient": SDPBackend.EFFICIENT_ATTENTION}
+    sdpa = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=causal, enable_gqa=group)
     for name, backend in backends.items():
         try:
-            with torch.cuda.stream(stream), sdpa_kernel(backend):
-                sdpa = torch.nn.functional.scaled_dot_product_attention
-                found[name] = times(lambda q, k, v: sdpa(q, k, v, is_causal=causal, enable_gqa=group), sets)
+            with sdpa_kernel(backend):
+                if not gradient:
+                    found[name] = times(sdpa, sets, events=torch.cuda)
+                    continue
+                q, k, v = (x.clone().requires_grad_() for x in sets[0][:3])
+                o = sdpa(q, k, v)
+                found[name] = times(lambda o, q, k, v, do: torch.autograd.grad(o, (q, k, v), do, retain_graph=True), [(o, q, k, v, sets[0][3])], events=torch.cuda)
         except Exception as error:
             print(name, str(error)[:300])
+    torch.cuda.synchronize()
     return found
 
 
 def normal(shape, dtype, seed):
-    x = cp.random.default_rng(seed).standard_normal(shape, dtype=cp.float32)
-    return x.astype(DTYPES[dtype])
+    import torch
+
+    torch.manual_seed(seed)
+    return cp.from_dlpack(torch.randn(shape, device="cuda", dtype=getattr(torch, dtype)))
 
 
 def problem(q, k, v, causal):
@@ -186,23 +196,31 @@ def time_forward(results, only=None):
         arrays = [tuple(normal((B, H, s, d), "bfloat16", 3 * i + j) for j, (H, s) in enumerate(((Hq, n), (Hkv, m), (Hkv, m)))) for i in range(2)]
         flops = 4 * B * Hq * n * m * d / (2 if causal else 1)
         problems = [(problem(*s, causal),) for s in arrays]
-        found = {}
-        for w in (2, 3) if d == 64 else (2,):
-            found[f"refimpl, {w} warpgroups"] = times(functools.partial(mirror.hopper, warpgroups=w), problems)
+        found = {"refimpl": times(mirror.hopper, problems)}
         found["again"] = times(mirror.hopper, problems)
         found |= torch_times(arrays, causal, False)
         results.add("attention", name + " bf16", f"B{B} H{Hq} T{n} d{d}", measure.floor_ms(bf16=flops), found, target=target)
+
+
+def time_backward(results):
+    for causal, target in ((True, 1.360), (False, None)):
+        B, Hq, n, d = 4, 16, 4096, 128
+        arrays = [tuple(normal((B, Hq, n, d), "bfloat16", j) for j in range(4))]
+        q, k, v, do = arrays[0]
+        p = problem(q, k, v, causal)
+        o, lse = mirror.hopper(p)
+        flops = 10 * B * Hq * n * n * d / (2 if causal else 1)
+        found = {"refimpl": times(mirror.hopper_backward, [(p, do, o, lse, None)], inner=4)}
+        found |= torch_times(arrays, causal, False, gradient=True)
+        results.add("attention", f"attention bwd {'causal' if causal else 'full'} bf16", f"B{B} H{Hq} T{n} d{d}", measure.floor_ms(bf16=flops), found, target=target)
 
 
 def time_decode(results):
     B, Hq, Hkv, m, d = 16, 32, 8, 32768, 128
     sets = [tuple(normal(s, "bfloat16", j) for j, s in enumerate(((B, Hq, 1, d), (B, Hkv, m, d), (B, Hkv, m, d))))]
     p = problem(*sets[0], False)
-    found = {f"refimpl, {s} portions": times(functools.partial(mirror.decode, splits=s), [(p,)]) for s in (8, 16, 32, 64)}
-    found["refimpl"] = times(mirror.decode, [(p,)])
-    a, b = sets[0][1], cp.empty_like(sets[0][1])
-    found["copy of as many bytes"] = times(lambda: cp.copyto(b, a), [()])
-    del a, b
+    found = {"refimpl": times(mirror.decode, [(p,)])}
+    found["copy of as many bytes"] = times(cp.copyto, [(cp.empty_like(sets[0][1]), sets[0][1])])
     found |= torch_times(sets, False, True)
     bytes = 2 * B * Hkv * m * d * 2
     results.add("attention", "decode GQA bf16", f"B{B} H{Hq}/{Hkv} T{m} d{d}", measure.floor_ms(bytes=bytes), found, target=0.707)
@@ -224,7 +242,7 @@ def main(arguments):
     if "check" in wanted:
         section(check)
     if "time" in wanted:
-        for part in (time_forward, time_decode, time_float32):
+        for part in (time_forward, time_backward, time_decode, time_float32):
             section(functools.partial(part, results))
     results.write(arguments[0])
 

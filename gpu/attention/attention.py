@@ -4,7 +4,8 @@ Which kernel runs (`docs/gpu/attention.md` has what was measured):
 
     decoding   halves, few queries for many keys (those of all heads that share a key head at most 16), head size 64 or 128, no
                mask or bias: ``kernel_attention_decode.cu``
-    hopper     halves on sm_90, head sizes to 128 in steps of 8: ``kernel_attention_hopper.cu``
+    hopper     halves on sm_90, head sizes to 128 in steps of 8: ``kernel_attention_hopper.cu``; the gradient, without mask and
+               bias: ``kernel_attention_hopper_gradient.cu``
     tiled      all else, in float32 (halves too) or float64: ``kernel_attention.cu``
 
 Arrays are read as they lie; one copy is made of an array whose last axis is not contiguous, or whose batch axes are not one.
@@ -22,7 +23,8 @@ from refimpl.gpu.arrays import arithmetic, flat
 from refimpl.gpu.launch import Kernel, multiprocessors
 from refimpl.ops.attention.attention import CONTRACT
 
-TILED, HOPPER, DECODE = "kernel_attention.cu", "kernel_attention_hopper.cu", "kernel_attention_decode.cu"
+TILED, DECODE = "kernel_attention.cu", "kernel_attention_decode.cu"
+HOPPER, HOPPER_GRADIENT = "kernel_attention_hopper.cu", "kernel_attention_hopper_gradient.cu"
 TYPES = {"float32": "float", "float64": "double", "float16": "float16", "bfloat16": "bfloat16"}
 HALVES = ("float16", "bfloat16")
 CALL = np.dtype(
@@ -80,11 +82,14 @@ def attention_vjp(
     problem = prepare(q, k, v, causal, offset, window, mask, bias, scale, softcap, sink)
     o, lse = forward(problem)
     do, *rest = dy if isinstance(dy, tuple) else (dy,)
-    do = rows_of(do, problem.batch)
-    across = -(do.astype(lse.dtype) * o).sum(axis=-1)
-    if rest:
-        across += rest[0].reshape(across.shape)
-    dq, dk, dv, dbias = backward(problem, do, lse, across)
+    do, dlse = rows_of(do, problem.batch), cp.ascontiguousarray(rest[0]).reshape(lse.shape).astype(lse.dtype) if rest else None
+    if takes_tensor_cores(problem) and not problem.maps:
+        dq, dk, dv, across = hopper_backward(problem, do, o, lse, dlse)
+        dbias = None
+    else:
+        across = -(do.astype(lse.dtype) * o.astype(lse.dtype, copy=False)).sum(axis=-1)
+        across = across if dlse is None else across + dlse
+        dq, dk, dv, dbias = backward(problem, do, lse, across)
     found = {"q": dq, "k": dk, "v": dv, "bias": dbias}
     if sink is not None:
         finite = cp.where(cp.isneginf(lse), lse.dtype.type(0), lse)
@@ -111,7 +116,7 @@ def prepare(q, k, v, causal, offset, window, mask, bias, scale, softcap, sink) -
     call["scale"], call["softcap"] = d**-0.5 if scale is None else float(scale), 0 if softcap is None else float(softcap)
     call["below"], call["above"] = within(-n - 1 if left is None else at - left), within(m + 1 if right is None else at + right)
     call["vectors"] = whole and d * size % 16 == 0 and e * size % 16 == 0
-    for name, value in zip("B Hq Hkv n m d e".split(), (q.shape[0], Hq, max(Hkv, 1), n, m, d, e), strict=True):
+    for name, value in zip(("B", "Hq", "Hkv", "n", "m", "d", "e"), (q.shape[0], Hq, max(Hkv, 1), n, m, d, e), strict=True):
         call[name] = value
     if sink is not None:
         sink = cp.ascontiguousarray(cp.broadcast_to(sink.astype(arithmetic(q.dtype)), (Hq,)))
@@ -127,14 +132,18 @@ def rows_of(x, batch):
 def forward(p: Problem):
     """o (B, Hq, n, e), in a half where tensor cores made it, and lse (B, Hq, n)."""
     call = p.call[0]
-    name, count = p.q.dtype.name, int(call["B"]) * int(call["Hq"]) * int(call["n"])
-    if count and call["m"] and call["e"] and call["scale"] > 0 and name in HALVES:
-        if not p.maps and call["d"] == call["e"] and call["d"] in (64, 128) and call["m"] >= 256 and call["vectors"]:
-            if call["Hq"] // call["Hkv"] * call["n"] <= 16:
-                return decode(p)
-        if max(call["d"], call["e"]) <= 128 and call["d"] % 8 == 0 and call["e"] % 8 == 0 and cp.cuda.Device().compute_capability == "90":
-            return hopper(p)
-    return tiled(p)
+    if p.q.dtype.name in HALVES and not p.maps and call["d"] == call["e"] and call["d"] in (64, 128) and call["vectors"]:
+        if call["m"] >= 256 and 0 < call["Hq"] // call["Hkv"] * call["n"] <= 16 and call["scale"] > 0:
+            return decode(p)
+    return hopper(p) if takes_tensor_cores(p) else tiled(p)
+
+
+def takes_tensor_cores(p: Problem) -> bool:
+    """Whether Hopper's kernels do it: halves, head sizes to 128 in steps of 8."""
+    call = p.call[0]
+    there = min(call[x] for x in ("B", "Hq", "n", "m", "e")) > 0 and call["scale"] > 0  # of scores the largest is that of products
+    sizes = max(call["d"], call["e"]) <= 128 and call["d"] % 8 == 0 and call["e"] % 8 == 0
+    return p.q.dtype.name in HALVES and there and sizes and cp.cuda.Device().compute_capability == "90"
 
 
 def results(p: Problem, dtype=None):
@@ -158,7 +167,7 @@ def tiled(p: Problem):
     size = o.itemsize
     width, vector, rows = 128 // size, 16 // size, 16 * R
     buffer = max((rows if fast else 2 * rows) * (width + vector), width * columns)
-    shared = size * (rows * (rows + vector) + 3 * buffer + (rows * (-(-int(call["d"]) // width) * width + vector) if fast else 0))
+    shared = size * (rows * (2 + rows + vector) + 3 * buffer + (rows * (4 * width + vector) if fast else 0))
     grid = int(call["B"]) * int(call["Hq"]) * -(-int(call["n"]) // rows) * max(1, -(-int(call["e"]) // columns))
     _tiled(name, fast)((grid,), (256,), (p.call, p.q, p.k, p.v, *p.options, o, lse), shared)
     return o, lse
@@ -191,17 +200,19 @@ def backward(p: Problem, do, lse, across):
 # -- tensor cores --------------------------------------------------------------------------------------------------------
 
 
-def _hopper(name: str, D: int, warpgroups: int, capped: bool, maps: bool) -> Kernel:
+def _hopper(name: str, D: int, warpgroups: int, keys: int, capped: bool, maps: bool) -> Kernel:
     flags = ", ".join("true" if x else "false" for x in (capped, maps))
-    return Kernel(HOPPER, f"attention_forward<{TYPES[name]}, {D}, {warpgroups}, {flags}>", hopper=True)
+    return Kernel(HOPPER, f"attention_forward<{TYPES[name]}, {D}, {warpgroups}, {keys}, {flags}>", hopper=True)
 
 
-def hopper(p: Problem, warpgroups: int | None = None):
+def hopper(p: Problem, warpgroups: int | None = None, keys: int | None = None, stay: bool = True):
     """wgmma, with tiles brought by the bulk tensor copy engine."""
     call, name = p.call.copy(), p.q.dtype.name
     c = call[0]
     D = 64 if max(c["d"], c["e"]) <= 64 else 128
-    W = warpgroups or (2 if D == 128 or p.maps or c["softcap"] > 0 else 3)
+    plain = not p.maps and c["softcap"] == 0
+    W = warpgroups or (3 if D == 64 and plain else 2)
+    keys = keys or 128
     q, k, v = (x if tensor_map.fits(x) else cp.ascontiguousarray(x) for x in (p.q, p.k, p.v))
     for key, x in (("q", q), ("k", k), ("v", v)):
         call[key][0] = [s // x.itemsize for s in x.strides[:3]]
@@ -210,11 +221,43 @@ def hopper(p: Problem, warpgroups: int | None = None):
     fit = max(1, L2 // (int(c["m"]) * (int(c["d"]) + int(c["e"])) * 2)) * group
     call["heads"] = min(heads, fit)
     o, lse = results(p, p.q.dtype)
-    maps = (tensor_map.panels(q, 64 * W), tensor_map.panels(k, 128), tensor_map.panels(v, 128))
-    shared = 1024 + (64 * W + 4 * 128) * D * 2 + 128
-    kernel = _hopper(name, D, W, bool(c["softcap"] > 0), p.maps)
-    kernel((heads * tiles,), (128 * (W + 1),), (call, *maps, *p.options, o, lse), shared)
+    maps = (tensor_map.panels(q, 64 * W), tensor_map.panels(k, keys), tensor_map.panels(v, keys))
+    shared = 1024 + (64 * W + 4 * keys) * D * 2 + 128
+    kernel = _hopper(name, D, W, keys, bool(c["softcap"] > 0), p.maps)
+    grid = min(heads * tiles, multiprocessors()) if stay else heads * tiles
+    kernel((grid,), (128 * (W + 1),), (call, *maps, *p.options, o, lse), shared)
     return o, lse
+
+
+def _hopper_gradient(name: str, of: str, *more) -> Kernel:
+    return Kernel(HOPPER_GRADIENT, f"attention_{of}<{', '.join((TYPES[name], *map(str, more)))}>", hopper=of != "across")
+
+
+def hopper_backward(p: Problem, do, o, lse, dlse):
+    """dq, dk, dv in the arrays' precision, and across = dlse - do.o (B, Hq, n)."""
+    call, name = p.call.copy(), p.q.dtype.name
+    B, Hq, Hkv, n, m, d, e = (int(call[x][0]) for x in ("B", "Hq", "Hkv", "n", "m", "d", "e"))
+    q, k, v, do = (x if tensor_map.fits(x) and min(x.strides) > 0 else cp.ascontiguousarray(x) for x in (p.q, p.k, p.v, do))
+    for key, x in (("q", q), ("k", k), ("v", v), ("dy", do)):
+        call[key][0] = [s // x.itemsize for s in x.strides[:3]]
+    D, capped = 64 if max(d, e) <= 64 else 128, "true" if call["softcap"][0] > 0 else "false"
+    padded = -(-n // 128) * 128
+    lse2, across = cp.empty((2, B, Hq, padded), np.float32)
+    _hopper_gradient(name, "across")((-(-B * Hq * padded // 4),), (128,), (
+        call, o, do, lse, NOTHING if dlse is None else dlse, across, lse2, np.int32(padded)))  # fmt: skip
+    found = []
+    shared = 1024 + 2 * 128 * D * 2 + 3 * (2 * 64 * D * 2 + 2 * 64 * 4) + 64
+    for of, heads, rows, boxes, passing in (
+        ("queries", Hq, n, (128, 64, 64, 128), (p.k.nbytes + p.v.nbytes) // (B * Hkv)),
+        ("keys", Hkv, m, (64, 128, 128, 64), (q.nbytes + do.nbytes) // (B * Hkv)),
+    ):
+        maps = [tensor_map.panels(x, box) for x, box in zip((q, k, v, do), boxes, strict=True)]
+        call["heads"] = min(B * heads, max(1, L2 // (passing + 1)) * heads // Hkv)
+        out = [cp.empty(x.shape, x.dtype) for x in ((q,) if of == "queries" else (k, v))]
+        kernel = _hopper_gradient(name, f"gradient_{of}", D, capped)
+        kernel((B * heads * -(-rows // 128),), (384,), (call, *maps, lse2, across, np.int32(padded), *out), shared)
+        found += out
+    return (*found, across[..., :n])
 
 
 def _portions(name: str, D: int, halves: int) -> Kernel:
@@ -229,7 +272,7 @@ def decode(p: Problem, splits: int | None = None):
     """Portions of the keys side by side, then merged: flash-decoding."""
     call, name = p.call.copy(), p.q.dtype.name
     B, Hq, Hkv, n, m, d = (int(call[x][0]) for x in ("B", "Hq", "Hkv", "n", "m", "d"))
-    splits = splits or max(1, min(-(-16 * multiprocessors() // (B * Hkv)), m // 256))
+    splits = splits or max(1, min(16 * multiprocessors() // (B * Hkv), m // 256))
     call["splits"] = splits
     part_o, part_lse = cp.empty((B, Hq, n, splits, d), np.float32), cp.empty((B, Hq, n, splits), np.float32)
     o, lse = results(p, p.q.dtype)
@@ -244,8 +287,11 @@ KERNELS = (
     *(_tiled(name, False) for name in TYPES),
     _tiled("float32", True),
     *(_gradient(name, of) for name in TYPES for of in ("QUERIES", "KEYS", "VALUES")),
-    *(_hopper(name, D, 2, capped, maps) for name in HALVES for D in (64, 128) for capped in (False, True) for maps in (False, True)),
-    *(_hopper(name, 64, 3, False, False) for name in HALVES),
+    *(_hopper(name, D, 2, 128, capped, maps) for name in HALVES for D in (64, 128) for capped in (False, True) for maps in (False, True)),
+    *(_hopper(name, 64, 3, 128, False, False) for name in HALVES),
+    *(_hopper(name, 128, 2, 176, False, False) for name in HALVES),
+    *(_hopper_gradient(name, "across") for name in HALVES),
+    *(_hopper_gradient(name, f"gradient_{of}", D, capped) for name in HALVES for of in ("queries", "keys") for D in (64, 128) for capped in ("false", "true")),
     *(_portions(name, D, halves) for name in HALVES for D in (64, 128) for halves in (1, 2)),
     *(_merge(name) for name in HALVES),
 )

@@ -101,6 +101,22 @@ template <class T, int N, bool BY_COLUMNS> struct Product;
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
     "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
     "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define REGISTERS_176 \
+    "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), \
+    "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), \
+    "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), \
+    "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), \
+    "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), \
+    "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), \
+    "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]), \
+    "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]), "+f"(d[72]), \
+    "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]), "+f"(d[80]), "+f"(d[81]), \
+    "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87])
+#define LIST_176 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+    "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
+    "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, " \
+    "%68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87"
 PRODUCT(bfloat16, "bf16", 64, false, "0", LIST_64, REGISTERS_64, "32", "33", "34", "35", "36", "37")
 PRODUCT(bfloat16, "bf16", 64, true, "1", LIST_64, REGISTERS_64, "32", "33", "34", "35", "36", "37")
 PRODUCT(float16, "f16", 64, false, "0", LIST_64, REGISTERS_64, "32", "33", "34", "35", "36", "37")
@@ -109,3 +125,31 @@ PRODUCT(bfloat16, "bf16", 128, false, "0", LIST_128, REGISTERS_128, "64", "65", 
 PRODUCT(bfloat16, "bf16", 128, true, "1", LIST_128, REGISTERS_128, "64", "65", "66", "67", "68", "69")
 PRODUCT(float16, "f16", 128, false, "0", LIST_128, REGISTERS_128, "64", "65", "66", "67", "68", "69")
 PRODUCT(float16, "f16", 128, true, "1", LIST_128, REGISTERS_128, "64", "65", "66", "67", "68", "69")
+PRODUCT(bfloat16, "bf16", 176, false, "0", LIST_176, REGISTERS_176, "88", "89", "90", "91", "92", "93")
+PRODUCT(float16, "f16", 176, false, "0", LIST_176, REGISTERS_176, "88", "89", "90", "91", "92", "93")
+
+// ---- results ---------------------------------------------------------------------------------------------------------
+// 64 x D of a warpgroup to memory, rounded: this thread's rows are `row` and `row` + 8 of `rows`, scaled by its factors.
+// Neighbouring lanes swap halves of two groups of 8 columns, so that each writes 4 neighbouring numbers.
+template <class T, int N> __device__ inline void write_rows(const float (&d)[N], const float (&factor)[2], T* out, int row, int rows, int columns) {
+    const int lane = threadIdx.x % 32, odd = lane % 2;
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+#pragma unroll
+        for (int x = 0; x < N / 4; x += 2) {
+            const unsigned even_group = pack<T>(d[4 * x + 2 * r] * factor[r], d[4 * x + 2 * r + 1] * factor[r]);
+            const unsigned odd_group = pack<T>(d[4 * x + 4 + 2 * r] * factor[r], d[4 * x + 5 + 2 * r] * factor[r]);
+            const unsigned other = __shfl_xor_sync(0xffffffff, odd ? even_group : odd_group, 1);
+            const int column = 8 * (x + odd) + 2 * (lane % 4 - odd);
+            if (row + 8 * r < rows && column < columns)
+                *(uint2*)(out + (long long)(row + 8 * r) * columns + column) = odd ? make_uint2(other, odd_group) : make_uint2(even_group, other);
+        }
+}
+
+// Which tile of rows of which head the item is. Heads of one group are taken up together, each tile for all of them, so
+// that what passes by the tiles stays in the L2 cache.
+__device__ inline void which(int item, int tiles, int all, int together, int& tile, int& head) {
+    const int group = item / (tiles * together), within = item % (tiles * together), heads = min(together, all - group * together);
+    tile = within / heads;
+    head = group * together + within % heads;
+}

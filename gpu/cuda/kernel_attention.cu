@@ -3,8 +3,9 @@
 // One block of 256 threads makes a tile of rows x columns of the output. Keys pass by in tiles; of a tile, first slices
 // of the features of K (to make the scores S), then slices of the keys of V (to add P V), each slice 128 bytes wide,
 // through a ring of three buffers that is filled two slices ahead. A thread holds R rows x C keys of S and R rows x E
-// columns of O in registers: row ty + 16 i, key tx + 16 j, for ty = thread / 16, tx = thread % 16. So a row of S lies in
-// 16 lanes of one warp: the row's maximum takes four shuffles, and P goes through shared memory within the warp alone.
+// columns of O in registers: row ty + 16 i, key tx + 16 j. A warp is 4 ty x 8 tx, so that what its lanes read from shared
+// memory at once are 4 or 8 different pieces of 16 bytes, one pass over the banks; a row lies in two warps, whose
+// maxima meet in shared memory.
 //
 // With R = C = E = 8 each 16-byte read from shared memory feeds 16 multiply-adds of a thread, as in a good matrix
 // product; what limits the kernel is the rate of multiply-adds. Rows' strides are 16 bytes more than a multiple of 128:
@@ -19,8 +20,8 @@ template <class A> constexpr int VECTOR = 16 / sizeof(A);         // elements of
 template <class A> constexpr int STRIDE = SLICE<A> + VECTOR<A>;  // of a slice's rows
 
 // S[i][j] += X[row i] . Y[column j] over one slice.
-template <class A, int R, int C>
-__device__ inline void multiply_slice(A (&s)[R][C], const A* x, int x_stride, const A* y, int tx, int ty) {
+template <class A, int R, int C, int x_stride>
+__device__ inline void multiply_slice(A (&s)[R][C], const A* x, const A* y, int tx, int ty) {
     constexpr int V = VECTOR<A>;
 #pragma unroll 1
     for (int w = 0; w < SLICE<A>; w += V) {
@@ -39,8 +40,8 @@ __device__ inline void multiply_slice(A (&s)[R][C], const A* x, int x_stride, co
 }
 
 // O[i][.] += P[row i][.] Y over one slice of SLICE keys; thread's columns are tx * V + 16 V h.
-template <class A, int R, int E>
-__device__ inline void add_slice(A (&o)[R][E], const A* p, int p_stride, const A* y, int tx, int ty) {
+template <class A, int R, int E, int p_stride>
+__device__ inline void add_slice(A (&o)[R][E], const A* p, const A* y, int tx, int ty) {
     constexpr int V = VECTOR<A>;
 #pragma unroll 1
     for (int w = 0; w < SLICE<A>; w += V) {
@@ -60,18 +61,29 @@ __device__ inline void add_slice(A (&o)[R][E], const A* p, int p_stride, const A
     }
 }
 
-template <class A> __device__ inline A largest_of_16(A x) {
+// Of 256 threads, who stands where: 16 x 16, a warp 4 x 8.
+__device__ inline int own_tx() { return threadIdx.x / 32 % 2 * 8 + threadIdx.x % 8; }
+__device__ inline int own_ty() { return threadIdx.x / 64 * 4 + threadIdx.x / 8 % 4; }
+
+// The largest, or the sum, over the 16 threads of each row; `meeting` holds 2 numbers a row. Begins with a barrier.
+template <bool SUM, class A, int R> __device__ inline void over_rows(A (&x)[R], A* meeting) {
+    const int tx = own_tx(), ty = own_ty();
+    __syncthreads();
 #pragma unroll
-    for (int step = 8; step > 0; step /= 2) {
-        A y = __shfl_xor_sync(0xffffffff, x, step);
-        x = x > y ? x : y;
+    for (int i = 0; i < R; i++) {
+#pragma unroll
+        for (int step = 4; step > 0; step /= 2) {
+            const A y = __shfl_xor_sync(0xffffffff, x[i], step);
+            x[i] = SUM ? x[i] + y : x[i] > y ? x[i] : y;
+        }
+        if (tx % 8 == 0) meeting[(ty + 16 * i) * 2 + tx / 8] = x[i];
     }
-    return x;
-}
-template <class A> __device__ inline A sum_of_16(A x) {
+    __syncthreads();
 #pragma unroll
-    for (int step = 8; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffff, x, step);
-    return x;
+    for (int i = 0; i < R; i++) {
+        const A y = meeting[(ty + 16 * i) * 2], z = meeting[(ty + 16 * i) * 2 + 1];
+        x[i] = SUM ? y + z : y > z ? y : z;
+    }
 }
 
 // A tile in which a mask lets no pair through is dropped before its products.
@@ -93,11 +105,13 @@ attention_tiled(const Call c, const T* q, const T* k, const T* v, const unsigned
     constexpr int W = SLICE<A>, S = STRIDE<A>, ROWS = 16 * R, KEYS = 16 * C, COLUMNS = 16 * E, P_STRIDE = KEYS + VECTOR<A>;
     constexpr int FIRST = (KEYS + (RESIDENT ? 0 : ROWS)) * S, SECOND = W * COLUMNS, BUFFER = FIRST > SECOND ? FIRST : SECOND;
     extern __shared__ __align__(16) unsigned char memory[];
-    const int q_slices = (c.d + W - 1) / W, q_stride = q_slices * W + VECTOR<A>;
-    A* const p_tile = (A*)memory;
+    constexpr int q_stride = 4 * W + VECTOR<A>;  // resident: at most 4 slices
+    const int q_slices = (c.d + W - 1) / W;
+    A* const meeting = (A*)memory;
+    A* const p_tile = meeting + 2 * ROWS;
     A* const buffers = p_tile + ROWS * P_STRIDE;
     A* const q_tile = buffers + 3 * BUFFER;
-    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    const int tx = own_tx(), ty = own_ty();
 
     const int tiles = (c.n + ROWS - 1) / ROWS, chunks = (c.e + COLUMNS - 1) / COLUMNS;
     const int chunk = blockIdx.x % chunks, tile = tiles - 1 - blockIdx.x / chunks % tiles, head = blockIdx.x / chunks / tiles;
@@ -153,21 +167,25 @@ attention_tiled(const Call c, const T* q, const T* k, const T* v, const unsigned
                 for (int j = 0; j < C; j++) s[i][j] = 0;
             for (int x = 0; x < q_slices; x++) {
                 const A* slice = next();
-                if (RESIDENT) multiply_slice<A, R, C>(s, q_tile + x * W, q_stride, slice, tx, ty);
-                else multiply_slice<A, R, C>(s, slice + KEYS * S, S, slice, tx, ty);
+                if (RESIDENT) multiply_slice<A, R, C, q_stride>(s, q_tile + x * W, slice, tx, ty);
+                else multiply_slice<A, R, C, S>(s, slice + KEYS * S, slice, tx, ty);
             }
             const bool edge = !inside(c, row, ROWS, key, KEYS);
+            A larger[R];
 #pragma unroll
             for (int i = 0; i < R; i++) {
-                A larger = top[i];
+                larger[i] = top[i];
 #pragma unroll
                 for (int j = 0; j < C; j++) {
                     s[i][j] = score<T, A, MAPS>(c, s[i][j], edge, row + ty + 16 * i, key + tx + 16 * j, mask, bias);
-                    larger = s[i][j] > larger ? s[i][j] : larger;
+                    larger[i] = s[i][j] > larger[i] ? s[i][j] : larger[i];
                 }
-                larger = largest_of_16(larger);
-                const A shift = larger == (A)NOTHING_SEEN ? (A)0 : larger, keep = exp_(top[i] - shift);
-                top[i] = larger;
+            }
+            over_rows<false>(larger, meeting);
+#pragma unroll
+            for (int i = 0; i < R; i++) {
+                const A shift = larger[i] == (A)NOTHING_SEEN ? (A)0 : larger[i], keep = exp_(top[i] - shift);
+                top[i] = larger[i];
                 total[i] *= keep;
 #pragma unroll
                 for (int j = 0; j < C; j++) {
@@ -178,9 +196,7 @@ attention_tiled(const Call c, const T* q, const T* k, const T* v, const unsigned
 #pragma unroll
                 for (int x = 0; x < E; x++) acc[i][x] *= keep;
             }
-            __syncwarp();
-            for (int x = 0; x < KEYS / W; x++) add_slice<A, R, E>(acc, p_tile + x * W, P_STRIDE, next(), tx, ty);
-            __syncwarp();
+            for (int x = 0; x < KEYS / W; x++) add_slice<A, R, E, P_STRIDE>(acc, p_tile + x * W, next(), tx, ty);  // next: a barrier first
         }
         copies_wait<0>();
         __syncthreads();
@@ -192,10 +208,11 @@ attention_tiled(const Call c, const T* q, const T* k, const T* v, const unsigned
         run(from, until);
     copies_wait<0>();
 
+    over_rows<true>(total, meeting);
 #pragma unroll
     for (int i = 0; i < R; i++) {
         const int r = row + ty + 16 * i;
-        const A sum = sum_of_16(total[i]);
+        const A sum = total[i];
         if (r >= c.n) continue;
         const long long at = ((long long)b * c.Hq + h) * c.n + r;
         if (chunk == 0 && tx == 0) lse[at] = (top[i] == (A)NOTHING_SEEN ? (A)0 : top[i]) + log_(sum);
@@ -227,7 +244,7 @@ attention_gradient(const Call c, const T* q, const T* k, const T* v, const T* dy
     extern __shared__ __align__(16) unsigned char memory[];
     A* const w_tile = (A*)memory;
     A* const buffers = w_tile + TILE * P_STRIDE;
-    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    const int tx = own_tx(), ty = own_ty();
 
     const int rows = BY_KEY ? c.m : c.n, columns = BY_KEY ? c.n : c.m, heads = BY_KEY ? c.Hkv : c.Hq, width = OF == VALUES ? c.e : c.d;
     const int tiles = (rows + TILE - 1) / TILE, chunks = (width + COLUMNS - 1) / COLUMNS, group = c.Hq / c.Hkv;
@@ -288,11 +305,11 @@ attention_gradient(const Call c, const T* q, const T* k, const T* v, const T* dy
                 for (int j = 0; j < R; j++) s[i][j] = dp[i][j] = 0;
             for (int x = 0; x < d_slices; x++) {
                 const A* slice = next();
-                multiply_slice<A, R, R>(s, slice, S, slice + TILE * S, tx, ty);
+                multiply_slice<A, R, R, S>(s, slice, slice + TILE * S, tx, ty);
             }
             for (int x = 0; x < e_slices; x++) {
                 const A* slice = next();
-                multiply_slice<A, R, R>(dp, slice, S, slice + TILE * S, tx, ty);
+                multiply_slice<A, R, R, S>(dp, slice, slice + TILE * S, tx, ty);
             }
 #pragma unroll
             for (int a = 0; a < R; a++)
@@ -312,8 +329,7 @@ attention_gradient(const Call c, const T* q, const T* k, const T* v, const T* dy
                     }
                     w_tile[(ty + 16 * a) * P_STRIDE + tx + 16 * z] = w;
                 }
-            __syncwarp();
-            for (int x = 0; x < TILE / W; x++) add_slice<A, R, E>(acc, w_tile + x * W, P_STRIDE, next(), tx, ty);
+            for (int x = 0; x < TILE / W; x++) add_slice<A, R, E, P_STRIDE>(acc, w_tile + x * W, next(), tx, ty);
             copies_wait<0>();
             __syncthreads();
         }

@@ -1,0 +1,294 @@
+// The gradient of softmax attention in 16-bit numbers on Hopper's tensor cores.
+//
+// Two kernels of the same build, one for the queries and one for the keys and values, each block with a tile of results that
+// is its alone: nothing is added up between blocks, so the same call gives the same bits. Both make the weights again, P =
+// 2^{S log2 e - lse}: seven products where five would do, against sums of dQ in memory, whose order would be anybody's.
+//
+//   queries   S = Q K^T, dP = dO V^T, dS = P (dP + across), dQ += dS K          rows are queries, keys pass by
+//   keys      the transposes, dV += P^T dO, dK += dS^T Q                        rows are keys, queries pass by
+//
+// As in the forward kernel weights stay in registers: the result of S^T, rounded in pairs, is the left operand of dV. Two warpgroups of
+// 64 rows each take turns in issuing products, those of the next tile right behind those of this one, and while one makes weights the
+// other multiplies. What passes by comes in tiles of 64; with it come lse log2 e and across of each
+// query, padded to whole tiles with rows of weight 0 (lse = +infinity).
+#include "block_hopper.cuh"
+
+constexpr int PASSING = 64;  // rows of a tile that passes by
+constexpr int ROWS = 128;    // of the result
+constexpr int STAGES = 3;
+
+struct Yes { static constexpr bool value = true; };
+struct No { static constexpr bool value = false; };
+
+// One warp a query: across = dlse - do.o; for queries beyond n the weight is 0.
+template <class T>
+__global__ void __launch_bounds__(128)
+attention_across(const Call c, const T* o, const T* dy, const float* lse, const float* dlse, float* across, float* lse2, int padded) {
+    const long long at = (long long)blockIdx.x * 4 + threadIdx.x / 32;
+    const int i = at % padded, lane = threadIdx.x % 32;
+    const long long head = at / padded;
+    if (head >= (long long)c.B * c.Hq) return;
+    float sum = 0, l = -NOTHING_SEEN;
+    if (i < c.n) {
+        const long long row = head * c.n + i;
+        const T *x = o + row * c.e, *y = dy + head / c.Hq * c.dy[0] + head % c.Hq * c.dy[1] + i * c.dy[2];
+        for (int j = 4 * lane; j < c.e; j += 128) {  // e is a multiple of 8, rows start at multiples of 16 bytes
+            const uint2 a = *(const uint2*)(x + j), b = *(const uint2*)(y + j);
+            const T *p = (const T*)&a, *q = (const T*)&b;
+#pragma unroll
+            for (int z = 0; z < 4; z++) sum += widen(p[z]) * widen(q[z]);
+        }
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
+        l = lse[row] == NOTHING_SEEN ? 0.0f : lse[row] * (float)LOG2E;
+        sum = (dlse == nullptr ? 0.0f : dlse[row]) - sum;
+    }
+    if (lane == 0) across[at] = sum, lse2[at] = l;
+}
+
+// Contiguous bytes, a multiple of 16, by the copy engine.
+__device__ inline void copy_bytes(void* to, const void* from, int bytes, Barrier* b) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)), "l"(from),
+                 "r"(bytes), "r"(shared_address(b))
+                 : "memory");
+}
+
+// d = A B^T over D features: 64 rows of A (in panels of height `rows`), N rows of B.
+template <class T, int D, int N>
+__device__ inline void multiply_rows(float (&d)[N / 2], unsigned a, int a_panel, unsigned b, int b_panel) {
+    const unsigned long long x = operand(a, 0), y = operand(b, 0);
+#pragma unroll
+    for (int k = 0; k < D / 16; k++)
+        Product<T, N, false>::add(d, x + ((k / 4 * a_panel + k % 4 * 32) >> 4), y + ((k / 4 * b_panel + k % 4 * 32) >> 4), k > 0);
+    products_commit();
+}
+// d += W B, W 64 x 64 in registers, B 64 rows x D.
+template <class T, int D>
+__device__ inline void multiply_columns(float (&d)[D / 2], const unsigned (&w)[PASSING / 4], unsigned b, int b_panel) {
+    const unsigned long long y = operand(b, b_panel);
+#pragma unroll
+    for (int k = 0; k < PASSING / 16; k++) Product<T, D, true>::add(d, w + 4 * k, y + (k * 2048 >> 4), 1);
+    products_commit();
+}
+
+template <class T, int D, bool CAP>
+__global__ void __launch_bounds__(384, 1)
+attention_gradient_keys(const __grid_constant__ Call c, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+                        const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap dy_map, const float* lse2, const float* across,
+                        int padded, T* dk, T* dv) {
+    constexpr int PANELS = D / 64, OWN_PANEL = ROWS * 128, OWN = PANELS * OWN_PANEL, PANEL = PASSING * 128, TILE = PANELS * PANEL;
+    constexpr int STAT = PASSING * 4, STAGE = 2 * TILE + 2 * STAT;
+    extern __shared__ unsigned char memory[];
+    unsigned char* const base = memory + (1024 - shared_address(memory) % 1024) % 1024;
+    unsigned char *const k_tile = base, *const v_tile = base + OWN, *const tiles = base + 2 * OWN, *const stats = tiles + STAGES * 2 * TILE;
+    Barrier *const own_full = (Barrier*)(stats + STAGES * 2 * STAT), *const full = own_full + 1, *const free = full + STAGES;
+
+    const int count_tiles = (c.m + ROWS - 1) / ROWS, group = c.Hq / c.Hkv;
+    int tile, head;
+    which(blockIdx.x, count_tiles, c.B * c.Hkv, c.heads, tile, head);
+    const int b = head / c.Hkv, kv = head % c.Hkv, row = tile * ROWS, last_row = min(row + ROWS, c.m) - 1;
+    const int from = max(0, row - c.above) / PASSING, until = (min(c.n, last_row - c.below + 1) + PASSING - 1) / PASSING;
+    const int each = max(0, until - from), count = each * group;
+    const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
+
+    if (threadIdx.x == 0) {
+        barrier_init(own_full, 1);
+        for (int s = 0; s < STAGES; s++) barrier_init(full + s, 1), barrier_init(free + s, 8);
+        asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+    }
+    __syncthreads();
+
+    if (warpgroup == 0) {
+        keep_registers<24>();
+        if (threadIdx.x == 0 && count > 0) {
+            barrier_expect(own_full, 2 * OWN);
+            for (int p = 0; p < PANELS; p++) {
+                copy_box(k_tile + p * OWN_PANEL, &k_map, own_full, 64 * p, row, kv, b);
+                copy_box(v_tile + p * OWN_PANEL, &v_map, own_full, 64 * p, row, kv, b);
+            }
+            for (int t = 0; t < count; t++) {
+                const int s = t % STAGES, h = kv * group + t / each, i = (from + t % each) * PASSING;
+                barrier_wait(free + s, t / STAGES % 2 ^ 1);
+                barrier_expect(full + s, STAGE);
+                for (int p = 0; p < PANELS; p++) {
+                    copy_box(tiles + s * 2 * TILE + p * PANEL, &q_map, full + s, 64 * p, i, h, b);
+                    copy_box(tiles + s * 2 * TILE + TILE + p * PANEL, &dy_map, full + s, 64 * p, i, h, b);
+                }
+                const long long at = ((long long)b * c.Hq + h) * padded + i;
+                copy_bytes(stats + s * 2 * STAT, lse2 + at, STAT, full + s);
+                copy_bytes(stats + s * 2 * STAT + STAT, across + at, STAT, full + s);
+            }
+        }
+    } else {
+        take_registers<240>();
+        const int me = warpgroup - 1, lane = threadIdx.x % 32, row_0 = row + 64 * me, mine = row_0 + threadIdx.x % 128 / 32 * 16 + lane / 4;
+        const unsigned k = shared_address(k_tile) + me * 64 * 128, v = shared_address(v_tile) + me * 64 * 128;
+        const float unit = (float)LOG2E * (CAP ? (float)c.softcap : (float)c.scale);
+        float dk_acc[D / 2], dv_acc[D / 2], s[PASSING / 2], dp[PASSING / 2];
+        unsigned w[PASSING / 4], ds[PASSING / 4];
+#pragma unroll
+        for (int x = 0; x < D / 2; x++) dk_acc[x] = dv_acc[x] = 0;
+        if (count > 0) {
+            barrier_wait(own_full, 0);
+            barrier_wait(full, 0);
+            hold(dk_acc);  // zero before any product is under way
+            hold(dv_acc);
+            products_begin();
+            multiply_rows<T, D, PASSING>(s, k, OWN_PANEL, shared_address(tiles), PANEL);
+            multiply_rows<T, D, PASSING>(dp, v, OWN_PANEL, shared_address(tiles) + TILE, PANEL);
+            products_wait<0>();
+            hold(s);
+            hold(dp);
+            auto step = [&](int t, auto more_to_come) {
+                const int stage = t % STAGES, i0 = (from + t % each) * PASSING;
+                const unsigned q = shared_address(tiles) + stage * 2 * TILE, dy = q + TILE;
+                const float* const stat = (const float*)(stats + stage * 2 * STAT) + lane % 4 * 2;
+                const bool edge = !(i0 + PASSING - 1 + c.below <= row_0 && row_0 + 63 <= i0 + c.above);
+#pragma unroll
+                for (int x = 0; x < PASSING / 2; x++) {
+                    const int column = x / 4 * 8 + x % 2;
+                    if (CAP) s[x] = tanh_fast(s[x] * (float)(c.scale / c.softcap));
+                    const float slope = CAP ? 1.0f - s[x] * s[x] : 1.0f;
+                    s[x] = exp2_fast(fmaf(s[x], unit, -stat[column]));
+                    if (edge) {
+                        const int i = i0 + column + lane % 4 * 2, j = mine + x % 4 / 2 * 8;
+                        if (j < i + c.below || j > i + c.above) s[x] = 0;
+                    }
+                    dp[x] = s[x] * (dp[x] + stat[PASSING + column]);
+                    if (CAP) dp[x] *= slope;
+                }
+#pragma unroll
+                for (int x = 0; x < PASSING / 4; x++) w[x] = pack<T>(s[2 * x], s[2 * x + 1]), ds[x] = pack<T>(dp[2 * x], dp[2 * x + 1]);
+                if (!(me == 0 && t == 0)) meet(1 + me, 256);  // my turn
+                products_begin();
+                multiply_columns<T, D>(dv_acc, w, dy, PANEL);
+                multiply_columns<T, D>(dk_acc, ds, q, PANEL);
+                if constexpr (decltype(more_to_come)::value) {
+                    const int next = (t + 1) % STAGES;
+                    barrier_wait(full + next, (t + 1) / STAGES % 2);
+                    products_wait<1>();  // dV: the registers of P are free
+                    multiply_rows<T, D, PASSING>(s, k, OWN_PANEL, shared_address(tiles) + next * 2 * TILE, PANEL);
+                    multiply_rows<T, D, PASSING>(dp, v, OWN_PANEL, shared_address(tiles) + next * 2 * TILE + TILE, PANEL);
+                }
+                if (!(me == 1 && t == count - 1)) pass(2 - me, 256);  // the other's
+                products_wait<0>();
+                hold(s);
+                hold(dp);
+                hold(dk_acc);
+                hold(dv_acc);
+                if (lane == 0) barrier_arrive(free + stage);
+            };
+            for (int t = 0; t + 1 < count; t++) step(t, Yes());
+            step(count - 1, No());
+        }
+        const float one[2] = {1.0f, 1.0f}, scale[2] = {(float)c.scale, (float)c.scale};
+        const long long at = ((long long)b * c.Hkv + kv) * c.m;
+        write_rows<T, D / 2>(dv_acc, one, dv + at * c.e, mine, c.m, c.e);
+        write_rows<T, D / 2>(dk_acc, scale, dk + at * c.d, mine, c.m, c.d);
+    }
+}
+
+template <class T, int D, bool CAP>
+__global__ void __launch_bounds__(384, 1)
+attention_gradient_queries(const __grid_constant__ Call c, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+                           const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap dy_map, const float* lse2,
+                           const float* across, int padded, T* dq) {
+    constexpr int PANELS = D / 64, OWN_PANEL = ROWS * 128, OWN = PANELS * OWN_PANEL, PANEL = PASSING * 128, TILE = PANELS * PANEL;
+    extern __shared__ unsigned char memory[];
+    unsigned char* const base = memory + (1024 - shared_address(memory) % 1024) % 1024;
+    unsigned char *const q_tile = base, *const dy_tile = base + OWN, *const tiles = base + 2 * OWN;
+    Barrier *const own_full = (Barrier*)(tiles + STAGES * 2 * TILE), *const full = own_full + 1, *const free = full + STAGES;
+
+    const int count_tiles = (c.n + ROWS - 1) / ROWS;
+    int tile, head;
+    which(blockIdx.x, count_tiles, c.B * c.Hq, c.heads, tile, head);
+    tile = count_tiles - 1 - tile;
+    const int b = head / c.Hq, h = head % c.Hq, row = tile * ROWS, last_row = min(row + ROWS, c.n) - 1;
+    const int from = max(0, row + c.below) / PASSING, until = (min(c.m, last_row + c.above + 1) + PASSING - 1) / PASSING;
+    const int count = max(0, until - from);
+    const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
+
+    if (threadIdx.x == 0) {
+        barrier_init(own_full, 1);
+        for (int s = 0; s < STAGES; s++) barrier_init(full + s, 1), barrier_init(free + s, 8);
+        asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+    }
+    __syncthreads();
+
+    if (warpgroup == 0) {
+        keep_registers<24>();
+        if (threadIdx.x == 0 && count > 0) {
+            const int kv = h / (c.Hq / c.Hkv);
+            barrier_expect(own_full, 2 * OWN);
+            for (int p = 0; p < PANELS; p++) {
+                copy_box(q_tile + p * OWN_PANEL, &q_map, own_full, 64 * p, row, h, b);
+                copy_box(dy_tile + p * OWN_PANEL, &dy_map, own_full, 64 * p, row, h, b);
+            }
+            for (int t = 0; t < count; t++) {
+                const int s = t % STAGES, key = (until - 1 - t) * PASSING;
+                barrier_wait(free + s, t / STAGES % 2 ^ 1);
+                barrier_expect(full + s, 2 * TILE);
+                for (int p = 0; p < PANELS; p++) {
+                    copy_box(tiles + s * 2 * TILE + p * PANEL, &k_map, full + s, 64 * p, key, kv, b);
+                    copy_box(tiles + s * 2 * TILE + TILE + p * PANEL, &v_map, full + s, 64 * p, key, kv, b);
+                }
+            }
+        }
+    } else {
+        take_registers<240>();
+        const int me = warpgroup - 1, lane = threadIdx.x % 32, row_0 = row + 64 * me, mine = row_0 + threadIdx.x % 128 / 32 * 16 + lane / 4;
+        const unsigned q = shared_address(q_tile) + me * 64 * 128, dy = shared_address(dy_tile) + me * 64 * 128;
+        const float unit = (float)LOG2E * (CAP ? (float)c.softcap : (float)c.scale);
+        const long long at = ((long long)b * c.Hq + h) * padded + mine;  // `padded` covers the whole tile
+        const float shift[2] = {lse2[at], lse2[at + 8]}, more[2] = {across[at], across[at + 8]};
+        float acc[D / 2], s[PASSING / 2], dp[PASSING / 2];
+        unsigned ds[PASSING / 4];
+#pragma unroll
+        for (int x = 0; x < D / 2; x++) acc[x] = 0;
+        if (count > 0) {
+            barrier_wait(own_full, 0);
+            barrier_wait(full, 0);
+            hold(acc);  // zero before any product is under way
+            products_begin();
+            multiply_rows<T, D, PASSING>(s, q, OWN_PANEL, shared_address(tiles), PANEL);
+            multiply_rows<T, D, PASSING>(dp, dy, OWN_PANEL, shared_address(tiles) + TILE, PANEL);
+            products_wait<0>();
+            hold(s);
+            hold(dp);
+            auto step = [&](int t, auto more_to_come) {
+                const int stage = t % STAGES, key = (until - 1 - t) * PASSING;
+                const bool edge = !inside(c, row_0, 64, key, PASSING);
+#pragma unroll
+                for (int x = 0; x < PASSING / 2; x++) {
+                    if (CAP) s[x] = tanh_fast(s[x] * (float)(c.scale / c.softcap));
+                    const float slope = CAP ? 1.0f - s[x] * s[x] : 1.0f;
+                    s[x] = exp2_fast(fmaf(s[x], unit, -shift[x % 4 / 2]));
+                    if (edge && !allowed(c, mine + x % 4 / 2 * 8, key + x / 4 * 8 + lane % 4 * 2 + x % 2)) s[x] = 0;
+                    dp[x] = s[x] * (dp[x] + more[x % 4 / 2]);
+                    if (CAP) dp[x] *= slope;
+                }
+#pragma unroll
+                for (int x = 0; x < PASSING / 4; x++) ds[x] = pack<T>(dp[2 * x], dp[2 * x + 1]);
+                if (!(me == 0 && t == 0)) meet(1 + me, 256);  // my turn
+                products_begin();
+                multiply_columns<T, D>(acc, ds, shared_address(tiles) + stage * 2 * TILE, PANEL);
+                if constexpr (decltype(more_to_come)::value) {
+                    const int next = (t + 1) % STAGES;
+                    barrier_wait(full + next, (t + 1) / STAGES % 2);
+                    multiply_rows<T, D, PASSING>(s, q, OWN_PANEL, shared_address(tiles) + next * 2 * TILE, PANEL);
+                    multiply_rows<T, D, PASSING>(dp, dy, OWN_PANEL, shared_address(tiles) + next * 2 * TILE + TILE, PANEL);
+                }
+                if (!(me == 1 && t == count - 1)) pass(2 - me, 256);  // the other's
+                products_wait<0>();
+                hold(s);
+                hold(dp);
+                hold(acc);
+                if (lane == 0) barrier_arrive(free + stage);
+            };
+            for (int t = 0; t + 1 < count; t++) step(t, Yes());
+            step(count - 1, No());
+        }
+        const float scale[2] = {(float)c.scale, (float)c.scale};
+        write_rows<T, D / 2>(acc, scale, dq + ((long long)b * c.Hq + h) * c.n * c.d, mine, c.n, c.d);
+    }
+}
