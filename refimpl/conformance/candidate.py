@@ -96,6 +96,7 @@ class Candidate:
     def _ask(self, request: Request) -> Answer:
         """The answer; a function that takes any keyword refuses one by saying that it does not expect it."""
         answer = self._invoke(request)
+        answer.message = printable(answer.message)
         if answer.status == "ERROR" and self.support.keywords is None and "unexpected keyword argument" in answer.message:
             return Answer(status="NOT_APPLICABLE", message=answer.message)
         return answer
@@ -109,6 +110,11 @@ class Candidate:
 
     def _back(self, result):
         return self.layout.results_back(result) if self.layout and result is not None else result
+
+
+def printable(text: str) -> str:
+    """One line that can be shown anywhere: what a candidate says must not look like what the kit says."""
+    return "".join(ch if ch.isprintable() else " " if ch.isspace() else "�" for ch in text[:1000])
 
 
 class Layout:

@@ -343,8 +343,10 @@ def hard_call(op: Op, name: str, rng, sizes: dict, combo: dict, support: Support
         return None
     combo = {**combo, **dict.fromkeys(needed, True)}
     fixed = {k: v for k, v in given.items() if k in defaults}
+    sampled = op.sample(copy.deepcopy(before), **sizes)
     for option, value in fixed.items():
-        allowed, usual = domain.options.get(option), _same(value, defaults[option])
+        allowed = domain.options.get(option)
+        usual = option in sampled and _same(value, defaults[option])  # what only this input names, it is about
         if (allowed is not None and not any(_same(value, a) for a in allowed)) or (allowed is None and not usual and not support.takes(option)):
             return None
     call = choose(op, given, sizes, {k: v for k, v in combo.items() if k not in fixed})

@@ -14,7 +14,7 @@ import numpy as np
 
 import refimpl
 from refimpl.catalogue import operator
-from refimpl.conformance.candidate import Candidate
+from refimpl.conformance.candidate import Candidate, printable
 from refimpl.conformance.cases import LEVELS, default_sizes, parameters
 from refimpl.conformance.diagnosis import Evidence, explain
 from refimpl.conformance.domain import Domain
@@ -134,7 +134,7 @@ def check(
         "framework": framework, "device": device, "dtypes": [p.name for p in precisions], "gradients": gradients, "layout": layout, "domain": repr(domain),
         "level": level, "isolate": isolate, "seed": seed,
     }  # fmt: skip
-    report = Report(op.name, str(name), settings=settings, not_checked=_not_checked(op, subject, domain))
+    report = Report(op.name, printable(str(name)), settings=settings, not_checked=_not_checked(op, subject, domain))
     trial = Trial(op, subject, report, level, seed, domain)
     journal = None
     start = time.perf_counter()

@@ -8,12 +8,11 @@ import re
 import struct
 import zlib
 from html import escape
-from typing import Any
 
 import numpy as np
 
 from refimpl.conformance.pictures import NONE, WILD, off
-from refimpl.conformance.report import Report, Result
+from refimpl.conformance.report import Report, Result, cells, shown
 
 _MAPS = 3  # beside that of the smallest failing case
 _ROWS = 400  # of the table of all cases
@@ -70,7 +69,7 @@ def _diagnosis(report: Report) -> str:
 
 
 def _where(report: Report) -> str:
-    worst = _widest(report)
+    worst = report.widest()
     if worst is None:
         shown = report.worst if report.failures else None
         return "" if shown is None else f"<section><h2>What happens</h2>{_facts(shown)}</section>"
@@ -82,8 +81,8 @@ def _smallest(report: Report) -> str:
     small = report.smallest or (report.worst if report.failures else None)
     if small is None:
         return ""
-    picture = _close(small) if small.picture and small is not _widest(report) else ""
-    facts = _facts(small) if small is not _widest(report) else ""
+    picture = _close(small) if small.picture and small is not report.widest() else ""
+    facts = _facts(small) if small is not report.widest() else ""
     code = f"<h3>Reproduce it</h3><pre><code>{escape(small.snippet)}</code></pre>" if small.snippet else ""
     return f"<section><h2>The smallest case that fails</h2>{facts}{picture}{code}</section>" if code or picture else ""
 
@@ -153,20 +152,13 @@ def _settings(report: Report) -> str:
 # -- a failure ---------------------------------------------------------------------------------------------------------
 
 
-def _widest(report: Report) -> Result | None:
-    """The failure whose map says most: the worst of those with more than a few cells."""
-    drawn = [r for r in report.failures if r.picture]
-    wide = [r for r in drawn if _cells(r) >= 64] or drawn
-    return max(wide, key=lambda r: (r.status in ("NUMERIC", "NONFINITE", "GRADIENT"), r.ratio), default=None)
-
-
 def _others(report: Report) -> list[Result]:
     """Failures with a map whose pattern is another one."""
-    first = _widest(report)
+    first = report.widest()
     seen = {_kind(first) if first else "", ""}
     found = []
-    for r in sorted((r for r in report.failures if r.picture), key=_cells, reverse=True):
-        if _kind(r) not in seen and len(found) < _MAPS and _cells(r) >= 32:
+    for r in sorted((r for r in report.failures if r.picture), key=cells, reverse=True):
+        if _kind(r) not in seen and len(found) < _MAPS and cells(r) >= 32:
             seen.add(_kind(r))
             found.append(r)
     return found
@@ -178,16 +170,12 @@ def _kind(r: Result) -> str:
     return "every element" if re.match(r"(9\d|100)\.", text) else text
 
 
-def _cells(result: Result) -> int:
-    return sum(map(len, result.picture["map"])) if result.picture else 0
-
-
 def _facts(r: Result) -> str:
     rows = [("case", f"<code>{escape(r.id)}</code> in {escape(r.dtype)}"), ("finding", f"<b>{escape(r.status)}</b>: {escape(r.message)}")]
     if r.index or r.got is not None:
-        place = f"{r.output}[{', '.join(map(str, r.index))}]" if r.index else r.output
+        place = r.element()
         bound = f"; a right implementation is within {r.bound:.3g}" if r.bound else ""
-        rows.append(("worst", f"<code>{escape(place)}</code> is <b>{escape(_number(r.got))}</b>, expected <b>{escape(_number(r.expected))}</b>{bound}"))
+        rows.append(("worst", f"<code>{escape(place)}</code> is <b>{escape(shown(r.got))}</b>, expected <b>{escape(shown(r.expected))}</b>{bound}"))
     if r.pattern:
         rows.append(("where", f"<b>{escape(_pattern(r))}</b>"))
     return f"<dl>{''.join(f'<dt>{k}</dt><dd>{v}</dd>' for k, v in rows)}</dl>"
@@ -210,7 +198,7 @@ def _map(r: Result, legend: str | None = None) -> str:
     cell = max(3, min(22, 880 // width, 460 // height))
     step = " and ".join(f"{a['step']} of {a['name']}" for a in (rows, columns) if a["step"] > 1)
     caption = f"Error over bound of {r.output}, the largest over the axes that are not shown" + (f"; a cell stands for {step}" if step else "")
-    image = f"<img src='data:image/png;base64,{_png(_colours(grid))}' width='{width * cell}' height='{height * cell}' alt='{escape(_pattern(r) or 'map of errors')}'>"
+    image = f"<img src='data:image/png;base64,{_png(colours(grid))}' width='{width * cell}' height='{height * cell}' alt='{escape(_pattern(r) or 'map of errors')}'>"
     down = f"<p class='axis'>{_axis(rows, '↓')}</p>" if height > 1 else ""
     return (
         f"<figure>{down}<div class='image'>{image}</div><p class='axis'>{_axis(columns, '→')}</p>{_LEGEND if legend is None else legend}"
@@ -243,12 +231,6 @@ def _bad(ratio: str) -> bool:
     return not float(ratio) <= 1
 
 
-def _number(x: Any) -> str:
-    if isinstance(x, np.generic) and x.dtype.kind != "c":
-        return repr(x.item()) if x.dtype.kind in "fiub" and x.dtype.itemsize <= 8 else str(x)
-    return str(x)
-
-
 def _coded(text: str) -> str:
     """Words between backquotes as code."""
     parts = escape(text).split("`")
@@ -267,7 +249,7 @@ _LEGEND = (
 )
 
 
-def _colours(log: np.ndarray) -> np.ndarray:
+def colours(log: np.ndarray) -> np.ndarray:
     """Map log10(error / bound) to colours."""
     low = np.clip((log - NONE) / -NONE, 0, 1)[..., None]
     fine = _FINE[0] * (1 - low) + _FINE[1] * low

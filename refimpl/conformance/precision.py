@@ -90,3 +90,34 @@ def widened(call: dict, dtype: np.dtype) -> dict:
 
 def _parts(value) -> tuple:
     return value if isinstance(value, tuple) and hasattr(value, "_fields") else (value,)
+
+
+class _Rounding(np.ndarray):
+    """An array whose every further result is rounded to a lesser precision, as code does that stores all it computes."""
+
+    to: Precision | None = None
+
+    def __array_finalize__(self, parent):
+        self.to = getattr(parent, "to", None)
+
+    def __array_ufunc__(self, ufunc, method, *inputs, out=None, **keywords):
+        to = next(x.to for x in (*inputs, *(out or ())) if isinstance(x, _Rounding))
+        plain = [x.view(np.ndarray) if isinstance(x, _Rounding) else x for x in inputs]
+        if out is not None:
+            keywords["out"] = tuple(x.view(np.ndarray) if isinstance(x, _Rounding) else x for x in out)
+        result = getattr(ufunc, method)(*plain, **keywords)
+        return tuple(rounding(r, to) for r in result) if isinstance(result, tuple) else rounding(result, to)
+
+    def __array_function__(self, function, types, args, kwargs):
+        result = super().__array_function__(function, types, args, kwargs)
+        return rounding(result, self.to) if isinstance(result, np.ndarray) and self.to is not None else result
+
+
+def rounding(x, to: Precision):
+    """An array of which everything that is computed is rounded to a precision, step by step."""
+    if not isinstance(x, np.ndarray | np.floating) or x.dtype.kind != "f":
+        return x
+    with np.errstate(over="ignore"):
+        rounded = np.asarray(x).astype(to.dtype).astype(x.dtype).view(_Rounding)
+    rounded.to = to
+    return rounded

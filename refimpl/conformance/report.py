@@ -67,8 +67,21 @@ class Result:
         for key in ("got", "expected"):
             if key in plain:
                 plain[key] = str(plain[key])
-        plain["ratio"] = float(self.ratio) if np.isfinite(self.ratio) else str(self.ratio)
+        plain["ratio"] = float(self.ratio) if np.isfinite(self.ratio) else str(float(self.ratio))
+        if self.bound is not None and not np.isfinite(self.bound):
+            del plain["bound"]
         return plain
+
+    def element(self) -> str:
+        """The worst element, as it is written in Python."""
+        return f"{self.output}[{', '.join(map(str, self.index))}]" if self.index else self.output
+
+    def place(self) -> tuple[str, str]:
+        """The worst element with what it is and should be, and where the wrong ones are; empty where that is not known."""
+        if not self.index and self.got is None:
+            return "", self.pattern
+        bound = f", bound {self.bound:.3g}" if self.bound else ""
+        return f"{self.element()}: got {shown(self.got)}, expected {shown(self.expected)}{bound}", self.pattern
 
     def record(self) -> dict:
         """Plain data from which `of_record` makes the same result again."""
@@ -150,7 +163,7 @@ class Report:
     # -- for people --------------------------------------------------------------------------------------------------
 
     def __str__(self) -> str:
-        head = f"{self.operator}: {self.candidate} {self._verdict_words()}"
+        head = f"{self.operator}: {self.candidate} {self.verdict_words()}"
         lines = [head, self.counts()]
         if self.not_checked:
             lines.append("not checked: " + ", ".join(self.not_checked))
@@ -158,20 +171,18 @@ class Report:
         worst = self.worst
         if worst is not None and self.failures:
             lines += ["", f"{worst.status}  {worst.id}  {worst.dtype}", f"  {worst.message}"]
-            if worst.index or worst.got is not None:
-                place = f"{worst.output}[{', '.join(map(str, worst.index))}]" if worst.index else worst.output
-                bound = f", bound {worst.bound:.3g}" if worst.bound else ""
-                lines.append(f"  at {place}: got {_shown(worst.got)}, expected {_shown(worst.expected)}{bound}")
-            if worst.pattern:
-                lines.append(f"  where: {worst.pattern}")
+            at, where = worst.place()
+            lines += [f"  at {at}"] * bool(at) + [f"  where: {where}"] * bool(where)
             if self.diagnosis:
                 lines += ["", "diagnosis"] + [f"  {d}" for d in self.diagnosis[:4]]
-            lines += ["", "failures by class"] + [f"  {row}" for row in self._by_class()]
+            rows = [f"  {klass:<12} {dtype:<9} {bad:>3} of {count}   {kinds}" for klass, dtype, bad, count, kinds in self.by_class() if bad]
+            lines += ["", "failures by class", *rows]
             if worst.snippet:
                 lines += ["", "reproduce"] + [f"  {line}" for line in worst.snippet.splitlines()]
         return "\n".join(lines)
 
-    def _verdict_words(self) -> str:
+    def verdict_words(self) -> str:
+        """The verdict as it stands behind the candidate's name."""
         reason = self.why_not()
         words = {"conforms": "conforms", "wrong": "is WRONG", "inconclusive": f"could not be judged{': ' + reason if reason else ''}"}
         return words.get(self.verdict, f"DEVIATES: {self.variant}")
@@ -187,18 +198,26 @@ class Report:
         passed = sum(c.status == "PASS" for c in judged)
         dtypes = ", ".join(dict.fromkeys(c.dtype for c in self.cases))
         text = f"{passed} of {len(judged)} cases pass ({dtypes}; seed {self.settings.get('seed', 0)}; {self.seconds:.1f} s"
-        return text + (f"; {skipped} not applicable)" if skipped else ")") + (" - interrupted" if self.interrupted else "")
+        text += f"; {skipped} not applicable" if skipped else ""
+        text += "" if self.settings.get("isolate", True) else "; cooperative"  # it could reach what judged it
+        return text + (") - interrupted" if self.interrupted else ")")
 
-    def _by_class(self) -> list[str]:
+    def by_class(self) -> list[tuple[str, str, int, int, str]]:
+        """Class, precision, how many of how many judged cases fail, and as what."""
         rows = []
         for dtype in dict.fromkeys(c.dtype for c in self.cases):
             for klass in dict.fromkeys(c.klass for c in self.cases):
                 here = [c for c in self.cases if (c.klass, c.dtype) == (klass, dtype) and c.status != "NOT_APPLICABLE"]
                 bad = [c.status for c in here if c.status != "PASS"]
-                if bad:
-                    kinds = ", ".join(f"{s} {bad.count(s)}" for s in dict.fromkeys(bad))
-                    rows.append(f"{klass:<12} {dtype:<9} {len(bad):>3} of {len(here)}   {kinds}")
+                if here:
+                    rows.append((klass, dtype, len(bad), len(here), ", ".join(f"{s} {bad.count(s)}" for s in dict.fromkeys(bad))))
         return rows
+
+    def widest(self) -> Result | None:
+        """The failure whose map says most: the worst of those with more than a few cells."""
+        drawn = [r for r in self.failures if r.picture]
+        wide = [r for r in drawn if cells(r) >= 64] or drawn
+        return max(wide, key=lambda r: (r.status in ("NUMERIC", "NONFINITE", "GRADIENT"), r.ratio), default=None)
 
     def accuracy(self) -> dict[str, dict[str, dict]]:
         """By precision and result: elements, median, 99th percentile and largest of |error| in ULPs, and the signed histogram."""
@@ -214,7 +233,7 @@ class Report:
         kept = {id(self.smallest)}
         for dtype, klass in dict.fromkeys((c.dtype, c.klass) for c in drawn):
             here = [c for c in drawn if (c.dtype, c.klass) == (dtype, klass)]
-            kept |= {id(max(here, key=lambda c: c.ratio)), id(max(here, key=lambda c: len(c.picture["map"]) * len(c.picture["map"][0])))}
+            kept |= {id(max(here, key=lambda c: c.ratio)), id(max(here, key=cells))}
         for c in drawn:
             if id(c) not in kept:
                 c.picture = None
@@ -243,15 +262,18 @@ class Report:
         }
 
     def to_json(self, indent: int | None = 1) -> str:
-        return json.dumps(self.to_dict(), indent=indent)
+        """The same as text; its schema is in the package, ``refimpl/conformance/report.schema.json``."""
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
     def to_junit(self) -> str:
-        """JUnit XML: a test case per case, skipped where not applicable."""
+        """JUnit XML: a test case per case, skipped where not applicable; and an error where there is no verdict."""
+        unjudged = self.verdict == "inconclusive"
         suite = ElementTree.Element(
             "testsuite",
             name=f"refimpl.{self.operator}",
-            tests=str(len(self.cases)),
+            tests=str(len(self.cases) + unjudged),
             failures=str(len(self.failures)),
+            errors=str(int(unjudged)),
             skipped=str(sum(c.status == "NOT_APPLICABLE" for c in self.cases)),
             time=f"{self.seconds:.3f}",
         )
@@ -262,6 +284,9 @@ class Report:
             elif c.status != "PASS":
                 failure = ElementTree.SubElement(row, "failure", type=c.status, message=_xml(c.message))
                 failure.text = _xml("\n".join(filter(None, [c.message, c.pattern, c.snippet])))
+        if unjudged:
+            row = ElementTree.SubElement(suite, "testcase", classname=f"refimpl.{self.operator}", name="verdict", time="0")
+            ElementTree.SubElement(row, "error", type="inconclusive", message=_xml(self.verdict_words()))
         return ElementTree.tostring(suite, encoding="unicode")
 
     def to_html(self) -> str:
@@ -280,9 +305,20 @@ class _Number(str):
         return str(self)
 
 
-def _shown(value) -> str:
-    return repr(value.item() if isinstance(value, np.generic) and value.dtype.kind in "fciub" else float(value)) if isinstance(value, np.generic) else repr(value)
+def shown(value: Any) -> str:
+    """A number with the digits that tell it from its neighbours."""
+    if not isinstance(value, np.generic):
+        return repr(value)
+    if value.dtype.kind in "iubc":
+        return repr(complex(value)) if value.dtype.kind == "c" else repr(value.item())
+    return repr(float(value)) if value.dtype.itemsize >= 8 else str(value)
+
+
+def cells(result: Result) -> int:
+    """How many cells a failure's map has."""
+    return sum(map(len, result.picture["map"])) if result.picture else 0
 
 
 def _xml(text: str) -> str:
-    return "".join(ch for ch in text if ch in "\n\t" or ord(ch) >= 32)
+    """Without the characters that XML does not have."""
+    return "".join(ch for ch in text if ch in "\n\t" or (ord(ch) >= 32 and not 0xD800 <= ord(ch) <= 0xDFFF and ord(ch) not in (0xFFFE, 0xFFFF)))

@@ -128,7 +128,7 @@ class Trial:
 
     def drawn(self, result: Result, finding: Finding, got: dict, right: dict, limits: dict) -> Result:
         """The result with a picture of the errors that were found."""
-        name = finding.output
+        name = finding.output.removeprefix("the gradient of ")
         if isinstance(got.get(name), np.ndarray) and name in right:
             axes = axes_of(right[name].ndim, self._axes(name))
             result.picture = picture(axes, got[name], np.asarray(right[name]), np.asarray(limits[name]))

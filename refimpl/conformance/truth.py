@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from refimpl.conformance.precision import Precision, widened
+from refimpl.conformance.precision import Precision, rounding, widened
 from refimpl.op import Op
 
 SLACK = 2.0  # on the chapter's bound in float32 and float64, where right and wrong lie a thousandfold apart
@@ -39,12 +39,14 @@ def tolerance(op: Op, call: dict, to: Precision, right: dict[str, np.ndarray]) -
         bound = op.error_bound(**widened(call, np.dtype(np.float64)), unit=to.compute_unit, store=store)
     named = op.contract.named(bound, call.get("return_state", False))
     slack = _HALF_SLACK if to.half else SLACK
+    factors = [_largest(v) for v in list(call.values())[1:] if isinstance(v, np.ndarray) and v.dtype.kind not in "iub"]  # what follows may enlarge it
+    flushed = smallest(to) * max(1.0, *factors) if to.half and factors else smallest(to)
     limits = {}
     for name, exact in right.items():
         unit = to.compute_unit if name.startswith("state") else to.unit
         limit = slack * np.nan_to_num(np.asarray(named[name], dtype=np.float64), nan=0.0, posinf=np.inf)
         with np.errstate(all="ignore"):
-            limits[name] = np.broadcast_to(limit + unit * abs(exact).astype(np.float64) + smallest(to), np.shape(exact))
+            limits[name] = np.broadcast_to(limit + unit * abs(exact).astype(np.float64) + flushed, np.shape(exact))
     return limits
 
 
@@ -100,7 +102,8 @@ def gradient_tolerance(op: Op, call: dict, dy, dstate, to: Precision, right: dic
     A backward-stable algorithm is the exact gradient of inputs changed by a few roundoffs; so the spread of the exact
     gradients of such inputs, times a small factor, is what right algorithms show; with it the error of the chapter's own
     gradient in the candidate's arithmetic, the roundoff of sums as large as the largest entry, and |dy| |error of y| / |x|,
-    which is what is left where a gradient is exactly zero; and the relative error that the results themselves may have.
+    which is what is left where a gradient is exactly zero; the relative error that the results themselves may have; and u |x|,
+    the relative error of a factor that is formed as e^(x - logsumexp x).
     """
     rng = np.random.default_rng(7)
     unit = to.unit
@@ -110,12 +113,12 @@ def gradient_tolerance(op: Op, call: dict, dy, dstate, to: Precision, right: dic
     for _ in range(draws):
         shaken = {n: _tree(lambda v: _shake(v, 2 * unit, rng), v) for n, v in base.items()}
         moved = gradient_truth(op, shaken, _tree(lambda v: _shake(v, 2 * unit, rng), _widen(dy, np.dtype(np.float64))), dstate, to)
-        for name in spread:
-            spread[name] = _tree3(lambda s, m, r: np.maximum(s, np.nan_to_num(abs(m - r).astype(np.float64))), spread[name], moved[name], right[name])
-    ours = _own_gradient(op, call, dy, dstate, to)
-    for name in spread:
-        if name in ours:
-            spread[name] = _tree3(lambda s, m, r: np.maximum(s, np.nan_to_num(abs(m - r).astype(np.float64)) / 2), spread[name], ours[name], right[name])
+        spread = _spread(spread, moved, right, 1.0)
+    compute = widened(call, to.compute)
+    spread = _spread(spread, _own_gradient(op, compute, dy, dstate, to), right, 0.5)
+    if to.half and not op.lengths:  # without steps in time, every intermediate result may be rounded to the half type
+        step_by_step = {n: rounding(v, to) for n, v in compute.items()}
+        spread = _spread(spread, _own_gradient(op, step_by_step, dy, dstate, to), right, 1.0)
     longest = max((max(v.shape, default=1) for v in base.values() if isinstance(v, np.ndarray)), default=1)
 
     bounds = tolerance(op, call, to, results)
@@ -126,20 +129,28 @@ def gradient_tolerance(op: Op, call: dict, dy, dstate, to: Precision, right: dic
         size = _largest(x)
         smooth = np.broadcast_to(s.max(axis=-1, keepdims=True), s.shape) if s.ndim and s.size else s
         sums = 4 * unit * (np.sqrt(longest) if not to.half else 1.0) * _largest(r) + (product / size if size else 0.0)
-        share = relative * (abs(r).astype(np.float64) + 0.05 * _largest(r))
+        share = relative * (abs(r).astype(np.float64) + 0.05 * _largest(r)) + 2 * to.compute_unit * size * abs(r).astype(np.float64)
         return (8 if to.half else 16) * smooth + sums + share + unit * abs(r).astype(np.float64) + smallest(to)
 
     with np.errstate(all="ignore"):
         return {n: _tree3(limit, spread[n], right[n], base[n]) for n in right}
 
 
-def _own_gradient(op: Op, call: dict, dy, dstate, to: Precision) -> dict:
-    """The chapter's gradient in the precision in which the candidate computes."""
-    compute = widened(call, to.compute)
+def _own_gradient(op: Op, compute: dict, dy, dstate, to: Precision) -> dict:
+    """The chapter's gradient of a call in the precision in which the candidate computes."""
     extra = {} if dstate is None else {"dstate": _widen(dstate, to.compute)}
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return _adjoint(op)(_widen(dy, to.compute), **{n: compute[n] for n in gradient_names(op, compute)}, **extra)
+
+
+def _spread(spread: dict, gradients: dict, right: dict, weight: float) -> dict:
+    """The largest errors so far, and those of other gradients, weighted."""
+
+    def widest(s, g, r):
+        return np.maximum(s, weight * np.nan_to_num(abs(g - r).astype(np.float64)))
+
+    return {n: _tree3(widest, s, gradients[n], right[n]) if n in gradients else s for n, s in spread.items()}
 
 
 def _shake(x, unit: float, rng):

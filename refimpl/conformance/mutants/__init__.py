@@ -12,6 +12,8 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -32,6 +34,9 @@ class Mutant:
     hidden : tuple of str
         Precisions in which no observer can tell it from a right one, with the reason in `says`
         ("float32" for an error of 1e-9).
+    undecided : callable, optional
+        ``undecided(call) -> (..., T)``: the steps at which implementations may choose (ties). It explains a result that
+        is right at all others, whatever it is there.
     """
 
     operator: str
@@ -41,6 +46,7 @@ class Mutant:
     variant: bool = False
     of_gradient: bool = False
     hidden: tuple[str, ...] = ()
+    undecided: Callable[[dict], np.ndarray] | None = None
 
     @functools.cached_property
     def function(self) -> Callable:

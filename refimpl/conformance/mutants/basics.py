@@ -89,6 +89,7 @@ _GROUP_NORM = (
     Mutant("group_norm", "gradient_of_one_group", "dx is that of layer norm over all features: of each group", edited(gn.group_norm_vjp, ("    n, r = normalised(_split(x, groups), eps)\n    dn", "    n, r = normalised(_split(x, 1), eps)\n    dn"), ("normalised_vjp(_split(np.broadcast_to(dn, x.shape), groups), n, r)", "normalised_vjp(_split(np.broadcast_to(dn, x.shape), 1), n, r)")), of_gradient=True),
 )  # fmt: skip
 
+HALVES = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")  # where code that rounds erf is off by more
 _SOFTPLUS = "    return numerics.softplus(x)\n"
 _SILU = "    return numerics.silu(x)\n"
 _GELU = "    return numerics.gelu(x) if approximate == \"none\" else x * sigmoid(2 * _inner(x)[0])\n"
@@ -106,7 +107,7 @@ _ACTIVATIONS = (
         "x itself above 20 (torch's threshold): e^-20 = 2e-9 is lost, which shows in float64 only",
         edited(ac.softplus, (_SOFTPLUS, "    return np.where(x > 20, x, numerics.softplus(x))\n")),
         variant=True,
-        hidden=("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
+        hidden=("float32", *HALVES),
     ),
     Mutant("softplus", "gradient_of_relu", "the gradient is that of relu: σ(x)", edited(ac.softplus_vjp, ("dy * sigmoid(x)", "dy * (x > 0)")), of_gradient=True),
     Mutant("softplus", "gradient_mirrored", "the gradient is dy σ(-x): dy σ(x)", edited(ac.softplus_vjp, ("dy * sigmoid(x)", "dy * sigmoid(-x)")), of_gradient=True),
@@ -115,8 +116,8 @@ _ACTIVATIONS = (
     Mutant("silu", "hard", "x clip(x + 3, 0, 6)/6, the piecewise substitute (hardswish): x σ(x)", edited(ac.silu, (_SILU, "    return x * np.clip(x + 3, 0, 6) / 6\n"))),
     Mutant("silu", "left_tail_lost", "x - x σ(-x) has no digits left where σ(x) is small: x σ(x)", edited(ac.silu, (_SILU, "    return x - x * sigmoid(-x)\n"))),
     Mutant("silu", "gradient_of_sigmoid_only", "the gradient is dy σ(x): the factor σ depends on x too, and gives x σ(x) σ(-x)", edited(ac.silu_vjp, ("dy * silu_derivative(x)", "dy * sigmoid(x)")), of_gradient=True),
-    Mutant("gelu", "tanh_for_erf", "approximate=\"none\" gives the approximation with tanh: x Φ(x)", edited(ac.gelu, (_GELU, "    return x * sigmoid(2 * _inner(x)[0])\n")), variant=True),
-    Mutant("gelu", "erf_for_tanh", "approximate=\"tanh\" gives x Φ(x): the approximation, which differs by up to 5e-4", edited(ac.gelu, (_GELU, "    return numerics.gelu(x)\n")), variant=True),
+    Mutant("gelu", "tanh_for_erf", "approximate=\"none\" gives the approximation with tanh: x Φ(x)", edited(ac.gelu, (_GELU, "    return x * sigmoid(2 * _inner(x)[0])\n")), variant=True, hidden=HALVES),
+    Mutant("gelu", "erf_for_tanh", "approximate=\"tanh\" gives x Φ(x): the approximation, which differs by up to 5e-4", edited(ac.gelu, (_GELU, "    return numerics.gelu(x)\n")), variant=True, hidden=HALVES),
     Mutant("gelu", "sigmoid_approximation", "x σ(1.702 x) (quick gelu): x Φ(x) or its approximation with tanh", edited(ac.gelu, (_GELU, "    return x * sigmoid(np.asarray(1.702, x.dtype) * x)\n")), variant=True),
     Mutant("gelu", "root_2_missing", "Φ(√2 x): erf's argument is x/√2", edited(ac.gelu, (_GELU, "    return x * numerics.normal_cdf(x * np.sqrt(np.asarray(2, x.dtype))) if approximate == \"none\" else x * sigmoid(2 * _inner(x)[0])\n"))),
     Mutant("gelu", "gradient_without_density", "the gradient is dy Φ(x): x φ(x) is missing", edited(ac.gelu_vjp, ("dy * _slope(x, approximate)", "dy * numerics.normal_cdf(x)")), of_gradient=True),

@@ -1,15 +1,36 @@
 """Mistakes in mixtures of experts: who is chosen, with what weight, who is dropped, and what the router learns from it."""
 
+import numpy as np
+
 from refimpl.conformance.mutants import Mutant, edited
 from refimpl.ops.experts import expert_choice as ec
 from refimpl.ops.experts import losses as lo
 from refimpl.ops.experts import moe as mo
 from refimpl.ops.experts import route as ro
 
+EVERYWHERE = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")  # it only stands for others
+
+
+def _ties(logits, k, queues=False):
+    """The tokens that have equal logits among their k + 1 largest; with queues, those behind them too."""
+    largest = -np.sort(-logits, axis=-1)[..., : k + 1]
+    tied = np.any(largest[..., :-1] - largest[..., 1:] <= 1e-6 * abs(largest).max(axis=-1, keepdims=True, initial=0), axis=-1)
+    return np.maximum.accumulate(tied, axis=-1) if queues else tied
+
+
 _CHOICE = "    experts = np.argsort(-logits, axis=-1, kind=\"stable\")[..., :k]  # (..., T, k)\n"
 _OVER_CHOSEN = "    if order == \"topk_softmax\" or renormalize:\n        return softmax(chosen)\n    return np.take"
 
 _ROUTE = (
+    Mutant(
+        "route",
+        "ties_elsewhere",
+        "of equal logits others are chosen (torch.topk promises no order): ties go to the lower index",
+        lambda: ro.route,
+        variant=True,
+        hidden=EVERYWHERE,
+        undecided=lambda call: _ties(call["logits"], call["k"]),
+    ),
     Mutant(
         "route",
         "softmax_over_all",
@@ -129,6 +150,15 @@ def _turned(source):
 
 
 _MOE = (
+    Mutant(
+        "moe",
+        "ties_elsewhere",
+        "of equal logits others are chosen (torch.topk promises no order): ties go to the lower index",
+        lambda: mo.moe,
+        variant=True,
+        hidden=EVERYWHERE,
+        undecided=lambda call: _ties(call["x"] @ call["router"], call["k"], call.get("capacity") is not None),
+    ),
     Mutant(
         "moe",
         "weights_not_applied",
