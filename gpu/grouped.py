@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import cupy as cp
 import numpy as np
-
 from refimpl.gpu.launch import Kernel
 
 _OUTER = {x: Kernel("kernel_grouped_outer.cu", f"grouped_outer<{c}>") for x, c in (("float32", "float"), ("float64", "double"))}

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import cupy as cp
 import numpy as np
-
 from refimpl.gpu.launch import Kernel, multiprocessors
 
 WIDEST = 1024  # features of a key that the kernels hold

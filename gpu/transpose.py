@@ -2,7 +2,6 @@
 
 import cupy as cp
 import numpy as np
-
 from refimpl.gpu.launch import Kernel
 
 _C = {"float32": "float", "float64": "double", "float16": "__half", "bfloat16": "__nv_bfloat16"}
@@ -18,7 +17,7 @@ def transposed(x: cp.ndarray, dtype) -> cp.ndarray:
     if not x.size:
         return out
     x = x.reshape(-1, rows, columns)
-    if x.strides[2] != x.itemsize and columns > 1 or min(x.strides) < 0:
+    if (x.strides[2] != x.itemsize and columns > 1) or min(x.strides) < 0:
         x = cp.ascontiguousarray(x)
     count, size = len(x), x.itemsize
     kernel = INSTANCES[x.dtype.name, np.dtype(dtype).name]

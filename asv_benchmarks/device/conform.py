@@ -10,8 +10,9 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 def check(op: str, folder: str, level: str) -> None:
-    import refimpl
     import refimpl.gpu
+
+    import refimpl
 
     start = time.time()
     try:

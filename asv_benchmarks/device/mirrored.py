@@ -6,10 +6,10 @@ import time
 
 import cupy as cp
 import numpy as np
+import refimpl.gpu
 from measure import Results, floor_ms, median_ms
 
 import refimpl
-import refimpl.gpu
 
 RNG = cp.random.default_rng(7)
 

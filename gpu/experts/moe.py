@@ -4,14 +4,14 @@ import math
 
 import cupy as cp
 import numpy as np
-
-from refimpl.core.contract import HALF
 from refimpl.gpu import mirror
 from refimpl.gpu.experts.route import KERNELS as _ROUTE
 from refimpl.gpu.experts.route import choice_vjp, choose
 from refimpl.gpu.grouped import KERNELS as _GROUPED
 from refimpl.gpu.grouped import Groups, places
 from refimpl.gpu.precision import widened
+
+from refimpl.core.contract import HALF
 from refimpl.ops.experts.moe import ACTIVATIONS, CONTRACT
 
 KERNELS = (*_ROUTE, *_GROUPED)

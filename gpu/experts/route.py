@@ -2,11 +2,11 @@
 
 import cupy as cp
 import numpy as np
-
-from refimpl.core.numerics import sigmoid, softmax
 from refimpl.gpu import mirror
 from refimpl.gpu.launch import Kernel
 from refimpl.gpu.precision import widened
+
+from refimpl.core.numerics import sigmoid, softmax
 from refimpl.ops.experts.choice import ORDERS
 from refimpl.ops.experts.route import CONTRACT
 

@@ -2,12 +2,12 @@
 
 import cupy as cp
 import numpy as np
-
-from refimpl.core.numerics import constant, sigmoid, sqrt_of
 from refimpl.gpu import mirror
 from refimpl.gpu.launch import Kernel
 from refimpl.gpu.matrix_memory import WIDEST, flat, instances, read, read_vjp
 from refimpl.gpu.precision import widened
+
+from refimpl.core.numerics import constant, sigmoid, sqrt_of
 from refimpl.ops.gated_rnn import mlstm as chapter
 
 _GATES = {x: Kernel("kernel_mlstm_gates.cu", f"mlstm_gates<{c}>") for x, c in (("float32", "float"), ("float64", "double"))}

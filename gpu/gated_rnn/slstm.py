@@ -2,11 +2,11 @@
 
 import cupy as cp
 import numpy as np
-
 from refimpl.gpu import mirror
 from refimpl.gpu.launch import Kernel
 from refimpl.gpu.matrix_memory import flat
 from refimpl.gpu.precision import widened
+
 from refimpl.ops.gated_rnn import slstm as chapter
 
 _WIDEST = 1024  # a thread has one unit of a head

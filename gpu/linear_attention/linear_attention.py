@@ -2,10 +2,10 @@
 
 import cupy as cp
 import numpy as np
-
 from refimpl.gpu import mirror
 from refimpl.gpu.matrix_memory import WIDEST, flat, instances, read, read_vjp
 from refimpl.gpu.precision import widened
+
 from refimpl.ops.linear_attention import linear_attention as chapter
 from refimpl.ops.linear_attention.feature_maps import feature_map_of, width
 from refimpl.ops.linear_attention.linear_attention_contract import CONTRACT, prepare
@@ -86,7 +86,7 @@ class _Call:
             v, S, self.scale = cp.concatenate([v, cp.ones_like(v[..., :1])], axis=-1), cp.concatenate([S, z[..., None]], axis=-1), 1
         shared = (*self.batch, self.heads)
         g = None if decay is None else flat(self.g, shared, 2)
-        w = g if g is None or g.shape[-1] == self.k.shape[-1] and g.shape[-1] > 1 else g[..., 0]
+        w = g if g is None or (g.shape[-1] == self.k.shape[-1] and g.shape[-1] > 1) else g[..., 0]
         keys, a, b = self.k, None, None
         if beta is not None:
             keys = self.beta * self.k

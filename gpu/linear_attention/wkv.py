@@ -2,11 +2,11 @@
 
 import cupy as cp
 import numpy as np
-
 from refimpl.gpu import mirror
 from refimpl.gpu.launch import Kernel
 from refimpl.gpu.matrix_memory import flat
 from refimpl.gpu.precision import widened
+
 from refimpl.ops.linear_attention import wkv as chapter
 
 _FORWARD, _BACKWARD = (

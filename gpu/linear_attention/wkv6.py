@@ -1,10 +1,10 @@
 """WKV of RWKV-6 on the device: a matrix memory that is read before it is touched, and a bonus for the current step."""
 
 import cupy as cp
-
 from refimpl.gpu import mirror
 from refimpl.gpu.matrix_memory import WIDEST, flat, instances, read, read_vjp
 from refimpl.gpu.precision import widened
+
 from refimpl.ops.linear_attention import wkv6 as chapter
 
 KERNELS = instances(low_rank=False, before=True)

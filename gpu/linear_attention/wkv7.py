@@ -1,10 +1,10 @@
 """WKV of RWKV-7 on the device: a case of the matrix memory."""
 
 import cupy as cp
-
 from refimpl.gpu import mirror
 from refimpl.gpu.matrix_memory import WIDEST, flat, instances, read, read_vjp
 from refimpl.gpu.precision import widened
+
 from refimpl.ops.linear_attention import wkv7 as chapter
 
 KERNELS = instances(low_rank=True, before=False)

@@ -6,13 +6,14 @@ from functools import cache
 import cupy as cp
 import numpy as np
 import scipy.fft
-
 from refimpl.gpu import mirror
 from refimpl.gpu.launch import Kernel, multiprocessors
 from refimpl.gpu.transpose import INSTANCES, transposed
+
 from refimpl.ops.recurrence.long_conv import CONTRACT
 
 _POINTS = {6: 3, 8: 4, 10: 4, 11: 4, 12: 4, 13: 5, 14: 5}  # log2 of a transform's length: log2 of the points that a thread holds
+LONGEST = 14  # transforms that fit into shared memory; longer sequences are cut into segments
 _FILE = "kernel_long_conv.cu"
 _MOST = 320  # products of spectra a row, beyond which one long transform by cuFFT is less work
 
@@ -55,11 +56,11 @@ def long_conv_vjp(dy, u, kernel, skip=None):
     -----
     Keeps the spectra of u and dy, four times their memory. The sums over the batch are in a fixed order: the same bits every time.
     """
-    dskip = None if skip is None else _products(u, dy)
     plan = _Plan.of(u, kernel)
     if plan is None:
-        return _vjp_by_cufft(dy, u, kernel, skip) | {"skip": dskip}
+        return _vjp_by_cufft(dy, u, kernel, skip)
     rows, cotangents, spectra = plan.rows(u), plan.rows(dy), plan.spectra_of_kernel(kernel)
+    dskip = None if skip is None else _products(rows, cotangents, -1).reshape(-1, plan.c)
     kept = plan.room(plan.pairs * plan.channels)
     scales = cp.empty((plan.channels, plan.pairs), cp.float32)
     du = plan.result(plan.convolve(cotangents, spectra, plan.direct(skip), adjoint=True, kept=kept, scales=scales), dy)
@@ -88,7 +89,8 @@ class _Plan:
         batch = math.prod(self.batch_shape)
         self.batch, self.channels = (1, batch * self.c) if self.own_kernels else (batch, self.c)
         self.pairs = (self.batch + 1) // 2
-        self.log = next((log for log in _POINTS if 2 ** (log - 1) >= self.T), max(_POINTS))
+        self.log = next((log for log in _POINTS if 2 ** (log - 1) >= self.T), LONGEST)
+        self.log = min(self.log, LONGEST)
         self.N = 2**self.log
         self.segments = -(-self.T // (self.N // 2))
         self.windows = min(self.segments, -(-self.K // (self.N // 2)) + 1)
@@ -206,14 +208,14 @@ def _vjp_by_cufft(dy, u, kernel, skip):
     T, K = u.shape[-2], kernel.shape[-2]
     direct = 0 if skip is None else skip.conj() * dy
     if not (T and K and u.size and kernel.size):
-        return {"u": direct + cp.zeros_like(dy), "kernel": cp.zeros_like(kernel)}
+        return {"u": direct + cp.zeros_like(dy), "kernel": cp.zeros_like(kernel), "skip": cp.zeros(u.shape[-1:], dy.dtype)}
     forward, back, n = _transforms(u, kernel, dy)
     cotangent = forward(dy)
     du = back(cotangent * forward(kernel[..., :T, :]).conj(), T) + direct
     lags = back(cotangent * forward(u).conj(), min(K, T))
     dkernel = cp.zeros((*lags.shape[:-2], K, lags.shape[-1]), lags.dtype)
     dkernel[..., : min(K, T), :] = lags
-    return {"u": du, "kernel": dkernel}
+    return {"u": du, "kernel": dkernel, "skip": None if skip is None else _products(u, dy, tuple(range(dy.ndim - 1)))}
 
 
 def _transforms(u, kernel, *more):
@@ -230,12 +232,9 @@ def _wide(x):
     return x if x.dtype.kind == "c" or x.dtype == cp.float64 else x.astype(cp.float32, copy=False)
 
 
-def _products(u, dy):
-    """conj(u) dy summed over all but the channels, in one pass."""
-    u, dy = cp.broadcast_arrays(_wide(u), _wide(dy))
-    if not u.size:
-        return cp.zeros(u.shape[-1:], np.result_type(u, dy))
-    return _sum_of_products(u.dtype.kind == "c")(u, dy, axis=tuple(range(u.ndim - 1)))
+def _products(u, dy, axis):
+    """conj(u) dy summed in one pass."""
+    return _sum_of_products(u.dtype.kind == "c")(*cp.broadcast_arrays(u, dy), axis=axis)
 
 
 @cache

@@ -2,11 +2,11 @@
 
 import cupy as cp
 import numpy as np
-
-from refimpl.core.numerics import constant, sigmoid, silu, silu_derivative, softplus
 from refimpl.gpu import mirror
 from refimpl.gpu.matrix_memory import WIDEST, flat, instances, read, read_vjp
 from refimpl.gpu.precision import widened
+
+from refimpl.core.numerics import constant, sigmoid, silu, silu_derivative, softplus
 from refimpl.ops.state_space import ssd as chapter
 
 KERNELS = instances(low_rank=False, before=False)

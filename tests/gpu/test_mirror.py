@@ -1,0 +1,90 @@
+"""Operators on the device under the kit, each in a process of its own: every precision, gradients, laws, layouts, poisoned memory."""
+
+import numpy as np
+import pytest
+
+import refimpl
+
+pytestmark = pytest.mark.gpu
+cp = pytest.importorskip("cupy")
+mirror = pytest.importorskip("refimpl.gpu")
+
+OPS = ("long_conv", "linear_attention", "ssd", "mlstm", "slstm", "wkv", "wkv6", "wkv7", "route", "moe")
+SIZES = {
+    "long_conv": {"T": 9000, "K": 9000, "c": 64},
+    "linear_attention": {"T": 512, "d": 64, "e": 64},
+    "ssd": {"T": 512, "p": 64, "n": 64},
+    "mlstm": {"T": 512, "d": 64, "e": 64},
+    "slstm": {"T": 512, "d": 64},
+    "wkv": {"T": 512, "c": 256},
+    "wkv6": {"T": 512, "d": 64, "e": 64},
+    "wkv7": {"T": 512, "d": 64, "e": 64},
+    "route": {"T": 4096, "E": 16},
+    "moe": {"T": 512, "d": 128, "f": 256, "E": 8},
+}
+
+
+def _call(op: str) -> dict:
+    """A call of float32 arrays on the device, of a size that keeps it busy."""
+    drawn = refimpl.OPS[op].sample(np.random.default_rng(0), **SIZES[op])
+    call = {name: _on_device(value) for name, value in drawn.items()}
+    return call | ({"k": 2} if op in ("route", "moe") else {})
+
+
+def _on_device(value):
+    if isinstance(value, tuple):
+        return type(value)(*map(_on_device, value))
+    return cp.asarray(value, cp.float32) if isinstance(value, np.ndarray) else value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_conforms(op):
+    report = refimpl.check(
+        op, f"refimpl.gpu:{op}", framework="cupy", dtypes=("float32", "float64", "float16", "bfloat16"),
+        gradients=True, candidate_vjp=f"refimpl.gpu:{op}_vjp", isolate=True, level="standard",
+    )  # fmt: skip
+    assert report.verdict == "conforms", str(report)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_runs_on_the_current_stream_and_waits_for_nothing(op):
+    call, f, vjp = _call(op), getattr(mirror, op), getattr(mirror, f"{op}_vjp")
+
+    def both():
+        result = f(**call)
+        first = result[0] if isinstance(result, tuple) else result
+        return first, vjp(first, **call)
+
+    want, _ = both()
+    stream, event = cp.cuda.Stream(non_blocking=True), cp.cuda.Event()
+    with stream:
+        both()  # memory for this stream
+        stream.synchronize()
+        _occupy()
+        got, _ = both()
+        event.record()
+        assert not event.done, "the call came back only when the device was done"
+        stream.synchronize()
+    np.testing.assert_array_equal(got.get(), want.get())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_refuses_arrays_in_host_memory(op):
+    call = {n: v.get() if isinstance(v, cp.ndarray) else v for n, v in _call(op).items()}
+    with pytest.raises(TypeError, match=f"{op}: arrays must be on the device"):
+        getattr(mirror, op)(**call)
+
+
+def test_a_failed_launch_says_which_kernel_and_what_the_device_allows():
+    from refimpl.gpu.launch import LaunchError
+    from refimpl.gpu.linear_attention.wkv import KERNELS
+
+    with pytest.raises(LaunchError, match=r"wkv<float>.*the device allows 1024 threads"):
+        KERNELS[0]((1,), (2048,), (np.uint64(0),) * 13 + (np.int64(0),) * 3)
+
+
+def _occupy(cycles: int = 400_000_000) -> None:
+    """Keep the stream busy for some 0.2 s."""
+    code = 'extern "C" __global__ void occupy(long long n) { long long start = clock64(); while (clock64() - start < n) {} }'
+    cp.RawKernel(code, "occupy")((1,), (1,), (np.int64(cycles),))
