@@ -108,7 +108,12 @@ def check(
         except KeyboardInterrupt:
             fail(f"interrupted after {step.done} of {step.total} cases", INTERRUPTED)
 
-    print(report)
+    if sys.stdout.isatty():
+        from refimpl.conformance.terminal import show
+
+        show(report)
+    else:
+        print(report)
     for path, write in ((json, report.to_json), (junit, report.to_junit), (html, report.to_html)):
         if path is not None:
             path.write_text(write(), encoding="utf-8")
