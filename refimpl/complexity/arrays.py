@@ -17,8 +17,17 @@ from numpy import asarray  # by name: a measurement replaces those of `np`
 
 from refimpl.complexity.counter import CONSTANT, Buffer, Ledger, Uncounted, active
 
-FUNCTIONS: dict[Callable, Callable] = {}  # NumPy's function -> ours, which runs and counts it; filled by `functions`
+FUNCTIONS: dict[Callable, Callable] = {}  # NumPy's function -> ours, which runs and counts it; filled by `functions` and `movement`
 UFUNC_METHODS: dict[str, Callable] = {}  # __call__, reduce, accumulate ... -> the same
+
+
+def implements(*functions: Callable) -> Callable:
+    def register(ours: Callable) -> Callable:
+        for function in functions:
+            FUNCTIONS[function] = ours
+        return ours
+
+    return register
 
 
 class outside:
@@ -72,11 +81,11 @@ class Counted(np.ndarray):
         depth = joined(depth_of(value), reach)
         if fancy:
             buffer.write(self, depth, key)
-            buffer.ledger.touch(_arrays([value, *key]), (adopt(part, CONSTANT, buffer.ledger),))
+            buffer.ledger.touch(arrays_in([value, *key]), (adopt(part, CONSTANT, buffer.ledger),))
         else:
             window = view_of(part, self)
             buffer.write(window, depth)
-            buffer.ledger.touch(_arrays([value]), (window,))
+            buffer.ledger.touch(arrays_in([value]), (window,))
 
     def __iter__(self):
         return (self[i] for i in range(len(self)))
@@ -205,7 +214,7 @@ def buffer_of(array: Counted) -> Buffer:
 
 def ledger_of(*values: Any) -> Ledger:
     """The ledger of the first counted array."""
-    for value in _arrays(values):
+    for value in arrays_in(values):
         if isinstance(value, Counted):
             return buffer_of(value).ledger
     ledger = active.get()
@@ -243,12 +252,12 @@ def copied(source: Counted, result: np.ndarray) -> Counted:
     return made
 
 
-def _arrays(values: Any) -> Iterator[np.ndarray]:
+def arrays_in(values: Any) -> Iterator[np.ndarray]:
     for value in values:
         if isinstance(value, np.ndarray):
             yield value
         elif isinstance(value, list | tuple):
-            yield from _arrays(value)
+            yield from arrays_in(value)
 
 
 def _index(key: Any) -> tuple[tuple, bool, int]:

@@ -172,12 +172,16 @@ class Buffer:
 
     def depth_of(self, array: np.ndarray):
         """Depths of a view's elements: an array of its shape, or one number."""
-        return self.depth if isinstance(self.depth, int) or not array.size else self._window(array)
+        if not array.size:
+            return CONSTANT
+        return self.depth if isinstance(self.depth, int) else self._window(array)
 
     def write(self, array: np.ndarray, depth, where=...) -> None:
         """The elements of a view (at the index `where`) now have this depth."""
+        if not array.size:
+            return
         if isinstance(self.depth, int):
-            if (not isinstance(depth, np.ndarray) and depth == self.depth) or not array.size:
+            if not isinstance(depth, np.ndarray) and depth == self.depth:
                 return
             if not isinstance(depth, np.ndarray) and where is Ellipsis and array.size == self.size:
                 self.depth = int(depth)

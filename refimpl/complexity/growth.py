@@ -126,7 +126,8 @@ def fit(op: str | Op, form: str | None = None, axis: str = "T", *, lengths: Sequ
         counts |= {n: measure(op, form, **(own | dict.fromkeys(grown, n))) for n in pending}
         found = [leading_term({n: getattr(c, name) for n, c in counts.items()}, letter) for name in MEASURES]
         if all(g.exact for g in found) or not more or counts[max(counts)].operations > MANY:
-            return Fit(*found, counts=counts)
+            work, depth, traffic, peak = found
+            return Fit(work, depth, traffic, peak, counts)
         pending = [more.pop(0)]
 
 
@@ -169,7 +170,7 @@ def leading_term(values: Mapping[int, float], letter: str = "T") -> Growth:
     if len(n) > 6:  # factors of a length are equal at every other power of two only
         found = found or _search(n[::2], y[::2], _WHOLE + _HALF, range(1, 3), _TIGHT)
     order, coefficient, residual = found or _nearest(n, y)
-    return Growth(*order, coefficient, residual, letter)
+    return Growth(order[0], order[1], coefficient, residual, letter)
 
 
 def _search(n: np.ndarray, y: np.ndarray, basis: list, counts: range, tolerance: float):

@@ -16,7 +16,8 @@ import numpy as np
 from refimpl.catalogue import catalogue, unknown
 from refimpl.complexity.arrays import Counted, adopt, buffer_of, plain
 from refimpl.complexity.counter import Counts, Ledger, active
-from refimpl.complexity.functions import MAKERS, Transforms
+from refimpl.complexity.functions import Transforms
+from refimpl.complexity.movement import MAKERS
 from refimpl.core.parallel import one_thread
 from refimpl.op import Op
 
