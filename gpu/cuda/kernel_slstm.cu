@@ -13,13 +13,19 @@
 
 using i64 = long long;
 
+template <class X> struct alignas(16) Four { X of[4]; };
+
 // The dot product of a row (or column) of R, of this thread, with d numbers in shared memory. `at` is R's entry 0, `stride` the way to the next.
 template <class X, int D>
 __device__ __forceinline__ X dot(const X* kept, const X* at, int stride, const X* h, int d) {
     X sums[4] = {X(0), X(0), X(0), X(0)};
     if (D > 0) {
 #pragma unroll
-        for (int j = 0; j < D; ++j) sums[j & 3] += kept[j] * h[j];
+        for (int j = 0; j < D; j += 4) {
+            const Four<X> part = *reinterpret_cast<const Four<X>*>(h + j);
+#pragma unroll
+            for (int l = 0; l < 4; ++l) sums[l] += kept[j + l] * part.of[l];
+        }
     } else {
         int j = 0;
         for (; j + 4 <= d; j += 4) {
@@ -85,6 +91,19 @@ slstm(const X* z, const X* i, const X* f, const X* o, const X* R, const X* bias,
     if (me < d && c_last) c_last[s * d + me] = c, n_last[s * d + me] = n, h_last[s * d + me] = h_s[me], m_last[s * d + me] = m;
 }
 
+// What the backward pass reads of one unit and step; read a step before it is needed.
+template <class X>
+struct Saved {
+    X a[4], c, n, m, h, dy;
+    __device__ __forceinline__ void read(const X* saved_a, const X* saved_c, const X* saved_n, const X* saved_m, const X* all_h, const X* all_dy,
+                                         i64 s, i64 t, i64 T, int d, int unit) {
+        const i64 at = (s * T + t) * d + unit;
+#pragma unroll
+        for (int g = 0; g < 4; ++g) a[g] = saved_a[((s * T + t) * 4 + g) * d + unit];
+        c = saved_c[at], n = saved_n[at], m = saved_m[at], h = all_h[at], dy = all_dy[at];
+    }
+};
+
 // R here as given, (4, heads, d, d); da: (sequences, T, 4, d). Cotangents of the last state in dc ... dm, of the first one out.
 template <class X, int D>
 __global__ void __launch_bounds__(D > 0 ? 4 * D : 1024)
@@ -106,20 +125,25 @@ slstm_vjp(const X* R, const X* c0, const X* n0, const X* m0, const X* h, const X
     for (int r = me; r < 4 * padded; r += blockDim.x) da_s[r] = X(0);
     X dc = X(0), dn = X(0), dh = X(0), dm = X(0);
     if (me < d) dc = dc_io[s * d + me], dn = dn_io[s * d + me], dh = dh_io[s * d + me], dm = dm_io[s * d + me];
+    Saved<X> next;
+    if (me < d && T > 0) next.read(saved_a, saved_c, saved_n, saved_m, h, dy, s, T - 1, T, d, me);
     __syncthreads();
     for (i64 t = T - 1; t >= 0; --t) {
         if (me < d) {
-            const i64 at = (s * T + t) * d + me, a_at = (s * T + t) * rows + me;
-            const X a_z = saved_a[a_at], a_i = saved_a[a_at + d], a_f = saved_a[a_at + 2 * d], a_o = saved_a[a_at + 3 * d];
-            const X c = saved_c[at], n = saved_n[at], m = saved_m[at], gate = sigmoid(a_o);
-            const X c_b = t ? saved_c[at - d] : c0 ? c0[s * d + me] : X(0), n_b = t ? saved_n[at - d] : n0 ? n0[s * d + me] : X(0);
-            const X m_b = t ? saved_m[at - d] : m0 ? m0[s * d + me] : -infinity<X>();
-            const X decayed = (exponential ? a_f : log_sigmoid(a_f)) + m_b, top = finite_or_zero(m);
+            const i64 a_at = (s * T + t) * rows + me;
+            const Saved<X> step = next;
+            if (t > 0) {
+                next.read(saved_a, saved_c, saved_n, saved_m, h, dy, s, t - 1, T, d, me);
+            } else {
+                next.c = c0 ? c0[s * d + me] : X(0), next.n = n0 ? n0[s * d + me] : X(0), next.m = m0 ? m0[s * d + me] : -infinity<X>();
+            }
+            const X a_z = step.a[0], a_i = step.a[1], a_f = step.a[2], a_o = step.a[3], c = step.c, n = step.n, gate = sigmoid(a_o);
+            const X top = finite_or_zero(step.m), decayed = (exponential ? a_f : log_sigmoid(a_f)) + next.m;
             const X old = exp(decayed - top), now = exp(a_i - top);
-            dh += dy[at];
+            dh += step.dy;
             dc += dh * gate / n;
-            dn -= dh * h[at] / n;
-            X d_old = old * (dc * c_b + dn * n_b), d_new = now * (dc * tanh(a_z) + dn);
+            dn -= dh * step.h / n;
+            X d_old = old * (dc * next.c + dn * next.n), d_new = now * (dc * tanh(a_z) + dn);
             dm -= d_old + d_new;
             if (decayed >= a_i) {
                 d_old += dm;
