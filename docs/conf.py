@@ -31,8 +31,10 @@ myst_links_external_new_tab = False
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 240
-nb_execution_excludepatterns = ["operators/*", "chapters/*", "bibliography*", "architecture*"]
+nb_execution_excludepatterns = ["operators/*", "chapters/*", "bibliography*", "claims*", "architecture*"]
 nb_merge_streams = True
+nb_code_prompt_show = "Show the code"
+nb_code_prompt_hide = "Hide the code"
 nb_number_source_lines = False
 
 numpydoc_show_class_members = False

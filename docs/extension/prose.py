@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|$~^!&])")
-_SHIFTED = re.compile(r"(?<![\w`\\^])([A-Za-zα-ωΑ-ΩĀ]\u0304?|\d+)([_^])(\{[^{}]*\}|-?[A-Za-z0-9]{1,6}(?![\w{]))(?:(\^)(\{[^{}]*\}|[A-Za-z0-9]))?")
+_SHIFTED = re.compile(r"(?<![\w`\\^])(d?[A-Za-zα-ωΑ-ΩĀ]\u0304?|\d+)([_^])(\{(?:[^{}]|\{[^{}]*\})*\}|[-−]?[A-Za-z0-9]{1,6}(?![\w{]))(?:(\^)(\{[^{}]*\}|[A-Za-z0-9]))?")
 _ARROWS = {"->": "→", "<-": "←"}
 _CITED = re.compile(r"\[(\d+)(?=[\],])([^\]\[]*)\]")
 
@@ -48,11 +48,32 @@ def inline(text: str, link: Callable[[str], str | None] = lambda name: None, cit
                 body = escape(f"{match[1]}{match[2]}")
                 done.append(f"[\\[{body}\\]]({target})" if target else f"\\[{body}\\]")
             else:
-                base = match[3] if match[3].isdigit() else f"<i>{match[3]}</i>"
+                base = _letter(match[3])
                 done.append(base + _shifted(match[4], _exponent(match[5])) + (_shifted(match[6], _exponent(match[7])) if match[6] else ""))
             start = match.end()
         done.append(escape(piece[start:]))
     return "".join(done)
+
+
+def shifted_html(text: str) -> str | None:
+    """Text with its subscripts and exponents as HTML; None where there are none."""
+    done, start = [], 0
+    for match in _SHIFTED.finditer(text):
+        base = _letter(match[1])
+        done.append(html.escape(text[start : match.start()]) + base + _shifted(match[2], typeset(_inner(match[3]))))
+        if match[4]:
+            done.append(_shifted(match[4], typeset(_inner(match[5]))))
+        start = match.end()
+    return "".join(done) + html.escape(text[start:]) if done else None
+
+
+def _letter(text: str) -> str:
+    """In italics, but for numbers and the signs of sum and product."""
+    return text if text.isdigit() or text in "ΣΠ" else f"<i>{text}</i>"
+
+
+def _inner(text: str) -> str:
+    return text.removeprefix("{").removesuffix("}")
 
 
 def arrows(text: str) -> str:
@@ -60,7 +81,7 @@ def arrows(text: str) -> str:
 
 
 def _exponent(text: str) -> str:
-    return typeset(text.removeprefix("{").removesuffix("}")).replace("*", "\\*")
+    return typeset(_inner(text)).replace("*", "\\*")
 
 
 def blocks(text: str) -> Iterator[tuple[str, str]]:
@@ -90,7 +111,7 @@ def markdown(text: str, link: Callable[[str], str | None] = lambda name: None, c
 # -- equations -------------------------------------------------------------------------------------------------------
 
 _NUMBER = re.compile(r"\s{2,}\((\d+[a-z]?)\)\s*$")
-_TOKEN = re.compile(r"([_^])\{([^{}]*)\}|([_^])([A-Za-z0-9α-ω∞*'])(?![A-Za-z0-9])|_([a-z]{2,3})(?![A-Za-z0-9_])|([A-Za-z][A-Za-z0-9]*)|([α-ωΑ-Ω])")
+_TOKEN = re.compile(r"([_^])\{((?:[^{}]|\{[^{}]*\})*)\}|([_^])([A-Za-z0-9α-ω∞*'])(?![A-Za-z0-9])|_([a-z]{2,3})(?![A-Za-z0-9_])|([A-Za-z][A-Za-z0-9]*)|([α-ωΑ-Ω])")
 
 
 def equations_html(text: str) -> str:
@@ -137,7 +158,7 @@ def typeset(text: str) -> str:
         elif m[6]:
             done.append(f"<i>{m[6]}</i>" if len(m[6]) == 1 else html.escape(m[6]))
         else:
-            done.append(f"<i>{m[7]}</i>")
+            done.append(_letter(m[7]))
         start = m.end()
     done.append(html.escape(text[start:]))
     return "".join(done)
