@@ -209,7 +209,7 @@ def test_a_condition_is_one_that_the_claim_lacks_without(computed):
 # -- verdicts are computed ---------------------------------------------------------------------------------------------
 
 
-def spoiled(result, comparison):
+def spoiled(comparison):
     """What would have to be claimed for a comparison to fail."""
     value = comparison.computed
     if isinstance(comparison.claimed, bool):
@@ -219,17 +219,12 @@ def spoiled(result, comparison):
     ]
 
 
-def claimed_key(result, comparison):
-    return next(k for k, v in result.claim.claimed.items() if v == comparison.claimed and type(v) is type(comparison.claimed))
-
-
 def test_a_planted_falsehood_is_refuted(computed):
     """Every claim that holds, with one of its numbers changed, is not any more."""
     for result in computed.values():
         if result.verdict == HOLDS:
             comparison = result.comparisons[-1]
-            key = comparison.key if comparison.key in result.claim.claimed else claimed_key(result, comparison)
-            planted = dataclasses.replace(result.claim, claimed={**result.claim.claimed, key: spoiled(result, comparison)})
+            planted = dataclasses.replace(result.claim, claimed={**result.claim.claimed, comparison.against: spoiled(comparison)})
             assert planted.run().verdict == FALSE, result.claim.id
 
 
@@ -265,6 +260,53 @@ def test_a_new_claim_is_decided_by_its_numbers():
     make = lambda value: Claim("sum", "test", "The numbers from 1 to 100 make this.", ("D1",), "a sum", {"sum": value}, compute)
     assert make(5050).run().verdict == HOLDS
     assert make(5051).run().verdict == FALSE
+
+
+@pytest.mark.parametrize(
+    ("compared", "verdict", "conditions"),
+    [
+        ([("", True)], HOLDS, ()),
+        ([("", False)], FALSE, ()),
+        ([("", True), ("", False)], FALSE, ()),
+        ([("", False), ("dry", True)], HOLDS_IF, ("dry",)),
+        ([("", False), ("dry", False)], FALSE, ()),
+        ([("", False), ("dry", True), ("dry", False)], FALSE, ()),
+        ([("", False), ("dry", False), ("warm", True)], HOLDS_IF, ("warm",)),
+        ([("", True), ("dry", False)], HOLDS, ()),
+    ],
+)
+def test_what_follows_from_comparisons(compared, verdict, conditions):
+    def compute(case: Case):
+        for i, (given, holds) in enumerate(compared):
+            case.number(f"n{i}", 1 if holds else 2, "a number")
+            case.compare(f"n{i}", claimed="one", given=given)
+
+    result = Claim("rule", "test", "A rule.", ("D1",), "a rule", {"one": 1}, compute).run()
+    assert (result.verdict, result.conditions) == (verdict, conditions)
+
+
+def test_the_worst_part_decides_and_open_parts_do_not():
+    def compute(case: Case):
+        for key, value in (("a", 1), ("b", 2)):
+            case.number(key, value, "a number")
+            case.compare(key, claimed="one", part=key)
+        case.open("the rest", "time")
+
+    make = lambda f: Claim("parts", "test", "Parts.", ("D1",), "parts", {"one": 1}, f).run()
+    assert make(compute).parts == {"a": HOLDS, "b": FALSE}
+    assert make(compute).verdict == FALSE
+    assert make(lambda case: case.open("all of it", "training")).verdict == OUT_OF_SCOPE
+
+
+def test_a_condition_that_fails_leaves_the_claim_false(computed):
+    """Every claim that holds under a condition, with the numbers that it needs there changed, is refuted."""
+    for result in computed.values():
+        if result.verdict == HOLDS_IF:
+            claimed = dict(result.claim.claimed)
+            for comparison in result.comparisons:
+                if comparison.given and comparison.holds:
+                    claimed[comparison.against] = spoiled(comparison)
+            assert dataclasses.replace(result.claim, claimed=claimed).run().verdict in (FALSE, HOLDS), result.claim.id
 
 
 def test_no_verdict_is_stored(computed):

@@ -1,7 +1,7 @@
 """The ring and the scan of two levels, played event by event: what the closed formulas of `scale` are held against.
 
 A simulation knows only local rules (a device computes on the shard that it holds, when it has finished the one before; a
-shard is handed on as soon as it has arrived and the link is free; a carry waits for the other device's), and no formula for
+shard is handed on as soon as it has arrived; a carry waits for the other device's), and no formula for
 the whole. Values travel with the events of the scan, so that the result can be compared with the recurrence.
 """
 
@@ -24,7 +24,7 @@ def simulate_ring(devices: int, compute: Callable[[int, int], float], hop: float
     compute : callable
         ``compute(r, s)``: seconds that device r takes for shard s; 0 where there is nothing to do.
     hop : float
-        Seconds of handing on a shard; a link carries one at a time, while the devices compute.
+        Seconds of handing on a shard, while the devices compute. Shards come a hop apart, so that no link has two at once.
 
     Returns
     -------
@@ -46,7 +46,6 @@ def simulate_ring(devices: int, compute: Callable[[int, int], float], hop: float
     arrived = [set[int]() for _ in range(devices)]
     step = [0] * devices  # the tile that a device does next, or is doing
     working = [False] * devices
-    link_free = [0.0] * devices
     busy = np.zeros(devices)
     end = 0.0
     while events:
@@ -54,8 +53,7 @@ def simulate_ring(devices: int, compute: Callable[[int, int], float], hop: float
         if what == "arrives":
             arrived[r].add(t)
             if t + 1 < devices:
-                link_free[r] = max(now, link_free[r]) + hop
-                heapq.heappush(events, (link_free[r], next(order), "arrives", (r + 1) % devices, t + 1))
+                heapq.heappush(events, (now + hop, next(order), "arrives", (r + 1) % devices, t + 1))
         else:
             working[r] = False
             step[r] += 1

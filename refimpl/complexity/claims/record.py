@@ -37,6 +37,7 @@ class Comparison:
     within: float
     given: str = ""
     part: str = ""
+    against: str = ""  # the key of what is claimed
 
     @property
     def holds(self) -> bool:
@@ -140,7 +141,10 @@ class Case:
         `given` names a reading under which the claim is judged besides the one as it stands; `within` is a relative
         difference, how exactly a rounded number in prose is meant.
         """
-        self.comparisons.append(Comparison(key, relation, self.claim.claimed[claimed or key], self.numbers[key].value, within, given, part))
+        against = claimed or key
+        self.comparisons.append(
+            Comparison(key, relation, self.claim.claimed[against], self.numbers[key].value, within, given, part, against)
+        )
 
     def equal(
         self, key: str, operator: str, got: Any, want: Any, call: Mapping[str, Any], says: str, *, given: str = "", part: str = ""
