@@ -23,7 +23,7 @@ def draw(costs: Sequence[FormCosts], title: str, letter: str = "T") -> Any:
     except ImportError as error:
         raise ImportError("a picture needs matplotlib: install refimpl[plots]") from error
     figure = Figure(figsize=(10, 7.4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(f"{title}\nlines: what the formula says; dots: what was counted")
     for axes, (name, unit) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS, strict=True):
         for form, colour in zip(costs, COLOURS * (1 + len(costs) // len(COLOURS)), strict=False):
             n = [row.length for row in form.rows]

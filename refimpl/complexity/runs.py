@@ -100,8 +100,9 @@ def arguments(op: Op, form: str, *, give: Sequence[str] = (), seed: int = 0, har
     known = letters(op)
     own = {k: v for k, v in sizes.items() if k in known}
     options = {k: v for k, v in sizes.items() if k not in known or (k in taken and k in op.options)}
+    arrays = {a.name.partition(".")[0] for a in op.contract.arrays}
     for name in options:
-        if name not in taken:
+        if name not in taken or name in arrays:
             raise ValueError(f"{op.name}: {form} has neither a size nor an option {name!r}; sizes are {', '.join(known)}")
     draw = op.sample if hard is None else op.hard[hard]
     sample = draw(np.random.default_rng(seed), **own)

@@ -349,12 +349,12 @@ OPS = (
             ),
             "chunked": Form(
                 linear_recurrence_chunked,
-                lambda T, c, batch=1, chunk=64: Cost((5 * chunk - 1) * -(-T // chunk) * c * batch, 2 * (chunk + -(-T // chunk)) - 3, (7 * chunk * -(-T // chunk) + 1) * c * batch),
+                lambda T, c, batch=1, chunk=64: Cost((5 * chunk - 1) * -(-T // chunk) * c * batch, 2 * (chunk + -(-T // chunk)) - 3, (5 * T + 7 * (-T % chunk) + 1) * c * batch),
                 exact=("work",),
                 stops="|a| > 1: a chunk's product of decays may overflow where h does not",
             ),
             "in_place": Form(
-                linear_recurrence_in_place, lambda T, c, batch=1, rows=64: Cost(2 * T * c * batch, 2 * T, (T + 2) * c * batch)
+                linear_recurrence_in_place, lambda T, c, batch=1, rows=64: Cost(2 * T * c * batch, 2 * T, (T + 2) * c * batch), exact=("work", "depth", "peak")
             ),
             "convolution": Form(
                 linear_recurrence_convolution,

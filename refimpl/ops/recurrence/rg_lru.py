@@ -248,7 +248,7 @@ OPS = (
                 rg_lru_scan, lambda T, c, batch=1: Cost(14 * T * c * batch, 4 * np.ceil(np.log2(max(T, 2))) + 3, 8 * T * c * batch)
             ),
             "chunked": Form(
-                rg_lru_chunked, lambda T, c, batch=1, chunk=64: Cost((13 * T + 5 * (-T % chunk)) * c * batch, 2 * (chunk + np.ceil(T / chunk)) + 3, (2 * T + 7 * chunk * np.ceil(T / chunk)) * c * batch)
+                rg_lru_chunked, lambda T, c, batch=1, chunk=64: Cost((13 * T + 5 * (-T % chunk)) * c * batch, 2 * (chunk + np.ceil(T / chunk)) + 3, (7 * T + 7 * (-T % chunk)) * c * batch)
             ),
         },
         gradient=rg_lru_vjp,
