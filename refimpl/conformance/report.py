@@ -2,7 +2,7 @@
 
 import json
 import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -226,6 +226,13 @@ class Report:
             for name, histogram in c.ulps.items():
                 found.setdefault(c.dtype, {}).setdefault(name, []).append(histogram)
         return {dtype: {name: summed(h) for name, h in outputs.items()} for dtype, outputs in found.items()}
+
+    def part(self, dtype: str, klass: str) -> "Report":
+        """The cases of one class in one precision, as a report; what explains the whole explains them."""
+        cases = [c for c in self.cases if (c.dtype, c.klass) == (dtype, klass)]
+        small = self.smallest if self.smallest is not None and (self.smallest.dtype, self.smallest.klass) == (dtype, klass) else None
+        seconds = sum(c.seconds for c in cases)
+        return replace(self, cases=cases, smallest=small, notes=list(self.notes), diagnosis=list(self.diagnosis), seconds=seconds)
 
     def thin(self) -> None:
         """Keep pictures of few failures: of the smallest, and of the largest map and the largest error of each class."""
