@@ -546,7 +546,7 @@ def _cast(value: np.ndarray, array: Array, compute: np.dtype | None) -> np.ndarr
         return value
     complex_value = value.dtype.kind == "c"
     target = np.result_type(compute, np.complex64) if complex_value else real_dtype(compute)
-    return value.astype(target, copy=False)
+    return value if value.dtype == target else value.astype(target, copy=False)  # CuPy copies bfloat16 to bfloat16
 
 
 def _round(value, out: np.dtype | None):
@@ -571,7 +571,9 @@ def _like(gradient, normal: np.ndarray, original: np.ndarray) -> np.ndarray:
     if original.dtype.kind != "c" and gradient.dtype.kind == "c":
         gradient = gradient.real
     floating = original.dtype.kind in "fc" or original.dtype.name in HALF
-    return gradient.astype(original.dtype) if floating else gradient
+    if isinstance(gradient, np.ndarray) or gradient.dtype != original.dtype:  # a copy on the host; on a device it costs as much as the work
+        return gradient.astype(original.dtype) if floating else gradient
+    return gradient
 
 
 def _match(shape: Shape, actual: tuple[int, ...], sizes: dict, name: str) -> str | None:
