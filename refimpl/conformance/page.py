@@ -156,7 +156,7 @@ def _others(report: Report) -> list[Result]:
     """Failures with a map whose pattern is another one."""
     first = report.widest()
     seen = {_kind(first) if first else "", ""}
-    found = []
+    found: list[Result] = []
     for r in sorted((r for r in report.failures if r.picture), key=cells, reverse=True):
         if _kind(r) not in seen and len(found) < _MAPS and cells(r) >= 32:
             seen.add(_kind(r))

@@ -37,7 +37,7 @@ def picture(axes: tuple[str, ...], got: np.ndarray, right: np.ndarray, limit: np
     flat = _two(log, first, second, None)
     steps = [max(1, -(-size // most)) for size, most in zip(flat.shape, (ROWS, COLUMNS), strict=True)]
     shown = [{"name": n, "size": int(s), "step": int(p)} for n, s, p in zip(names, flat.shape, steps, strict=True)]
-    close = {"rows": [], "columns": []}
+    close: dict[str, list] = {"rows": [], "columns": []}
     windows = []
     for axis, label, most, size in ((first, "rows", _CLOSE[0], flat.shape[0]), (second, "columns", _CLOSE[1], flat.shape[1])):
         centre = worst[axis] if axis is not None else 0

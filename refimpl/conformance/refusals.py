@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.conformance.cases import Case, parameters
+from refimpl.conformance.cases import Case, default_sizes, parameters
 from refimpl.conformance.report import Report, Result
 from refimpl.conformance.traits import COMPLEX, traits
 from refimpl.op import Op
@@ -40,7 +40,8 @@ def features(op: Op, case: Case, call: dict[str, Any]) -> tuple[str, ...]:
     unusual = traits(op, call)
     found += unusual if COMPLEX in unusual else ("real arrays", *unusual)
     sizes = {letter: size for letter, size in case.sizes.items() if isinstance(size, int)}
-    found += [f"{letter} = {size}" for letter, size in sizes.items() if size < 2]
+    usual = default_sizes(op)
+    found += [f"{letter} = {size}" for letter, size in sizes.items() if size < min(2, usual.get(letter, 2))]  # groups are one anyhow
     for a, b in itertools.combinations(op.lengths, 2):
         if sizes.get(a) != sizes.get(b):
             found.append(f"{a} {'<' if sizes[a] < sizes[b] else '>'} {b}")
