@@ -80,7 +80,20 @@ def _function(kernel: Kernel, device: int) -> Any:
 
 
 def multiprocessors() -> int:
-    return cp.cuda.Device().attributes["MultiProcessorCount"]
+    """How many the current device has."""
+    return _properties(cp.cuda.Device().id)[0]
+
+
+def capability() -> str:
+    """The current device's: "90" for Hopper."""
+    return _properties(cp.cuda.Device().id)[1]
+
+
+@functools.cache
+def _properties(device: int) -> tuple[int, str]:
+    """Asked once: the driver takes its time."""
+    found = cp.cuda.Device(device)
+    return found.attributes["MultiProcessorCount"], found.compute_capability
 
 
 def kernels() -> dict[str, tuple[Kernel, ...]]:
