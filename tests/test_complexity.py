@@ -15,7 +15,8 @@ import scipy.special
 import refimpl
 from refimpl.complexity import Uncounted, fit, leading_term, measure, predict
 from refimpl.complexity.growth import MEASURES, axes, blocks
-from refimpl.complexity.runs import letters, run
+from refimpl.complexity.runs import arguments, execute, letters, run
+from refimpl.core.parallel import one_thread
 
 FORMS = [(name, form) for name, op in refimpl.OPS.items() for form in op.forms]
 each_form = pytest.mark.parametrize(("name", "form"), FORMS, ids=[f"{name}-{form}" for name, form in FORMS])
@@ -157,6 +158,40 @@ def test_transfers_of_a_memory_of_two_levels():
 def test_what_is_not_known_raises(function):
     with pytest.raises(Uncounted):
         counts(function, x=filled(8))
+
+
+def test_arrays_from_elsewhere_raise():
+    """What was computed where nothing is counted must not pass for a constant."""
+    table = np.linspace(0, 1, 8)
+    for function in (
+        lambda x: x * table,
+        lambda x: x @ np.outer(table, table),
+        lambda x: np.concatenate([x, table]),
+        lambda x: x.__setitem__(slice(None), table),
+        lambda x: table,
+    ):
+        with pytest.raises(Uncounted):
+            counts(function, x=filled(8))
+    assert counts(lambda x: x * np.random.default_rng(0).random(8), x=filled(8)).work == 8
+
+
+@each_form
+def test_counted_runs_compute_the_same(name, form):
+    """Bit for bit: what is counted is the run itself, and not one that lost its way."""
+    op = refimpl.OPS[name]
+    function = op.forms[form].function
+    for draw in (op.sample, *op.hard.values()):
+        given = {"hard": next(n for n, f in op.hard.items() if f is draw)} if draw is not op.sample else {}
+        call = arguments(op, form, **given)
+        try:
+            with one_thread(), np.errstate(all="ignore"):
+                want = function(**call)
+        except ValueError:
+            continue  # not a call for this form
+        with np.errstate(all="ignore"):
+            got = execute(function, call)[0]
+        for a, b in zip(got if isinstance(got, tuple) else (got,), want if isinstance(want, tuple) else (want,), strict=True):
+            assert np.array_equal(a, b, equal_nan=True)
 
 
 def test_nothing_stays_behind():

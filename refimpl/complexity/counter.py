@@ -129,6 +129,8 @@ class Ledger:
                 continue  # a number is in a register
             self.traffic += distinct(array) * array.itemsize
             buffer = getattr(array, "_buffer", None)
+            if buffer is None and array.dtype.kind in "fc":
+                raise Uncounted("complexity: an array takes part that was made where nothing is counted")
             if self.cache is not None and buffer is not None and array.size:
                 self.cache.access(buffer, buffer.lines(array), store)
 

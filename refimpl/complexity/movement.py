@@ -297,18 +297,31 @@ def _depths_of(value: Any) -> Any:
     return full_depth(value)
 
 
-def _apart(original: Callable) -> Callable:
-    """A function of NumPy that makes arrays for its own use by way of `np`."""
+class _Draws:
+    """A generator of random numbers, which are constants: they depend on no argument."""
 
-    def make(*args, **kwargs):
-        with outside():
-            return original(*args, **kwargs)
+    def __init__(self, generator: np.random.Generator):
+        self._generator = generator
 
-    return make
+    def __getattr__(self, name: str) -> Any:
+        def draw(*args, **kwargs):
+            with outside():
+                drawn = getattr(self._generator, name)(*args, **kwargs)
+            ledger = active.get()
+            return adopt(drawn, CONSTANT, ledger) if isinstance(drawn, np.ndarray) and ledger is not None else drawn
+
+        return draw
+
+
+def _random(seed=None, *, _original=np.random.default_rng):
+    ledger = active.get()
+    with outside():
+        generator = _original(seed)
+    return generator if ledger is None else _Draws(generator)
 
 
 MAKERS: list[tuple[Any, str, Callable]] = [
     *((np, name, _constant(getattr(np, name))) for name in ("zeros", "ones", "empty", "full", "eye", "identity", "arange", "tri", "linspace")),
     *((np, name, _converter(getattr(np, name), name == "array")) for name in ("array", "asarray", "ascontiguousarray")),
-    (np.random, "default_rng", _apart(np.random.default_rng)),
+    (np.random, "default_rng", _random),
 ]

@@ -15,7 +15,7 @@ import numpy as np
 
 from refimpl.catalogue import catalogue, unknown
 from refimpl.complexity.arrays import Counted, adopt, buffer_of, plain
-from refimpl.complexity.counter import Counts, Ledger, active
+from refimpl.complexity.counter import Counts, Ledger, Uncounted, active
 from refimpl.complexity.functions import Transforms
 from refimpl.complexity.movement import MAKERS
 from refimpl.core.parallel import one_thread
@@ -118,14 +118,21 @@ def arguments(op: Op, form: str, *, give: Sequence[str] = (), seed: int = 0, har
 
 def run(function, call: dict[str, Any], memory: int | None = None) -> Counts:
     """Count what a function does with the arrays of a call."""
+    return execute(function, call, memory)[1]
+
+
+def execute(function, call: dict[str, Any], memory: int | None = None) -> tuple[Any, Counts]:
+    """The function's result, in plain arrays, and what it cost."""
     ledger = Ledger(memory)
     given = {name: _counted(value, ledger) for name, value in call.items()}
     with _measuring(ledger):
         result = function(**given)
     for part in _parts(result):
+        if isinstance(part, np.ndarray) and not isinstance(part, Counted):
+            raise Uncounted("complexity: a result was made where nothing is counted")
         if ledger.cache is not None and isinstance(part, Counted):
             ledger.cache.flush(buffer_of(part))
-    return ledger.counts()
+    return plain(result), ledger.counts()
 
 
 def _counted(value: Any, ledger: Ledger) -> Any:

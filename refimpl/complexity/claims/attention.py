@@ -4,7 +4,7 @@ import numpy as np
 
 from refimpl.complexity.calculators import attention_map_bytes, attention_pairs, layer_flops, parameters, sequence_flops
 from refimpl.complexity.claims.record import NOT_MEASURED, Case, Claim, claim
-from refimpl.complexity.claims.tools import GIB, MIB, counted, form, lengths, qkv, slope
+from refimpl.complexity.claims.tools import GIB, MIB, counted, form, lengths, per_state, qkv, slope
 from refimpl.complexity.presets import PRESETS
 from refimpl.core.numerics import silu, softmax
 from refimpl.ops.attention.attention import attention
@@ -413,11 +413,12 @@ def mixing(case: Case) -> None:
     "short",
     "On short inputs attention and scans cost the same, since a scan has overheads.",
     sources=("D2",),
-    check="operations for one token: 4 n d of the map, 7 for each of 16 states of 2 d channels",
+    check="operations for one token: 4 n d of the map, those counted for each of 16 states of 2 d channels",
     ratio=2,
 )
 def short(case: Case) -> None:
-    scan = 7 * 16 * 2  # for each feature of the residual stream
+    each = case.number("each", per_state(), "operations of the scan for a state and a step, counted")
+    scan = each * 16 * 2  # 16 states, and two channels for each feature of the residual stream
     tie = case.number(
         "tie", next(n for n in range(1, 1000) if 4 * n >= scan), "tokens from which the full map does more than the scan", "tokens"
     )

@@ -5,7 +5,7 @@ import numpy as np
 from refimpl.catalogue import catalogue
 from refimpl.complexity.calculators import kv_cache_bytes, parameters, state_bytes, weight_bytes
 from refimpl.complexity.claims.record import NOT_MEASURED, Case, Claim, claim
-from refimpl.complexity.claims.tools import A100, KIB, call_of, counted, form, lengths, slope
+from refimpl.complexity.claims.tools import A100, KIB, call_of, counted, form, lengths, per_state, slope
 from refimpl.complexity.presets import PRESETS, Attention, Experts
 from refimpl.core.numerics import sigmoid, softplus
 from refimpl.ops.recurrence.linear_recurrence import linear_recurrence
@@ -15,7 +15,6 @@ from refimpl.ops.state_space.ssd import ssd
 from refimpl.ops.state_space.ssm import ssm
 
 CLAIMS: list[Claim] = []
-PER_STATE = 7  # operations for an element of the state and a step: dt A, exp, times dt u B, decay, sum, product with C, sum
 GB, MB = 1e9, 1e6
 
 
@@ -207,9 +206,10 @@ def reset(case: Case) -> None:
     unfused=9.56,
 )
 def membound(case: Case) -> None:
+    each = case.number("each", per_state(), "operations for a state and a step, counted")
     ridge = case.number("ridge", A100["fp32"] / A100["bytes"], "operations for a byte at which an A100 is balanced in fp32")
-    unfused = case.number("unfused", PER_STATE / 12, "decay, input and state written and read, 2 bytes each")
-    fused = case.number("fused", PER_STATE * 16 / 6, "input and step read, output written, 2 bytes each, 16 states in registers")
+    unfused = case.number("unfused", each / 12, "decay, input and state written and read, 2 bytes each")
+    fused = case.number("fused", each * 16 / 6, "input and step read, output written, 2 bytes each, 16 states in registers")
     case.compare("fused", "<=")
     case.compare("unfused", "<=", given="the states are written to the large memory (an unfused scan)")
     case.states(f"Unfused: {unfused:.2f} operations for a byte; a fused scan of 16 states has {fused:.0f}, past the ridge of {ridge:.1f}.")

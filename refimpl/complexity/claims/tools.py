@@ -8,6 +8,7 @@ import numpy as np
 
 from refimpl.catalogue import catalogue
 from refimpl.complexity.growth import Fit, fit
+from refimpl.complexity.runs import measure
 
 KIB, MIB, GIB = 2.0**10, 2.0**20, 2.0**30
 A100 = {"tensor": 312e12, "fp32": 19.5e12, "bytes": 2.04e12, "sms": 108, "sram": 192 * KIB, "clock": 1.41e9}
@@ -25,6 +26,14 @@ def counted(operator: str, name: str, **sizes: Any) -> Fit:
     if operator == "attention":
         return fit(operator, name, Hq=1, Hkv=1, d=4, e=4, **sizes)
     return fit(operator, name, lengths=(8, 16, 32, 64, 128), **sizes)
+
+
+@functools.cache
+def per_state() -> float:
+    """Operations of a selective scan for each element of its state and each step, counted: by how much more states cost."""
+    T, c = 16, 4
+    work = [measure("selective_scan", "recurrent", T=T, c=c, n=n).work for n in (8, 24)]
+    return (work[1] - work[0]) / (16 * c * T)
 
 
 def form(operator: str, name: str) -> Callable[..., Any]:
