@@ -2,10 +2,13 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 import refimpl.complexity as kit
+from refimpl.complexity.calculators import _recurrent_flops
 from refimpl.complexity.presets import MLP, PRESETS, REFERENCES, Attention, Block, Config
+from refimpl.complexity.runs import measure, run
 
 # Elements in the published checkpoints; those of GPT-3, whose weights are not public, in Hugging Face's GPT-2 at its sizes.
 CHECKPOINTS = {
@@ -120,6 +123,42 @@ def test_operations_of_a_token():
     assert kit.flops_per_token("mamba-2.8b", 1) == kit.flops_per_token("mamba-2.8b", 10**9)
     growth = kit.flops_per_token("llama2-7b", 2000) - kit.flops_per_token("llama2-7b", 1000)
     assert growth == 4 * 32 * 4096 * 1000
+
+
+def test_a_layers_operations_are_those_that_are_counted():
+    def layer(x, wq, wk, wv, wo, w_in, w_out):
+        return (((x @ wq) @ (x @ wk).T @ (x @ wv)) @ wo) @ w_in @ w_out
+
+    rng = np.random.default_rng(0)
+    for n, d in ((12, 8), (5, 16)):
+        call = {name: rng.standard_normal((d, d)) for name in ("wq", "wk", "wv", "wo")}
+        call |= {"x": rng.standard_normal((n, d)), "w_in": rng.standard_normal((d, 4 * d)), "w_out": rng.standard_normal((4 * d, d))}
+        assert run(layer, call).work == kit.layer_flops(n, d)
+
+
+@pytest.mark.parametrize(
+    ("name", "operator", "fixed", "letters"),
+    [
+        ("mamba-2.8b", "selective_scan", {}, ("c", "n")),
+        ("mamba2-2.7b", "ssd", {"H": 1, "G": 1}, ("p", "n")),
+        ("xlstm-7b", "mlstm", {"H": 1}, ("d", "e")),
+    ],
+)
+def test_operations_of_a_recurrence_are_those_that_are_counted(name, operator, fixed, letters):
+    """By how much the recurrent form's work grows with rows times columns of the state, and with the steps."""
+    T, a, b = 16, *letters
+    work = lambda rows, columns: measure(operator, T=T, **fixed, **{a: rows, b: columns}).work
+    each = (work(8, 8) - work(8, 4) - work(4, 8) + work(4, 4)) / (4 * 4 * T)
+    config = PRESETS[name]
+    (block,) = config.blocks
+    elements, _ = block.mixer.state(config.d)
+    assert _recurrent_flops(config) == each * block.count * elements
+
+
+def test_operations_of_rwkv_are_those_that_are_counted():
+    work = lambda c: measure("wkv", T=16, c=c).work
+    each = (work(8) - work(4)) / (4 * 16)
+    assert _recurrent_flops(PRESETS["rwkv4-14b"]) == each * 40 * 5120
 
 
 @pytest.mark.parametrize("name", PRESETS)
