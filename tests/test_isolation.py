@@ -409,3 +409,50 @@ def test_an_interrupt_ends_the_process(child):
     with pytest.raises(KeyboardInterrupt):
         ask(process)
     assert not _runs(pid)
+
+
+# -- CUDA --------------------------------------------------------------------------------------------------------------
+
+ON_CUDA = """
+    import torch, pathlib
+    def scan(a, b, *, state=None, reverse=False, return_state=False):
+        {once}
+        b = b + 0 * a
+        a, b = torch.broadcast_tensors(a, b)
+        if reverse:
+            a, b = a.flip(-2), b.flip(-2)
+        h = torch.zeros_like(b.sum(-2)) if state is None else state + 0 * b.sum(-2)
+        out = []
+        for t in range(b.shape[-2]):
+            h = a[..., t, :] * h + b[..., t, :]
+            out.append(h)
+        y = torch.stack(out, -2) if out else b.clone()
+        y = y.flip(-2) if reverse else y
+        return (y, h) if return_state else y
+    mark = pathlib.Path(__file__ + ".once")
+    def once():
+        if mark.exists() or torch.cuda.current_device() < 0:
+            return False
+        mark.touch()
+        return True
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("once", "message"),
+    [
+        ("pass", None),
+        ("once() and torch.zeros(3, device='cuda')[torch.tensor([10**6], device='cuda')].cpu()", "the device answers no more"),
+        ("once() and torch.empty(2**50, dtype=torch.uint8, device='cuda')", "out of memory"),
+    ],
+)
+def test_a_fault_of_the_device_costs_one_case(tmp_path, once, message):
+    (tmp_path / "kernel.py").write_text(textwrap.dedent(ON_CUDA).format(once=once))
+    how = {"framework": "torch", "device": "cuda", "dtypes": ["float32"], "level": "quick", "isolate": True}
+    report = refimpl.check("linear_recurrence", f"{tmp_path}/kernel.py:scan", **how)
+    assert [c.status for c in report.failures] == ["CRASH"] * (message is not None), str(report)
+    if message:
+        assert message in report.failures[0].message
+    else:
+        assert report.ok
