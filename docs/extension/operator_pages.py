@@ -305,6 +305,17 @@ def index_page() -> str:
     for part in order:
         rows = [(f"[{op.name}]({op.name}.md)", prose.inline(op.summary)) for op in found[part]]
         sections.append(f"## [{part_title(part)}](parts/{part}.md)\n\n" + _table(("operator", ""), rows))
+    more = []
+    for name in chapters():
+        module = importlib.import_module(name)
+        functions = [f for f in getattr(module, "__all__", ()) if callable(getattr(module, f))]
+        if functions and not hasattr(module, "OPS"):
+            title = (inspect.getdoc(module) or "").partition("\n")[0].rstrip(".")
+            listed = ", ".join(f"`refimpl.{f}`" for f in functions)
+            more.append((f"[{name.rpartition('.')[2]}](../chapters/{name.partition('ops.')[2].replace('.', '/')}.md)", prose.inline(title), listed))
+    if more:
+        text = "Tools that operators share, and algorithms that are no function of arrays alone; each is a chapter to read, with its tests."
+        sections.append(f"## Chapters beside the operators\n\n{text}\n\n" + _table(("chapter", "", "functions"), more))
     toctree = "\n".join(f"parts/{part}" for part in order)
     count = len(catalogue())
     return (
