@@ -278,7 +278,7 @@ def ring(case: Case) -> None:
     case.number("time", slope(lambda n: n * n / p, lengths(2**12, 2**16)), "growth of the time with n on p devices")
     devices = lengths(1, 64)
     case.curves(
-        "devices", "share of device steps with work, causal and contiguous", contiguous=(devices, [(m + 1) / (2 * m) for m in devices])
+        "devices", "share of device steps with work, causal", contiguous=(devices, [(m + 1) / (2 * m) for m in devices])
     )
     case.states(
         f"Exact in any order ({error:.0e}); causal and contiguous only (p + 1) / 2p = {use:.0%} of the steps have work at p = 8; time "
