@@ -407,12 +407,19 @@ def test_large_calls_stay_in_one_thread():
     assert measure("mlstm", "chunkwise", **sizes) == measure("mlstm", "chunkwise", **sizes)
 
 
-def test_gradients_can_be_counted_too():
-    op = refimpl.OPS["linear_recurrence"]
-    call = op.sample(np.random.default_rng(0), T=64)
-    found = run(op.gradient, {"dy": filled(64, 3), **call})
-    assert measure(op, T=64).work < found.work < 5 * measure(op, T=64).work
-    assert found.depth > 2 * 64
+@pytest.mark.parametrize("name", [name for name, op in refimpl.OPS.items() if op.gradient is not None])
+def test_gradients_can_be_counted_too(name):
+    """A gradient is at least a tenth and at most twenty times its function (which most of them call again)."""
+    forwards, backwards = measure(name), measure(name, "vjp")
+    assert min(backwards.depth, backwards.traffic, backwards.peak) > 0
+    assert forwards.work / 10 <= backwards.work < 20 * forwards.work
+
+
+def test_the_gradient_of_a_product_is_two():
+    """Kaplan et al. (2020), section 2.1: backwards is twice forwards, where products of matrices are all there is."""
+    forwards, backwards = (measure("attention", form, n=64, m=64, d=64, e=64).by_class["matmul"] for form in ("dense", "vjp"))
+    assert backwards == pytest.approx(3 * forwards, rel=0.2)  # forwards once again, then twice
+    assert fit("linear_recurrence", "vjp").work.order == (1, 0)
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ class Counts:
         Operations that depend on no argument's values.
     by_class : mapping of str to int
         Work by class: "add", "multiply", "divide", "root", "compare", "round", "exp", "log", "power", "trigonometric", "special", "matmul",
-        "sum", "fft", "solve", "sort", "integer".
+        "einsum", "sum", "fft", "solve", "sort", "integer".
     operations : int
         Array operations.
     """

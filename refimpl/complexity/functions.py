@@ -146,7 +146,7 @@ def einsum(subscripts, *operands, **kwargs):
     depth = raised(depth, len(operands) - 1 + levels(summed))
     complexes = sum(x.dtype.kind == "c" for x in bare)
     each = (len(operands) - 1) * (1, 2, 6)[min(complexes, 2)] + bool(left_out) * (2 if complexes else 1)
-    kind = "integer" if raw.dtype.kind in "biu" else "matmul" if left_out else "multiply"
+    kind = "integer" if raw.dtype.kind in "biu" else "einsum" if left_out else "multiply"
     ledger.add(kind, each * raw.size * summed, deepest(depth))
     made = adopt(raw, depth, ledger)
     ledger.touch(arrays_in(operands), (made,))

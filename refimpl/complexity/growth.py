@@ -7,6 +7,7 @@ nearly square) are they fitted, and `exact` is False.
 """
 
 import functools
+import inspect
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from refimpl.complexity.counter import Counts
-from refimpl.complexity.runs import find, letters, measure
+from refimpl.complexity.runs import find, function_of, letters, measure
 from refimpl.op import Op
 
 LENGTHS = (16, 32, 64, 128, 256)
@@ -144,9 +145,7 @@ def axes(op: Op, axis: str) -> tuple[str, ...]:
 
 def blocks(op: Op, form: str) -> dict[str, int]:
     """Small sizes for a form's chunks and tiles."""
-    import inspect
-
-    taken = inspect.signature(op.forms[form].function).parameters
+    taken = inspect.signature(function_of(op, form)).parameters
     return {name: size for name, size in BLOCKS.items() if name in taken and taken[name].default not in (None, taken[name].empty)}
 
 

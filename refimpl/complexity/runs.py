@@ -32,7 +32,7 @@ def measure(op: str | Op, form: str | None = None, *, give: Sequence[str] = (), 
     op : str or Op
         An operator, or its name.
     form : str, optional
-        One of its forms; the definition by default.
+        One of its forms; the definition by default. "vjp" is the gradient, with a cotangent of ones for each result.
     give : sequence of str
         Optional arrays (a mask, a state) to pass besides the required ones.
     memory : int, optional
@@ -67,7 +67,7 @@ def measure(op: str | Op, form: str | None = None, *, give: Sequence[str] = (), 
     (600, 200)
     """
     op, form = find(op, form)
-    function = op.forms[form].function
+    function = function_of(op, form)
     try:
         return run(function, arguments(op, form, give=give, seed=seed, **sizes), memory)
     except ValueError:
@@ -77,6 +77,14 @@ def measure(op: str | Op, form: str | None = None, *, give: Sequence[str] = (), 
         raise
 
 
+GRADIENT = "vjp"
+
+
+def function_of(op: Op, form: str) -> Any:
+    """What is called: a form, or the gradient."""
+    return op.gradient if form == GRADIENT else op.forms[form].function
+
+
 def find(op: str | Op, form: str | None) -> tuple[Op, str]:
     """The operator and the form's name; ValueError if there is none."""
     if isinstance(op, str):
@@ -84,6 +92,8 @@ def find(op: str | Op, form: str | None) -> tuple[Op, str]:
             raise ValueError(unknown(op))
         op = catalogue()[op]
     form = next(iter(op.forms)) if form is None else form
+    if form == GRADIENT and op.gradient is not None:
+        return op, form
     if form not in op.forms:
         raise ValueError(f"{op.name}: there is no form {form!r}, only {', '.join(op.forms)}")
     return op, form
@@ -96,7 +106,7 @@ def letters(op: Op) -> dict[str, Any]:
 
 def arguments(op: Op, form: str, *, give: Sequence[str] = (), seed: int = 0, hard: str | None = None, **sizes) -> dict[str, Any]:
     """The plain call at given sizes, arrays and options by name: of the chapter's sample, or of one of its hard inputs."""
-    taken = inspect.signature(op.forms[form].function).parameters
+    taken = inspect.signature(function_of(op, form)).parameters
     known = letters(op)
     own = {k: v for k, v in sizes.items() if k in known}
     options = {k: v for k, v in sizes.items() if k not in known or (k in taken and k in op.options)}
@@ -109,11 +119,15 @@ def arguments(op: Op, form: str, *, give: Sequence[str] = (), seed: int = 0, har
     for name in give:
         if sample.get(name) is None:
             raise ValueError(f"{op.name}: the sample has no array {name!r}, only {', '.join(sample)}")
-    required = {n for n, p in taken.items() if p.default is p.empty}
+    required = {n for n, p in taken.items() if p.default is p.empty} - {"dy"}
     call = {n: v for n, v in sample.items() if n in required or n in give}
     call |= {n: op.options[n][0] for n in required - call.keys() if n in op.options}
     call = {n: v(**(known | own)) if callable(v) else v for n, v in (call | options).items()}
-    return call if op.arrange is None else {n: v for n, v in op.arrange(call).items() if n in call}
+    call = call if op.arrange is None else {n: v for n, v in op.arrange(call).items() if n in call}
+    if form == GRADIENT:
+        result = op.definition(**call)
+        call = {"dy": tuple(map(np.ones_like, result)) if isinstance(result, tuple) else np.ones_like(result), **call}
+    return call
 
 
 def run(function, call: dict[str, Any], memory: int | None = None) -> Counts:

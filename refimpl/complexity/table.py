@@ -69,8 +69,15 @@ def predict(op: str | Op, form: str | None = None, **sizes) -> Cost:
     >>> from refimpl.complexity import predict
     >>> predict("linear_recurrence", "sequential", T=100, c=3).work
     600
+
+    Raises
+    ------
+    ValueError
+        If there is no such operator or form, or no formula.
     """
     op, form = find(op, form)
+    if form not in op.forms:
+        raise ValueError(f"{op.name}: the chapter has no formula for {form}")
     known = letters(op) | sizes
     batch = math.prod(known.pop("batch", ()))
     taken = inspect.signature(op.forms[form].cost).parameters
