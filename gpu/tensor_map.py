@@ -1,6 +1,7 @@
 """Descriptions of arrays for Hopper's bulk tensor copy engine, as its kernels take them by value."""
 
 import ctypes
+import functools
 import sys
 
 import numpy as np
@@ -11,25 +12,21 @@ _SWIZZLE_128, _L2_256 = 3, 3  # CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PRO
 
 
 def fits(x) -> bool:
-    """Whether the engine can read a 4-d array as it lies: neighbours along the last axis, all else in steps of 16 bytes."""
+    """Whether the engine can read a 4-d array as it lies: neighbours along the last axis, all else in steps of 16 bytes (not 0)."""
     steps = [s for s, n in zip(x.strides[:-1], x.shape[:-1], strict=True) if n > 1]
-    rows = x.shape[2] <= 1 or x.strides[2] > 0
-    return x.size > 0 and rows and x.strides[-1] == x.itemsize and x.data.ptr % 16 == 0 and all(s >= 0 and s % 16 == 0 for s in steps)
+    return x.size > 0 and x.strides[-1] == x.itemsize and x.data.ptr % 16 == 0 and all(s > 0 and s % 16 == 0 for s in steps)
 
 
 def panels(x, rows: int) -> np.ndarray:
     """The map that takes boxes of `rows` x 128 bytes, swizzled, from a 4-d array (batch, head, row, column).
-
-    An axis along which an array repeats itself (stride 0) has one place; ask for place 0 there.
 
     Raises
     ------
     RuntimeError
         If the driver refuses.
     """
-    sizes = [1 if s == 0 else n for n, s in zip(x.shape, x.strides, strict=True)][::-1]
-    strides = [s if n > 1 else 16 * x.size * x.itemsize for n, s in zip(sizes[1:], x.strides[-2::-1], strict=True)]
-    strides = [min(s, 2**39) for s in strides]
+    sizes = x.shape[::-1]
+    strides = [s if n > 1 else 16 for n, s in zip(sizes[1:], x.strides[-2::-1], strict=True)]
     space = ctypes.create_string_buffer(192)
     address = -(-ctypes.addressof(space) // 64) * 64  # the driver writes to a multiple of 64
     many, few = ctypes.c_uint64 * 4, ctypes.c_uint32 * 4
@@ -42,5 +39,6 @@ def panels(x, rows: int) -> np.ndarray:
     return np.frombuffer(ctypes.string_at(address, 128), TENSOR_MAP).copy()
 
 
+@functools.cache
 def _driver():
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")

@@ -20,7 +20,7 @@ import numpy as np
 
 from refimpl.gpu import mirror, tensor_map
 from refimpl.gpu.arrays import arithmetic, flat
-from refimpl.gpu.launch import Kernel, multiprocessors
+from refimpl.gpu.launch import Kernel, capability, multiprocessors
 from refimpl.ops.attention.attention import CONTRACT
 
 TILED, DECODE = "kernel_attention.cu", "kernel_attention_decode.cu"
@@ -143,7 +143,7 @@ def takes_tensor_cores(p: Problem) -> bool:
     call = p.call[0]
     there = min(call[x] for x in ("B", "Hq", "n", "m", "e")) > 0 and call["scale"] > 0  # of scores the largest is that of products
     sizes = max(call["d"], call["e"]) <= 128 and call["d"] % 8 == 0 and call["e"] % 8 == 0
-    return p.q.dtype.name in HALVES and there and sizes and cp.cuda.Device().compute_capability == "90"
+    return p.q.dtype.name in HALVES and there and sizes and capability() == "90"
 
 
 def results(p: Problem, dtype=None):
@@ -222,10 +222,10 @@ def hopper(p: Problem, warpgroups: int | None = None, keys: int | None = None, s
     call["heads"] = min(heads, fit)
     o, lse = results(p, p.q.dtype)
     maps = (tensor_map.panels(q, 64 * W), tensor_map.panels(k, keys), tensor_map.panels(v, keys))
-    shared = 1024 + (64 * W + 4 * keys) * D * 2 + 128
+    shared = 1024 + (64 * W + 4 * keys) * D * 2 + 256
     kernel = _hopper(name, D, W, keys, bool(c["softcap"] > 0), p.maps)
     grid = min(heads * tiles, multiprocessors()) if stay else heads * tiles
-    kernel((grid,), (128 * (W + 1),), (call, *maps, *p.options, o, lse), shared)
+    kernel((grid,), (128 * (W + 1),), (call, *maps, *p.options, o, lse, cp.zeros(1, np.int32)), shared)
     return o, lse
 
 
@@ -237,7 +237,7 @@ def hopper_backward(p: Problem, do, o, lse, dlse):
     """dq, dk, dv in the arrays' precision, and across = dlse - do.o (B, Hq, n)."""
     call, name = p.call.copy(), p.q.dtype.name
     B, Hq, Hkv, n, m, d, e = (int(call[x][0]) for x in ("B", "Hq", "Hkv", "n", "m", "d", "e"))
-    q, k, v, do = (x if tensor_map.fits(x) and min(x.strides) > 0 else cp.ascontiguousarray(x) for x in (p.q, p.k, p.v, do))
+    q, k, v, do = (x if tensor_map.fits(x) else cp.ascontiguousarray(x) for x in (p.q, p.k, p.v, do))
     for key, x in (("q", q), ("k", k), ("v", v), ("dy", do)):
         call[key][0] = [s // x.itemsize for s in x.strides[:3]]
     D, capped = 64 if max(d, e) <= 64 else 128, "true" if call["softcap"][0] > 0 else "false"

@@ -86,11 +86,9 @@ __device__ inline bool inside(const Call& c, int i, int rows, int j, int keys) {
     return j >= i + rows - 1 + c.below && j + keys - 1 <= i + c.above && j + keys <= c.m;
 }
 
-// A raw product becomes a score: scaled, capped, biased, and -infinity where the pair is not allowed.
+// A scaled and capped product becomes a score: biased, and -infinity where the pair is not allowed.
 template <class T, class A, bool MAPS>
-__device__ inline A score(const Call& c, A raw, bool edge, int i, int j, const unsigned char* mask, const T* bias) {
-    A s = raw * (A)c.scale;
-    if (c.softcap > 0) s = (A)c.softcap * tanh_(s / (A)c.softcap);
+__device__ inline A biased(const Call& c, A s, bool edge, int i, int j, const unsigned char* mask, const T* bias) {
     bool seen = !edge || allowed(c, i, j);
     if (MAPS && seen && bias != nullptr) {
         A b = widen(bias[i * c.bias[2] + j * c.bias[3]]);
@@ -99,6 +97,12 @@ __device__ inline A score(const Call& c, A raw, bool edge, int i, int j, const u
     }
     if (MAPS && seen && mask != nullptr) seen = mask[i * c.mask[2] + j * c.mask[3]];
     return seen ? s : (A)NOTHING_SEEN;
+}
+template <class T, class A, bool MAPS>
+__device__ inline A score(const Call& c, A raw, bool edge, int i, int j, const unsigned char* mask, const T* bias) {
+    A s = raw * (A)c.scale;
+    if (c.softcap > 0) s = (A)c.softcap * tanh_(s / (A)c.softcap);
+    return biased<T, A, MAPS>(c, s, edge, i, j, mask, bias);
 }
 
 // ---- shared memory ---------------------------------------------------------------------------------------------------

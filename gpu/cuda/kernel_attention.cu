@@ -172,12 +172,25 @@ attention_tiled(const Call c, const T* q, const T* k, const T* v, const unsigned
             }
             const bool edge = !inside(c, row, ROWS, key, KEYS);
             A larger[R];
+            const A scale = (A)c.scale;
+            if (c.softcap > 0) {
+                const A cap = (A)c.softcap, factor = scale / cap;
+#pragma unroll
+                for (int i = 0; i < R; i++)
+#pragma unroll
+                    for (int j = 0; j < C; j++) s[i][j] = cap * tanh_(s[i][j] * factor);
+            } else {
+#pragma unroll
+                for (int i = 0; i < R; i++)
+#pragma unroll
+                    for (int j = 0; j < C; j++) s[i][j] *= scale;
+            }
 #pragma unroll
             for (int i = 0; i < R; i++) {
                 larger[i] = top[i];
 #pragma unroll
                 for (int j = 0; j < C; j++) {
-                    s[i][j] = score<T, A, MAPS>(c, s[i][j], edge, row + ty + 16 * i, key + tx + 16 * j, mask, bias);
+                    s[i][j] = biased<T, A, MAPS>(c, s[i][j], edge, row + ty + 16 * i, key + tx + 16 * j, mask, bias);
                     larger[i] = s[i][j] > larger[i] ? s[i][j] : larger[i];
                 }
             }

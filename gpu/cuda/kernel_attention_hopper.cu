@@ -14,19 +14,21 @@
 
 constexpr int STAGES = 2;  // tiles of K, and of V, in shared memory
 
-// Blocks stay and take item after item, so that the next one's copies fall under the end of this one: the engine's stages go
-// round through all items (`round`, the count of tiles of keys so far, tells stage and phase).
+// Blocks stay and take item after item from a common counter, so that the next one's copies fall under the end of this one and
+// all blocks end together. The producer hands the items on through two places in shared memory. The engine's stages go round
+// through all items: `round`, the count of tiles of keys so far, tells stage and phase.
 template <class T, int D, int W, int KEYS, bool CAP, bool MAPS>
 __global__ void __launch_bounds__(128 * (W + 1), 1)
 attention_forward(const __grid_constant__ Call c, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-                  const __grid_constant__ TensorMap v_map, const unsigned char* mask, const T* bias, const float* sink, T* o, float* lse) {
+                  const __grid_constant__ TensorMap v_map, const unsigned char* mask, const T* bias, const float* sink, T* o, float* lse, int* counter) {
     constexpr int ROWS = 64 * W, PANELS = D / 64, Q_PANEL = ROWS * 128, KV_PANEL = KEYS * 128, KV_TILE = PANELS * KV_PANEL;
     extern __shared__ unsigned char memory[];
     unsigned char* const base = memory + (1024 - shared_address(memory) % 1024) % 1024;
     unsigned char *const q_tile = base, *const k_tiles = base + PANELS * Q_PANEL, *const v_tiles = k_tiles + STAGES * KV_TILE;
     Barrier* const q_full = (Barrier*)(v_tiles + STAGES * KV_TILE);
     Barrier *const q_free = q_full + 1, *const k_full = q_free + 1, *const v_full = k_full + STAGES, *const k_free = v_full + STAGES,
-                  *const v_free = k_free + STAGES;
+                  *const v_free = k_free + STAGES, *const item_full = v_free + STAGES, *const item_free = item_full + 2;
+    int* const places = (int*)(item_free + 2);
 
     const int tiles = (c.n + ROWS - 1) / ROWS, items = tiles * c.B * c.Hq;
     int b, h, row, until, count, round = 0, asked = 0;  // asked: items with queries so far
@@ -46,40 +48,50 @@ attention_forward(const __grid_constant__ Call c, const __grid_constant__ Tensor
             barrier_init(k_full + s, 1), barrier_init(v_full + s, 1);
             barrier_init(k_free + s, 4 * W), barrier_init(v_free + s, 4 * W);
         }
+        for (int s = 0; s < 2; s++) barrier_init(item_full + s, 1), barrier_init(item_free + s, 4 * W);
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
     }
     __syncthreads();
 
     if (warpgroup == 0) {
-        keep_registers<(W == 2 ? 24 : 32)>();
+        keep_registers<(W == 2 ? 40 : 32)>();
         if (threadIdx.x == 0) {
-            for (int item = blockIdx.x; item < items; item += gridDim.x) {
+            int item = blockIdx.x;
+            for (int turn = 0;; turn++, item = gridDim.x + atomicAdd(counter, 1)) {
+                barrier_wait(item_free + turn % 2, turn / 2 % 2 ^ 1);
+                places[turn % 2] = item;
+                barrier_arrive(item_full + turn % 2);
+                if (item >= items) break;
                 take(item);
                 if (count == 0) continue;
-                const int kv = h / (c.Hq / c.Hkv), q_batch = c.q[0] ? b : 0, k_batch = c.k[0] ? b : 0, v_batch = c.v[0] ? b : 0;
-                const int q_head = c.q[1] ? h : 0, k_head = c.k[1] ? kv : 0, v_head = c.v[1] ? kv : 0;
+                const int kv = h / (c.Hq / c.Hkv);
                 barrier_wait(q_free, asked++ % 2 ^ 1);
                 barrier_expect(q_full, PANELS * Q_PANEL);
-                for (int p = 0; p < PANELS; p++) copy_box(q_tile + p * Q_PANEL, &q_map, q_full, 64 * p, row, q_head, q_batch);
+                for (int p = 0; p < PANELS; p++) copy_box(q_tile + p * Q_PANEL, &q_map, q_full, 64 * p, row, h, b);
                 for (int t = 0; t < count; t++, round++) {
                     const int stage = round % STAGES, phase = round / STAGES % 2, key = (until - 1 - t) * KEYS;
                     barrier_wait(k_free + stage, phase ^ 1);
                     barrier_expect(k_full + stage, KV_TILE);
                     for (int p = 0; p < PANELS; p++)
-                        copy_box(k_tiles + stage * KV_TILE + p * KV_PANEL, &k_map, k_full + stage, 64 * p, key, k_head, k_batch);
+                        copy_box(k_tiles + stage * KV_TILE + p * KV_PANEL, &k_map, k_full + stage, 64 * p, key, kv, b);
                     barrier_wait(v_free + stage, phase ^ 1);
                     barrier_expect(v_full + stage, KV_TILE);
                     for (int p = 0; p < PANELS; p++)
-                        copy_box(v_tiles + stage * KV_TILE + p * KV_PANEL, &v_map, v_full + stage, 64 * p, key, v_head, v_batch);
+                        copy_box(v_tiles + stage * KV_TILE + p * KV_PANEL, &v_map, v_full + stage, 64 * p, key, kv, b);
                 }
             }
         }
     } else {
-        take_registers<(W == 2 ? 240 : 160)>();
+        take_registers<(W == 2 ? 232 : 160)>();
         const int me = warpgroup - 1, thread = threadIdx.x % 128, lane = thread % 32;
         const float unit = (float)LOG2E * (CAP || MAPS ? 1.0f : (float)c.scale);  // of the numbers in s, in powers of two
         if (me == W - 1) pass(1, 256);  // the first turn is the first one's
-        for (int item = blockIdx.x; item < items; item += gridDim.x) {
+        for (int turn = 0;; turn++) {
+            barrier_wait(item_full + turn % 2, turn / 2 % 2);
+            const int item = places[turn % 2];
+            __syncwarp();
+            if (lane == 0) barrier_arrive(item_free + turn % 2);
+            if (item >= items) break;
             take(item);
             const int row_0 = row + 64 * me, mine = row_0 + thread / 32 * 16 + lane / 4;  // this thread: rows mine, mine + 8
             const unsigned char* const mask_h = !MAPS || mask == nullptr ? nullptr : mask + b * c.mask[0] + h * c.mask[1];
@@ -118,41 +130,45 @@ attention_forward(const __grid_constant__ Call c, const __grid_constant__ Tensor
                         if (CAP) s[x] = (float)c.softcap * tanh_fast(s[x]);
                     }
                 }
-                if (MAPS || edge) {
+                if (edge) {
 #pragma unroll
-                    for (int x = 0; x < KEYS / 2; x++) {
-                        const int i = mine + x % 4 / 2 * 8, j = key + x / 4 * 8 + lane % 4 * 2 + x % 2;
-                        bool seen = allowed(c, i, j);
-                        if (MAPS && seen && bias_h != nullptr) {
-                            const float y = widen(bias_h[i * c.bias[2] + j * c.bias[3]]);
-                            s[x] += y;
-                            seen = y != NOTHING_SEEN;
+                    for (int r = 0; r < 2; r++) {  // columns first ... last of this thread's are allowed
+                        const int column = key + lane % 4 * 2, first = mine + 8 * r + c.below - column, last = min(mine + 8 * r + c.above, c.m - 1) - column;
+#pragma unroll
+                        for (int x = 0; x < KEYS / 4; x++) {
+                            const int j = x / 2 * 8 + x % 2;
+                            if (j < first || j > last) s[x / 2 * 4 + 2 * r + x % 2] = NOTHING_SEEN;
                         }
-                        if (MAPS && seen && mask_h != nullptr) seen = mask_h[i * c.mask[2] + j * c.mask[3]];
-                        if (!seen) s[x] = NOTHING_SEEN;
                     }
                 }
+                if (MAPS) {
+#pragma unroll
+                    for (int x = 0; x < KEYS / 2; x++) {
+                        const int i = min(mine + x % 4 / 2 * 8, c.n - 1), j = min(key + x / 4 * 8 + lane % 4 * 2 + x % 2, c.m - 1);
+                        const float y = bias_h == nullptr ? 0.0f : widen(bias_h[i * c.bias[2] + j * c.bias[3]]);
+                        const bool seen = y != NOTHING_SEEN && (mask_h == nullptr || mask_h[i * c.mask[2] + j * c.mask[3]]);
+                        s[x] = seen ? s[x] + y : NOTHING_SEEN;
+                    }
+                }
+                float larger[2][2] = {{top[0], top[0]}, {top[1], top[1]}}, sum[2][2] = {}, shift[2];  // chains of operations, side by side
+#pragma unroll
+                for (int x = 0; x < KEYS / 2; x++) larger[x % 4 / 2][x % 2] = fmaxf(larger[x % 4 / 2][x % 2], s[x]);
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
-                    float larger = top[r];
-#pragma unroll
-                    for (int x = 0; x < KEYS / 8; x++) larger = fmaxf(larger, fmaxf(s[4 * x + 2 * r], s[4 * x + 2 * r + 1]));
-                    larger = fmaxf(larger, __shfl_xor_sync(0xffffffff, larger, 1));
-                    larger = fmaxf(larger, __shfl_xor_sync(0xffffffff, larger, 2));
-                    const float shift = larger == NOTHING_SEEN ? 0.0f : larger * unit;
-                    keep[r] = exp2_fast(top[r] * unit - shift);
-                    top[r] = larger;
-                    float sum = 0;
-#pragma unroll
-                    for (int x = 0; x < KEYS / 8; x++)
-#pragma unroll
-                        for (int y = 0; y < 2; y++) {
-                            float& w = s[4 * x + 2 * r + y];
-                            w = exp2_fast(fmaf(w, unit, -shift));
-                            sum += w;
-                        }
-                    total[r] = total[r] * keep[r] + sum;
+                    float most = fmaxf(larger[r][0], larger[r][1]);
+                    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
+                    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
+                    shift[r] = most == NOTHING_SEEN ? 0.0f : most * unit;
+                    keep[r] = exp2_fast(top[r] * unit - shift[r]);
+                    top[r] = most;
                 }
+#pragma unroll
+                for (int x = 0; x < KEYS / 2; x++) {
+                    s[x] = exp2_fast(fmaf(s[x], unit, -shift[x % 4 / 2]));
+                    sum[x % 4 / 2][x % 2] += s[x];
+                }
+#pragma unroll
+                for (int r = 0; r < 2; r++) total[r] = total[r] * keep[r] + (sum[r][0] + sum[r][1]);
             };
             auto round_weights = [&]() {
 #pragma unroll
@@ -186,6 +202,7 @@ attention_forward(const __grid_constant__ Call c, const __grid_constant__ Tensor
                     hold(s);
                     release(k_free + stage);
                     softmax((until - 1 - t) * KEYS, keep);
+                    if (total[0] + total[1] < -1.0f) __trap();  // never: all of the softmax stays above the wait for P V, under which it falls
                     products_wait<0>();
                     hold(acc);
                     release(v_free + before);
