@@ -59,7 +59,8 @@ class Groups(NamedTuple):
 
     def take(self, x: cp.ndarray) -> cp.ndarray:
         """The rows of x in their slots, zeros where there is none."""
-        return cp.where((self.source >= 0)[:, None], x[cp.maximum(self.source, 0)], cp.zeros((), x.dtype))
+        rows = cp.where((self.source >= 0)[:, None], x[cp.maximum(self.source, 0)], cp.zeros((), x.dtype))
+        return rows.astype(x.dtype, copy=False)  # CuPy has no `where` of bfloat16, and widens
 
     def product(self, x: cp.ndarray, w: cp.ndarray, transposed: bool = False, dtype=None) -> cp.ndarray:
         """x[slot] @ w[group], or with w transposed; halves are summed in float32."""

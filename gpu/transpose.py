@@ -21,7 +21,7 @@ def transposed(x: cp.ndarray, dtype) -> cp.ndarray:
         x = cp.ascontiguousarray(x)
     count, size = len(x), x.itemsize
     kernel = INSTANCES[x.dtype.name, np.dtype(dtype).name]
-    grid = (-(-rows // 64), min(-(-columns // 64), 65535), min(count, 65535))
+    grid = (-(-rows // 64), min(-(-columns // 64) * count, 65535))
     steps = (np.int64(v) for v in (count, rows, columns, x.strides[0] // size, x.strides[1] // size))
     kernel(grid, (256,), (x, out, *steps))
     return out

@@ -11,8 +11,9 @@ transpose(const From* from, To* to, i64 batch, i64 rows, i64 columns, i64 batch_
     constexpr int TILE = 64;
     __shared__ Arithmetic<To> tile[TILE][TILE + 1];
     const int x = threadIdx.x % TILE, y = threadIdx.x / TILE;
-    const i64 r0 = blockIdx.x * i64(TILE), c0 = blockIdx.y * i64(TILE);
-    for (i64 b = blockIdx.z; b < batch; b += gridDim.z) {
+    const i64 r0 = blockIdx.x * i64(TILE), across = (columns + TILE - 1) / TILE;
+    for (i64 at = blockIdx.y; at < across * batch; at += gridDim.y) {
+        const i64 b = at / across, c0 = at % across * TILE;
         const From* in = from + b * batch_stride;
         To* out = to + b * rows * columns;
 #pragma unroll

@@ -207,15 +207,16 @@ def _vjp_by_cufft(dy, u, kernel, skip):
     dy, u, kernel, skip = (None if x is None else _wide(x) for x in (dy, u, kernel, skip))
     T, K = u.shape[-2], kernel.shape[-2]
     direct = 0 if skip is None else skip.conj() * dy
+    dskip = None if skip is None else _products(u, dy, tuple(range(dy.ndim - 1)))
     if not (T and K and u.size and kernel.size):
-        return {"u": direct + cp.zeros_like(dy), "kernel": cp.zeros_like(kernel), "skip": cp.zeros(u.shape[-1:], dy.dtype)}
+        return {"u": direct + cp.zeros_like(dy), "kernel": cp.zeros_like(kernel), "skip": dskip}
     forward, back, n = _transforms(u, kernel, dy)
     cotangent = forward(dy)
     du = back(cotangent * forward(kernel[..., :T, :]).conj(), T) + direct
     lags = back(cotangent * forward(u).conj(), min(K, T))
     dkernel = cp.zeros((*lags.shape[:-2], K, lags.shape[-1]), lags.dtype)
     dkernel[..., : min(K, T), :] = lags
-    return {"u": du, "kernel": dkernel, "skip": None if skip is None else _products(u, dy, tuple(range(dy.ndim - 1)))}
+    return {"u": du, "kernel": dkernel, "skip": dskip}
 
 
 def _transforms(u, kernel, *more):
