@@ -2,17 +2,18 @@
 
 ``refimpl.gpu.attention(q, k, v, causal=True)`` mirrors ``refimpl.attention``; the modules are named as the chapters are,
 so ``refimpl.gpu.attention.attention`` is found by ``importlib.import_module`` and by ``from ... import``. Nothing in
-`refimpl` imports this package unless asked for by name.
+`refimpl` imports this package unless asked for by name. `refimpl.gpu.teaching` needs no CuPy where Numba simulates a device.
 """
 
 import importlib
 import importlib.util
+import os
 import pkgutil
 import sys
 from types import ModuleType
 from typing import Any
 
-if importlib.util.find_spec("cupy") is None:
+if importlib.util.find_spec("cupy") is None and os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
     raise ImportError(
         "refimpl.gpu needs CuPy, which is not installed. Install the extra that fits the driver: "
         "pip install 'refimpl[cuda12]' for CUDA 12, pip install 'refimpl[cuda13]' for CUDA 13 (never both).",

@@ -26,6 +26,11 @@ def arithmetic(dtype) -> np.dtype:
     return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
 
 
+def cast(x, dtype):
+    """An array in a dtype: itself, if it has that already (CuPy's astype copies bfloat16 to bfloat16)."""
+    return x if x.dtype == dtype else x.astype(dtype)
+
+
 def flat(x, batch: tuple[int, ...], axes: int):
     """(..., axes) -> (N, axes), N the number of batch elements: a view, of stride 0 where all share one, or a copy."""
     own, count = x.shape[x.ndim - axes :], math.prod(batch)

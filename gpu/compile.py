@@ -82,6 +82,8 @@ def table(only: Iterable[str] = ()) -> list[dict]:
     ]
     from cuda.core import Program  # noqa: F401  before the threads: its import is not safe in several at once
 
+    from cuda.core import Program  # noqa: F401  (its import is not safe in several threads, so: before threads)
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda job: resources(*job), dict.fromkeys(jobs)))
 

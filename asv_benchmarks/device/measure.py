@@ -28,7 +28,7 @@ HOLD = r"""extern "C" __global__ void hold(long long cycles) {
 }"""
 
 
-def hold_back(cycles: int = 3_000_000) -> None:
+def hold_back(cycles: int = 5_000_000) -> None:
     """Keep the device busy for a millisecond or two, so that what the host does to start the work is done when it starts."""
     cp.RawKernel(HOLD, "hold")((1,), (1,), (np.int64(cycles),))
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 import traceback
@@ -121,33 +122,35 @@ def time_linear():
         copies = [(cp.empty((N, T, c), "float32"), a) for a, _ in sets]
         copy = median_ms(lambda to, x: cp.copyto(to, x), copies) * 1.5
         times = {"1.5 copies": copy, "ours": median_ms(refimpl.gpu.linear_recurrence, sets), "ours again": median_ms(refimpl.gpu.linear_recurrence, sets)}
-        policies = module.walking, module.splitting
-        if T * c <= 1 << 24:
-            for C, L, W, ST in WALK:
-                try:
-                    module.walking = lambda policy, dtype, wide, t=module.Tiles(C, L, W, ST): t
-                    times[f"walk {C},{L},{W},{ST}"] = median_ms(refimpl.gpu.linear_recurrence, sets, repeat=15)
-                except Exception as e:
-                    print("variant", C, L, W, ST, str(e)[:200])
-            module.walking = policies[0]
-        for C, L in SPLIT:
-            try:
-                module.splitting = lambda dtype, wide, t=module.Tiles(C, L, 16, 1): t
-                module.walking = lambda policy, dtype, wide: module.Tiles(10**9, 4, 1, 1)
-                keep, module.aligned = module.aligned, lambda *a: True
-                times[f"split {C},{L}"] = median_ms(refimpl.gpu.linear_recurrence, sets, repeat=15)
-            except Exception as e:
-                print("variant split", C, L, str(e)[:200])
-            finally:
-                module.aligned = keep
-            module.walking, module.splitting = policies
+        plans = module.walking, module.splitting, module.along_lines
+        if N > 1:
+            for t in WALK:
+                module.walking = lambda policy, dtype, t=module.Tiles(*t): (t,)
+                times[f"walk {t}"] = median_ms(refimpl.gpu.linear_recurrence, sets, repeat=15)
+        else:
+            for t in SPLIT:
+                module.splitting = lambda policy, dtype, t=module.Tiles(*t): t
+                times[f"split {t}"] = median_ms(refimpl.gpu.linear_recurrence, sets, repeat=15)
+        module.walking, module.splitting, module.along_lines = plans
         floor = floor_ms(bytes=12 * N * T * c)
         RESULTS.add("linear_recurrence", "forward, rows", f"B{N} T{T} C{c} float32", floor, times)
         lines = [tuple(cp.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for x in s) for s in sets]
-        RESULTS.add("linear_recurrence", "forward, lines", f"B{N} T{T} C{c} float32", floor, {"ours": median_ms(refimpl.gpu.linear_recurrence, lines)})
+        times = {"ours": median_ms(refimpl.gpu.linear_recurrence, lines)}
+        if N > 1:
+            for t in LINES:
+                module.along_lines = lambda policy, dtype, t=module.Tiles(*t): (t, t)
+                times[f"lines {t}"] = median_ms(refimpl.gpu.linear_recurrence, lines, repeat=15)
+            module.along_lines = plans[2]
+        RESULTS.add("linear_recurrence", "forward, lines", f"B{N} T{T} C{c} float32", floor, times)
         del lines
-        grads = [(a, b, a) for a, b in sets]
-        RESULTS.add("linear_recurrence", "gradient, rows", f"B{N} T{T} C{c} float32", floor_ms(bytes=32 * N * T * c), {"ours": median_ms(refimpl.gpu.linear_recurrence_vjp, [(b, a, b) for a, b, _ in grads], repeat=10)})
+        grads = [(b, a, b) for a, b in sets]
+        times = {"ours": median_ms(refimpl.gpu.linear_recurrence_vjp, grads, repeat=10)}
+        if N > 1:
+            for t in BACK:
+                module.walking = lambda policy, dtype, t=module.Tiles(*t): (t,) if policy == "Adjoint" else plans[0](policy, dtype)
+                times[f"back {t}"] = median_ms(refimpl.gpu.linear_recurrence_vjp, grads, repeat=10)
+            module.walking = plans[0]
+        RESULTS.add("linear_recurrence", "gradient, rows", f"B{N} T{T} C{c} float32", floor_ms(bytes=32 * N * T * c), times)
         del sets, copies, grads
 
 
@@ -166,39 +169,33 @@ def time_selective():
     Tiles = module.Tiles
     call = lambda *a: refimpl.gpu.selective_scan(*a, delta_softplus=True)
     for (N, T, c, n), dtype, variants in [
-        ((8, 2048, 2048, 16), HALF, [Tiles(4, 4, 128, 32, 4), Tiles(4, 4, 128, 32, 3), Tiles(4, 4, 256, 64, 2), Tiles(2, 8, 128, 32, 4), Tiles(8, 2, 256, 32, 2), Tiles(4, 4, 256, 16, 2), Tiles(2, 8, 256, 32, 1)]),
-        ((8, 2048, 2048, 16), np.float32, [Tiles(4, 4, 128, 32, 4), Tiles(4, 4, 256, 16, 2)]),
-        ((1, 65536, 2048, 16), HALF, [Tiles(16, 1, 128, 32, 4), Tiles(8, 2, 128, 32, 4), Tiles(8, 2, 256, 32, 2), Tiles(4, 4, 128, 32, 4)]),
-    ]:  # fmt: skip
+        ((8, 2048, 2048, 16), HALF, TIMED),
+        ((8, 2048, 2048, 16), np.float32, TIMED),
+        ((1, 65536, 2048, 16), HALF, [(S, t) for S in (8, 16) for t in TIMED[:4]]),
+    ]:
         sets = mamba(rng, N, T, c, n, dtype, 3 if N > 1 else 2)
         size = np.dtype(dtype).itemsize
         times = {"ours": median_ms(call, sets), "ours again": median_ms(call, sets)}
-        keep = dict(module.FAST), dict(module.FEW_CHANNELS)
-        for tiles in variants:
+        plan, segments = module.FAST[16], module._segments
+        for variant in variants:
+            S, numbers = variant if isinstance(variant[1], tuple) else (None, variant)
             try:
-                module.FAST[16] = module.FEW_CHANNELS[16] = tiles
-                times[str(tiles)] = median_ms(call, sets, repeat=12)
+                module.FAST[16] = Tiles(*numbers)
+                module._segments = segments if S is None else lambda p, tiles, S=S: (S, p.T // S)
+                times[str(variant)] = median_ms(call, sets, repeat=12)
             except Exception as e:
-                print("variant", tiles, str(e)[:300])
-        if N == 1:
-            segments = module._segments
-            for S in (4, 8):
-                for tiles in (Tiles(4, 4, 256, 32, 2), Tiles(4, 4, 128, 32, 4)):
-                    module.FAST[16] = module.FEW_CHANNELS[16] = tiles
-                    module._segments = lambda p, tiles, S=S: (S, p.T // S)
-                    times[f"{S} segments {tiles}"] = median_ms(call, sets, repeat=12)
-            module._segments = segments
-        module.FAST.update(keep[0]), module.FEW_CHANNELS.update(keep[1])
-        RESULTS.add("selective_scan", "forward, z D softplus", f"B{N} T{T} C{c} N{n} {np.dtype(dtype).name}", floor_ms(bytes=4 * size * N * T * c, exps=20 * N * T * c * 16 / 16), times)
+                print("variant", variant, str(e)[:300])
+        module.FAST[16], module._segments = plan, segments
+        RESULTS.add("selective_scan", "forward, z D softplus", f"B{N} T{T} C{c} N{n} {np.dtype(dtype).name}", floor_ms(bytes=4 * size * N * T * c, exps=(n + 4) * N * T * c), times)
         if N > 1 and dtype is HALF:
             times = {}
             backward = lambda *a: refimpl.gpu.selective_scan_vjp(a[0], *a, delta_softplus=True)
-            for tiles in [Tiles(4, 4, 256, 16, 2), Tiles(4, 4, 128, 16, 3), Tiles(4, 4, 128, 16, 4), Tiles(4, 4, 256, 32, 1), Tiles(8, 2, 256, 16, 2), Tiles(16, 1, 256, 16, 2)]:
+            for numbers in TIMED_GRADIENTS:
                 try:
-                    module.FAST_GRADIENT[16] = tiles
-                    times[str(tiles)] = median_ms(backward, sets, repeat=10)
+                    module.FAST_GRADIENT[16] = Tiles(*numbers)
+                    times[str(numbers)] = median_ms(backward, sets, repeat=10)
                 except Exception as e:
-                    print("variant", tiles, str(e)[:300])
+                    print("variant", numbers, str(e)[:300])
             module.FAST_GRADIENT[16] = Tiles(4, 4, 256, 16, 2)
             RESULTS.add("selective_scan", "gradient, z D softplus", f"B{N} T{T} C{c} N{n} {np.dtype(dtype).name}", floor_ms(bytes=8 * size * N * T * c, exps=36 * N * T * c), times)
         del sets
@@ -223,8 +220,12 @@ def time_small():
         RESULTS.add("rg_lru", "gradient", f"B{N} T{T} C{c} {np.dtype(dtype).name}", floor_ms(bytes=8 * size * N * T * c), {"ours": median_ms(lambda *a: refimpl.gpu.rg_lru_vjp(a[0], *a), sets, repeat=8)})
 
 
-WALK = [(2, 4, 16, 3), (2, 4, 16, 4), (1, 8, 16, 3), (2, 8, 8, 3), (4, 2, 16, 4), (4, 4, 8, 3), (1, 4, 16, 4)]
-SPLIT = [(2, 4), (1, 8), (2, 8), (1, 16), (4, 4)]
+WALK = [(2, 8, 8, 3), (2, 8, 8, 2), (2, 16, 8, 2), (1, 16, 8, 3), (4, 8, 8, 2), (4, 8, 4, 3), (2, 8, 16, 3), (2, 8, 4, 4), (1, 16, 16, 2)]
+SPLIT = [(1, 16, 16, 2), (1, 8, 16, 2), (2, 8, 16, 1), (1, 16, 16, 1), (1, 24, 16, 1), (1, 16, 32, 1), (1, 32, 16, 1)]
+LINES = [(1, 4, 1, 16), (1, 4, 1, 24), (1, 4, 1, 32), (1, 8, 1, 12), (1, 8, 1, 16), (1, 4, 2, 10), (1, 4, 4, 6), (1, 8, 8, 2)]
+BACK = [(2, 8, 8, 2), (1, 8, 8, 3), (1, 16, 8, 2), (2, 4, 8, 3), (2, 8, 4, 3), (2, 4, 16, 2)]
+TIMED = [(4, 4, 128, 32, 2, 2), (4, 4, 128, 32, 3, 2), (4, 4, 256, 32, 2, 1), (4, 4, 128, 32, 4, 1), (4, 4, 256, 16, 2, 1), (4, 4, 128, 16, 3, 2), (4, 4, 64, 32, 4, 2), (2, 8, 128, 32, 2, 1)]
+TIMED_GRADIENTS = [(4, 4, 256, 16, 2), (4, 4, 128, 16, 3), (4, 4, 128, 16, 4), (4, 4, 256, 32, 1), (8, 2, 256, 16, 2)]
 
 
 def needed():
@@ -233,8 +234,14 @@ def needed():
     from refimpl.gpu.state_space import selective_scan
 
     found = [*linear_recurrence.KERNELS, *selective_scan.KERNELS, *causal_conv1d.KERNELS, *rg_lru.KERNELS]
-    found += [linear_recurrence._walk("Forward", "float32", linear_recurrence.Tiles(*t)) for t in WALK]
-    found += [linear_recurrence._split("Forward", "float32", linear_recurrence.Tiles(C, L, 16, 1)) for C, L in SPLIT]
+    Tiles = linear_recurrence.Tiles
+    for make, policy, plans in (("_walk", "Forward", WALK), ("_split", "Forward", SPLIT), ("_lines", "Forward", LINES), ("_walk", "Adjoint", BACK)):
+        found += [getattr(linear_recurrence, make)(policy, "float32", Tiles(*t)) for t in plans]
+    for numbers in TIMED:
+        tiles = selective_scan.Tiles(*numbers)
+        for types in (("bfloat16", "bfloat16", "float32"), ("float32", "float32", "float32")):
+            found += [selective_scan._kernel("RESULTS", types, tiles), selective_scan._kernel("STATES", types, tiles)]
+    found += [selective_scan._gradient_kernel(("bfloat16", "bfloat16", "float32"), selective_scan.Tiles(*t)) for t in TIMED_GRADIENTS]
     return list(dict.fromkeys(found))
 
 
@@ -245,27 +252,32 @@ SECTIONS = {
     "time_selective": time_selective,
     "kit": kit_of("linear_recurrence", "selective_scan", "causal_conv1d", "rg_lru", "discretize_diagonal", "discretize"),
     "time_small": time_small,
-    "standard": kit_of("linear_recurrence", "selective_scan", level="standard"),
+    "standard": kit_of("linear_recurrence", "selective_scan", "causal_conv1d", "rg_lru", "discretize", level="standard"),
 }
 
 
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-o", help="where to write the results")
+    parser.add_argument("-o", help="folder for the results, a file a section, and what was printed")
+    parser.add_argument("--alone", action="store_true", help="run one section here; else each runs in a process of its own")
     parser.add_argument("sections", nargs="*", default=list(SECTIONS))
     chosen = parser.parse_args(arguments)
+    if chosen.alone:
+        (name,) = chosen.sections
+        SECTIONS[name]()
+        if chosen.o and RESULTS.rows:
+            RESULTS.write(f"{chosen.o}/{name}.json")
+        return
     compile_ahead(needed())
     for name in chosen.sections or SECTIONS:
         start = time.time()
         print(f"== {name}", flush=True)
-        try:
-            SECTIONS[name]()
-        except Exception:
-            traceback.print_exc()
-        cp.get_default_memory_pool().free_all_blocks()
-        print(f"== {name}: {time.time() - start:.1f} s", flush=True)
-        if chosen.o and RESULTS.rows:
-            RESULTS.write(chosen.o)
+        done = subprocess.run([sys.executable, __file__, "--alone", *(["-o", chosen.o] if chosen.o else []), name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if chosen.o:
+            with open(f"{chosen.o}/log.txt", "a", encoding="utf-8") as log:
+                log.write(f"== {name}\n{done.stdout}\n")
+        print(done.stdout[-3500:] if done.returncode == 0 else done.stdout[:2500], flush=True)
+        print(f"== {name}: {time.time() - start:.1f} s, {done.returncode}", flush=True)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ __device__ __forceinline__ Step<X> steps_below(Step<X> mine, int lane, Step<X>& 
 // cannot run). Every chunk publishes its composition; the last of each group of GROUP chunks also the h that leaves it. A
 // chunk waits for the compositions of the chunks before it in its group and for the h of the group before: what is added
 // to what is then the same in every run, where a look-back that takes whatever is ready first rounds differently each time.
-enum { GROUP = 16 };
+enum { GROUP = 64 };
 
 template <class X> __device__ __forceinline__ X fresh_load(const X* from) { return __ldcg(from); }  // past the first cache
 template <class R> __device__ __forceinline__ Complex<R> fresh_load(const Complex<R>* from) { return {__ldcg(&from->re), __ldcg(&from->im)}; }

@@ -1,5 +1,6 @@
 // What the selective scan and its gradient share: tiles of (time, channel) numbers, their functions, sums over lanes.
 #pragma once
+#include "async_copy.cuh"
 #include "numbers.cuh"
 
 // -- functions, in the precision of their argument -----------------------------------------------------------------------
@@ -12,7 +13,12 @@ __device__ __forceinline__ float power_of_2(float x) {
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 __device__ __forceinline__ float exponential(float x) { return power_of_2(LOG2_E * x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
-__device__ __forceinline__ float quotient(float x, float y) { return __fdividef(x, y); }
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float quotient(float x, float y) { return x * reciprocal(y); }
 __device__ __forceinline__ double quotient(double x, double y) { return x / y; }
 
 // log(1 + e^x) = max(x, 0) + 2 artanh(e / (2 + e)), e = e^-|x| <= 1: relatively exact however small it is, and of the
@@ -27,7 +33,19 @@ __device__ __forceinline__ float softplus(float x) {
     p = fmaf(p, q, 1.f / 3);
     return fmaxf(x, 0.f) + fmaf(2 * s * q, p, 2 * s);
 }
+// For halves, by log2(1 + e^x): absolutely, not relatively exact, and so by its series where it is small.
+__device__ __forceinline__ float short_softplus(float x) {
+    const float e = exponential(fminf(x, 80.f));
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1 + e));
+    y = e < 0.015625f ? e * fmaf(e, fmaf(e, 1.f / 3, -0.5f), 1.f) : LN_2 * y;
+    return x > 20.f ? x : y;
+}
 __device__ __forceinline__ double softplus(double x) { return fmax(x, 0.) + log1p(exp(-fabs(x))); }
+template <class S> __device__ __forceinline__ Arithmetic<S> step_size(Arithmetic<S> x) {
+    if constexpr (sizeof(S) == 2) return short_softplus(x);
+    else return softplus(x);
+}
 template <class R> __device__ __forceinline__ R sigmoid(R x) { return quotient(R(1), 1 + exponential(-x)); }
 template <class R> __device__ __forceinline__ R silu(R x) { return quotient(x, 1 + exponential(-x)); }
 template <class R> __device__ __forceinline__ R silu_slope(R x) {
@@ -91,37 +109,76 @@ __device__ __forceinline__ int sums_over_lanes(X (&values)[COUNT], int lane) {
 
 // -- tiles: TT steps of CH channels, spread over the threads of a block in packs along the channels ----------------------
 
+// A number's bits, as they come from memory. What is on its way must not be looked at: even to pick a half out of a word
+// would be to wait for it.
+template <class P>
+struct Raw {
+    using Word = typename WordOf<sizeof(P)>::type;
+    enum { WORDS = sizeof(P) / sizeof(Word) };
+    Word word[WORDS];
+    __device__ __forceinline__ void load(const void* from) {
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) word[i] = reinterpret_cast<const Word*>(from)[i];
+    }
+    __device__ __forceinline__ P get() const { return load_pack<P>(word); }
+};
+template <class S>
+struct RawHalf {  // one half, in a register of its own
+    unsigned word;
+    __device__ __forceinline__ void load(const void* from) { word = *reinterpret_cast<const unsigned short*>(from); }
+    __device__ __forceinline__ Pack<S, 1> get() const {
+        const unsigned short bits = word;
+        return load_pack<Pack<S, 1>>(&bits);
+    }
+};
+template <> struct Raw<Pack<__half, 1>> : RawHalf<__half> {};
+template <> struct Raw<Pack<__nv_bfloat16, 1>> : RawHalf<__nv_bfloat16> {};
+
 template <class S, int THREADS, int CH, int TT>
 struct Spread {
-    enum { EACH = TT * CH / THREADS, WIDE = 16 / sizeof(S) < EACH ? 16 / sizeof(S) : EACH, PASSES = EACH / WIDE, ROWS = THREADS * WIDE / CH };
+    // Packs of four: neighbouring lanes then write neighbouring 32 bytes of shared memory, nearly without bank conflicts.
+    enum { EACH = TT * CH / THREADS, MOST = sizeof(S) > 4 ? 2 : 4, WIDE = EACH < MOST ? EACH : MOST, PASSES = EACH / WIDE, ROWS = THREADS * WIDE / CH };
     static_assert(EACH >= 1 && TT * CH % THREADS == 0 && THREADS * WIDE % CH == 0, "a tile must fill the block");
     using Packed = Pack<S, WIDE>;
     static __device__ __forceinline__ int row(int pass) { return pass * ROWS + threadIdx.x * WIDE / CH; }
     static __device__ __forceinline__ int column() { return threadIdx.x * WIDE % CH; }  // the same in every pass
+    static __device__ __forceinline__ i64 place(i64 stride) { return row(0) * stride + column(); }
 
-    // Rows from `first` on of an array with contiguous channels; zeros outside of T steps and `channels` channels.
-    static __device__ __forceinline__ void load(Packed (&into)[PASSES], const S* from, i64 stride, i64 first, i64 T, int channels, bool packed) {
+    // Rows of an array with contiguous channels, from `at`: this thread's place in the first pass. Of `rows` rows and
+    // `channels` channels, that is; zeros beyond. `whole`: none is beyond, and packs are aligned.
+    static __device__ __forceinline__ void load(Raw<Packed> (&into)[PASSES], const S* at, i64 stride, int rows, int channels, bool whole) {
+        if (whole) {
 #pragma unroll
-        for (int p = 0; p < PASSES; ++p) {
-            const i64 t = first + row(p);
-            const S* at = from + t * stride + column();
-            if (packed && t < T && column() < channels) {
-                into[p] = *reinterpret_cast<const Packed*>(at);
-            } else {
+            for (int p = 0; p < PASSES; ++p, at += ROWS * stride) into[p].load(at);
+        } else {
 #pragma unroll
-                for (int i = 0; i < WIDE; ++i) into[p].of[i] = t < T && column() + i < channels ? at[i] : narrow<S>(0);
+            for (int p = 0; p < PASSES; ++p, at += ROWS * stride) {
+                Packed found;
+#pragma unroll
+                for (int i = 0; i < WIDE; ++i) found.of[i] = row(p) < rows && column() + i < channels ? at[i] : narrow<S>(0);
+                into[p].load(&found);
             }
         }
     }
-    static __device__ __forceinline__ void store(const Packed (&values)[PASSES], S* to, i64 stride, i64 first, i64 T, int channels, bool packed) {
+    // The same into shared memory, each thread for itself; done when wait_for_copies says so.
+    static __device__ __forceinline__ void fetch(Packed (*into)[THREADS], const S* at, i64 stride, int rows, int channels, bool whole) {
 #pragma unroll
-        for (int p = 0; p < PASSES; ++p) {
-            const i64 t = first + row(p);
-            if (t >= T) continue;
-            S* at = to + t * stride + column();
-            if (packed && column() < channels) {
-                *reinterpret_cast<Packed*>(at) = values[p];
+        for (int p = 0; p < PASSES; ++p, at += ROWS * stride) {
+            Packed& place = into[p][threadIdx.x];
+            if (whole && sizeof(Packed) >= 4) {
+                copy_async<sizeof(Packed) >= 4 ? sizeof(Packed) : 4>(&place, at);
             } else {
+#pragma unroll
+                for (int i = 0; i < WIDE; ++i) place.of[i] = row(p) < rows && column() + i < channels ? at[i] : narrow<S>(0);
+            }
+        }
+    }
+    static __device__ __forceinline__ void store(const Packed (&values)[PASSES], S* at, i64 stride, int rows, int channels, bool whole) {
+#pragma unroll
+        for (int p = 0; p < PASSES; ++p, at += ROWS * stride) {
+            if (whole) {
+                store_pack(at, values[p]);
+            } else if (row(p) < rows) {
 #pragma unroll
                 for (int i = 0; i < WIDE; ++i)
                     if (column() + i < channels) at[i] = values[p].of[i];
@@ -134,25 +191,27 @@ struct Spread {
 template <class SX, class X, int THREADS, int NS, int TT>
 struct Maps {
     enum { EACH = (TT * NS + THREADS - 1) / THREADS, AHEAD = EACH <= 4 };  // few enough to wait in registers
-    static __device__ __forceinline__ void load(SX (&into)[EACH], const SX* from, i64 stride, i64 first, i64 T, int n) {
+    static __device__ __forceinline__ int row(int i) { return (i * THREADS + threadIdx.x) / NS; }
+    static __device__ __forceinline__ int state() { return threadIdx.x % NS; }
+    static_assert(THREADS % NS == 0 || !AHEAD, "a thread keeps its state");
+    static __device__ __forceinline__ void load(Raw<Pack<SX, 1>> (&into)[EACH], const SX* from, i64 stride, int rows, int n) {
+        from += row(0) * stride + state();
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            const int at = i * THREADS + threadIdx.x, t = at / NS, state = at % NS;
-            into[i] = t < TT && first + t < T && state < n ? from[(first + t) * stride + state] : narrow<SX>(0);
+        for (int i = 0; i < EACH; ++i, from += THREADS / NS * stride) {
+            into[i] = {};
+            if (row(i) < rows && state() < n) into[i].load(from);
         }
     }
-    static __device__ __forceinline__ void put(const SX (&values)[EACH], X (*shared)[NS]) {
+    static __device__ __forceinline__ void put(const Raw<Pack<SX, 1>> (&values)[EACH], X (*shared)[NS]) {
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            const int at = i * THREADS + threadIdx.x;
-            if (at < TT * NS) shared[at / NS][at % NS] = widen<SX>(values[i]);
-        }
+        for (int i = 0; i < EACH; ++i)
+            if (row(i) < TT) shared[row(i)][state()] = widen<SX>(values[i].get().of[0]);
     }
-    static __device__ __forceinline__ void copy(const SX* from, i64 stride, i64 first, i64 T, int n, X (*shared)[NS]) {
+    static __device__ __forceinline__ void copy(const SX* from, i64 stride, int rows, int n, X (*shared)[NS]) {
 #pragma unroll 4
         for (int at = threadIdx.x; at < TT * NS; at += THREADS) {
             const int t = at / NS, state = at % NS;
-            shared[t][state] = first + t < T && state < n ? widen<SX>(from[(first + t) * stride + state]) : X(0);
+            shared[t][state] = t < rows && state < n ? widen<SX>(from[t * stride + state]) : X(0);
         }
     }
 };

@@ -1,6 +1,6 @@
 // Short causal convolution, z_t = bias + Σ_j w_j x_{t-(W-1)+j}, y = z or silu(z), and its gradient.
 //
-// Idea. A thread follows one channel through LENGTH steps with the last W inputs in registers, so that every number is
+// Idea. A thread follows one channel through L steps with the last W inputs in registers, so that every number is
 // read once; neighbouring threads have neighbouring channels, or neighbouring pieces of time where time is contiguous.
 // The gradient runs the same window, and another one of dz = dy silu'(z), over W - 1 more steps: what it needs of them it
 // computes again. Weights' gradients are summed over a thread's steps and then over threads, by another kernel.
@@ -9,8 +9,6 @@
 // Limit: memory, two numbers a step.
 #include "block_selective.cuh"
 
-enum { LENGTH = 64 };
-
 template <class S>
 struct Rows {  // x after the state's rows: row -1 is the newest of the state
     const S* x;
@@ -18,7 +16,7 @@ struct Rows {  // x after the state's rows: row -1 is the newest of the state
     i64 time, T, c;
     int taps;
     __device__ __forceinline__ Arithmetic<S> operator()(i64 t) const {
-        if (t >= T) return Arithmetic<S>(0);
+        if (t >= T || t <= -taps) return Arithmetic<S>(0);
         return t >= 0 ? widen<S>(x[t * time]) : state ? state[(t + taps - 1) * c] : Arithmetic<S>(0);
     }
 };
@@ -43,19 +41,19 @@ template <class R> __device__ __forceinline__ Complex<R> active(Complex<R> z, bo
 template <class R> __device__ __forceinline__ R activity(R dy, R z, bool silu_too) { return silu_too ? dy * silu_slope(z) : dy; }
 template <class R> __device__ __forceinline__ Complex<R> activity(Complex<R> dy, Complex<R>, bool) { return dy; }
 
-template <class S, int W>
+template <class S, int W, int L>
 __global__ void causal_conv1d(const S* x, i64 x_batch, i64 x_time, i64 x_channel, const Arithmetic<S>* weight, const Arithmetic<S>* bias,
                               const Arithmetic<S>* state, S* y, i64 y_batch, i64 y_time, i64 y_channel, i64 sequences, i64 T, i64 c, int taps,
                               int silu_too, int time_first) {
     using X = Arithmetic<S>;
-    const i64 chunks = (T + LENGTH - 1) / LENGTH;
+    const i64 chunks = (T + L - 1) / L;
     const Thread at(sequences, chunks, c, time_first);
     if (!at.exists) return;
     const Rows<S> row = {x + at.sequence * x_batch + at.channel * x_channel, state ? state + at.sequence * (taps - 1) * c + at.channel : nullptr, x_time, T, c, taps};
     const X* w_from = weight + at.channel * taps;
     const X b = bias ? bias[at.channel] : X(0);
     S* to = y + at.sequence * y_batch + at.channel * y_channel;
-    const i64 start = at.chunk * LENGTH, end = start + LENGTH < T ? start + LENGTH : T;
+    const i64 start = at.chunk * L, end = start + L < T ? start + L : T;
     if constexpr (W > 0) {
         X w[W], seen[W];
 #pragma unroll
@@ -63,7 +61,7 @@ __global__ void causal_conv1d(const S* x, i64 x_batch, i64 x_time, i64 x_channel
             w[j] = w_from[j];
             if (j) seen[j] = row(start - W + j);
         }
-#pragma unroll 4
+#pragma unroll 8
         for (i64 t = start; t < end; ++t) {
             X z = b;
 #pragma unroll
@@ -83,13 +81,13 @@ __global__ void causal_conv1d(const S* x, i64 x_batch, i64 x_time, i64 x_channel
 }
 
 // dx, dstate, and for each thread its part of dweight and dbias: parts (sequence, chunk, taps + 1, channel).
-template <class S, int W>
+template <class S, int W, int L>
 __global__ void causal_conv1d_gradient(const S* dy, i64 dy_batch, i64 dy_time, i64 dy_channel, const S* x, i64 x_batch, i64 x_time, i64 x_channel,
                                        const Arithmetic<S>* weight, const Arithmetic<S>* bias, const Arithmetic<S>* state, const Arithmetic<S>* dlast,
                                        S* dx, i64 dx_batch, i64 dx_time, i64 dx_channel, Arithmetic<S>* dstate, Arithmetic<S>* parts, i64 sequences,
                                        i64 T, i64 c, int taps, int silu_too, int time_first) {
     using X = Arithmetic<S>;
-    const i64 chunks = (T + LENGTH - 1) / LENGTH;
+    const i64 chunks = (T + L - 1) / L;
     const Thread at(sequences, chunks, c, time_first);
     if (!at.exists) return;
     const i64 own = at.sequence * (taps - 1) * c + at.channel;
@@ -97,7 +95,7 @@ __global__ void causal_conv1d_gradient(const S* dy, i64 dy_batch, i64 dy_time, i
     const S* dy_from = dy + at.sequence * dy_batch + at.channel * dy_channel;
     const X* w_from = weight + at.channel * taps;
     const X b = bias ? bias[at.channel] : X(0);
-    const i64 start = at.chunk * LENGTH, end = start + LENGTH < T ? start + LENGTH : T;
+    const i64 start = at.chunk * L, end = start + L < T ? start + L : T;
     const i64 first = at.chunk ? start : 1 - taps;  // the first chunk answers for the state's rows too
     X* part = parts + ((at.sequence * chunks + at.chunk) * (taps + 1)) * c + at.channel;
     const auto store = [&](i64 s, X value) {
@@ -114,7 +112,7 @@ __global__ void causal_conv1d_gradient(const S* dy, i64 dy_batch, i64 dy_time, i
             dw[j] = dz[j] = X(0);
             seen[j] = j ? row(first - W + j) : X(0);
         }
-#pragma unroll 2
+#pragma unroll 4
         for (i64 t = first; t < end + W - 1; ++t) {
             X z = b;
 #pragma unroll

@@ -109,8 +109,11 @@ struct Tile {
         for (int l = 1; l < L; ++l) all = then(all, steps[l][v]);
         return all;
     }
-    // Run the steps from h, and store the results of those that exist.
-    __device__ __forceinline__ void run(X* h, const Operand<S>* y, i64 n, i64 first, i64 channel, i64 T, bool live) const {
+    // Run the steps from h, and store the results of the first `count`; `to` are the first row's places.
+    __device__ __forceinline__ void run(X* h, const Operand<S>* y, S* const* to, int count) const {
+        S* at[P::OUT];
+#pragma unroll
+        for (int k = 0; k < P::OUT; ++k) at[k] = to[k];
 #pragma unroll
         for (int l = 0; l < L; ++l) {
             Pack<S, V> result[P::OUT];
@@ -122,10 +125,11 @@ struct Tile {
 #pragma unroll
                 for (int k = 0; k < P::OUT; ++k) result[k].of[v] = narrow<S>(out[k]);
             }
-            if (live && first + l < T)
 #pragma unroll
-                for (int k = 0; k < P::OUT; ++k)
-                    *reinterpret_cast<Pack<S, V>*>(y[k].at + n * y[k].batch + (first + l) * y[k].time + channel * y[k].channel) = result[k];
+            for (int k = 0; k < P::OUT; ++k) {
+                if (l < count) store_pack(at[k], result[k]);
+                at[k] += y[k].time;
+            }
         }
     }
 };
@@ -144,19 +148,33 @@ __global__ void __launch_bounds__(32 * W, 1) walk_rows(OPERANDS) {
     const i64 channel = ((blockIdx.x % columns) * 32 + lane) * V, at = n * c + channel;
     const bool live = channel < c;
     const auto slot = [&](int stage, int k, int l) { return ring + ((stage * P::IN + k) * L + l) * (32 * W) + threadIdx.x; };
-    const auto exists = [&](i64 t) { return live && t >= 0 && t < T; };
+    const S* from[P::IN];  // where the next tile to fetch begins for this warp
+    S* to[P::OUT];         // where the results of this tile go
+#pragma unroll
+    for (int k = 0; k < P::IN; ++k) from[k] = x[k].at + n * x[k].batch + (warp * L + P::shift(k)) * x[k].time + channel * x[k].channel;
+#pragma unroll
+    for (int k = 0; k < P::OUT; ++k) to[k] = y[k].at + n * y[k].batch + warp * L * y[k].time + channel * y[k].channel;
+    // Rows of a tile that exist, seen from its first for this warp: [low, high). Almost always all of them.
+    const auto low = [&](i64 tile, int k) { return P::shift(k) < 0 && tile == 0 && warp == 0 ? -P::shift(k) : 0; };
+    const auto high = [&](i64 tile, int shift) {
+        const i64 left = T - shift - (tile * W + warp) * L;
+        return !live || left < 0 ? 0 : left < L ? int(left) : L;
+    };
     const auto fetch = [&](i64 tile, int stage) {
-        const i64 first = (tile * W + warp) * L;
 #pragma unroll
-        for (int l = 0; l < L; ++l)
+        for (int k = 0; k < P::IN; ++k) {
+            const int begin = low(tile, k), end = high(tile, P::shift(k));
+            const S* source = from[k];
 #pragma unroll
-            for (int k = 0; k < P::IN; ++k) {
-                const i64 t = first + l + P::shift(k);
-                if (!exists(t)) continue;
-                const S* source = x[k].at + n * x[k].batch + t * x[k].time + channel * x[k].channel;
-                if constexpr (sizeof(Packed) >= 4) copy_async<sizeof(Packed)>(slot(stage, k, l), source);
-                else *slot(stage, k, l) = *reinterpret_cast<const Packed*>(source);
+            for (int l = 0; l < L; ++l) {
+                if (l >= begin && l < end) {
+                    if constexpr (sizeof(Packed) >= 4) copy_async<sizeof(Packed)>(slot(stage, k, l), source);
+                    else *slot(stage, k, l) = *reinterpret_cast<const Packed*>(source);
+                }
+                source += x[k].time;
             }
+            from[k] += W * L * x[k].time;
+        }
         close_copy_group();
     };
     X carry[V], parameter[V];
@@ -172,18 +190,21 @@ __global__ void __launch_bounds__(32 * W, 1) walk_rows(OPERANDS) {
     for (i64 tile = 0; tile < tiles; ++tile) {
         fetch(tile + STAGES - 1, ahead);
         wait_for_copies<STAGES - 1>();
-        const i64 first = (tile * W + warp) * L;
         Tile<P, V, L> mine;
+        int begin[P::IN], end[P::IN];
+        const int count = high(tile, 0);
+#pragma unroll
+        for (int k = 0; k < P::IN; ++k) begin[k] = low(tile, k), end[k] = high(tile, P::shift(k));
 #pragma unroll
         for (int l = 0; l < L; ++l) {
             Packed found[P::IN];
             bool inside[P::IN];
 #pragma unroll
             for (int k = 0; k < P::IN; ++k) {
-                found[k] = *slot(stage, k, l);
-                inside[k] = exists(first + l + P::shift(k));
+                found[k] = load_pack<Packed>(slot(stage, k, l));
+                inside[k] = l >= begin[k] && l < end[k];
             }
-            mine.set(l, found, inside, exists(first + l), extra, at, parameter);
+            mine.set(l, found, inside, l < count, extra, at, parameter);
         }
         X h[V];
 #pragma unroll
@@ -196,7 +217,9 @@ __global__ void __launch_bounds__(32 * W, 1) walk_rows(OPERANDS) {
                 if (w == warp) h[v] = carry[v];
                 carry[v] = exchange[tile % 2][w][lane][v](carry[v]);
             }
-        mine.run(h, y, n, first, channel, T, live);
+        mine.run(h, y, to, count);
+#pragma unroll
+        for (int k = 0; k < P::OUT; ++k) to[k] += W * L * y[k].time;
         stage = stage + 1 == STAGES ? 0 : stage + 1;
         ahead = ahead + 1 == STAGES ? 0 : ahead + 1;
     }
@@ -208,11 +231,11 @@ __global__ void __launch_bounds__(32 * W, 1) walk_rows(OPERANDS) {
 // One block: one chunk of W·L steps of 32 V channels, in registers from the first load to the last store. `board` is what
 // blocks tell each other: a counter, then for each chunk two flags; in `told` for each chunk and channel a composition
 // and the h that leaves the chunk.
-template <class P, int V, int L, int W>
-__global__ void __launch_bounds__(32 * W, 1) split_rows(OPERANDS, i64 chunks, unsigned* board, typename P::X* told) {
+template <class P, int V, int L, int W, int BLOCKS>
+__global__ void __launch_bounds__(32 * W, BLOCKS) split_rows(OPERANDS, i64 chunks, unsigned* board, typename P::X* told) {
     GATHER
     using Packed = Pack<S, V>;
-    static_assert(W == GROUP, "a warp for every chunk of a group");
+    static_assert(GROUP % W == 0, "the chunks of a group are dealt to the warps");
     __shared__ Step<X> exchange[W][32][V];
     __shared__ X arriving[32][V];
     __shared__ unsigned ticket;
@@ -240,7 +263,7 @@ __global__ void __launch_bounds__(32 * W, 1) split_rows(OPERANDS, i64 chunks, un
         for (int k = 0; k < P::IN; ++k) {
             const i64 t = first + l + P::shift(k);
             inside[l][k] = exists(t);
-            if (inside[l][k]) found[l][k] = *reinterpret_cast<const Packed*>(x[k].at + n * x[k].batch + t * x[k].time + channel * x[k].channel);
+            if (inside[l][k]) found[l][k] = load_pack<Packed>(x[k].at + n * x[k].batch + t * x[k].time + channel * x[k].channel);
         }
 #pragma unroll
     for (int l = 0; l < L; ++l) mine.set(l, found[l], inside[l], exists(first + l), extra, at, parameter);
@@ -269,13 +292,16 @@ __global__ void __launch_bounds__(32 * W, 1) split_rows(OPERANDS, i64 chunks, un
         if (lane == 0) publish(composed(chunk), 1);
     }
     __syncthreads();  // `exchange` has been read
-    const bool before = group + warp < chunk;  // each warp fetches what one chunk of the group told
-    if (before) await(composed(group + warp));
+    Step<X> earlier[V];  // what some neighbouring chunks of the group come to: a share for each warp
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
-        const X* told_there = entry(group + warp, v);
-        exchange[warp][lane][v] = before ? Step<X>{fresh_load(told_there), fresh_load(told_there + 1)} : no_step<X>();
+    for (int v = 0; v < V; ++v) earlier[v] = no_step<X>();
+    for (i64 j = group + warp * (GROUP / W); j < group + (warp + 1) * (GROUP / W) && j < chunk; ++j) {
+        await(composed(j));
+#pragma unroll
+        for (int v = 0; v < V; ++v) earlier[v] = then(earlier[v], Step<X>{fresh_load(entry(j, v)), fresh_load(entry(j, v) + 1)});
     }
+#pragma unroll
+    for (int v = 0; v < V; ++v) exchange[warp][lane][v] = earlier[v];
     if (warp == 0) {
         if (group) await(left(group - 1));
 #pragma unroll
@@ -285,11 +311,9 @@ __global__ void __launch_bounds__(32 * W, 1) split_rows(OPERANDS, i64 chunks, un
     X h[V];
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-        Step<X> earlier = no_step<X>();
+        h[v] = arriving[lane][v];
 #pragma unroll
-        for (int w = 0; w < W; ++w)
-            if (group + w < chunk) earlier = then(earlier, exchange[w][lane][v]);
-        h[v] = earlier(arriving[lane][v]);
+        for (int w = 0; w < W; ++w) h[v] = exchange[w][lane][v](h[v]);
     }
     if (warp == 0 && chunk == group + GROUP - 1) {
 #pragma unroll
@@ -303,15 +327,18 @@ __global__ void __launch_bounds__(32 * W, 1) split_rows(OPERANDS, i64 chunks, un
         for (int v = 0; v < V; ++v) last[at + v] = whole[v](h[v]);
 #pragma unroll
     for (int v = 0; v < V; ++v) h[v] = below[v](h[v]);
-    mine.run(h, y, n, first, channel, T, live);
+    S* to[P::OUT];
+#pragma unroll
+    for (int k = 0; k < P::OUT; ++k) to[k] = y[k].at + n * y[k].batch + first * y[k].time + channel * y[k].channel;
+    mine.run(h, y, to, !live || first >= T ? 0 : T - first < L ? int(T - first) : L);
 }
 
 // -- lines ---------------------------------------------------------------------------------------------------------------
 
 // One block: one channel of one sequence, 32 W E steps at a time, the next tile on its way in registers. With `aligned`,
 // E neighbours are one access wherever time runs by steps of 1 or -1 and the input is not shifted.
-template <class P, int E, int W>
-__global__ void __launch_bounds__(32 * W, 1) walk_lines(OPERANDS, int aligned) {
+template <class P, int E, int W, int BLOCKS>
+__global__ void __launch_bounds__(32 * W, BLOCKS) walk_lines(OPERANDS, int aligned) {
     GATHER
     __shared__ Step<X> exchange[2][W];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -327,7 +354,7 @@ __global__ void __launch_bounds__(32 * W, 1) walk_lines(OPERANDS, int aligned) {
             const S* line = x[k].at + n * x[k].batch + channel * x[k].channel;
             if (aligned && P::shift(k) == 0 && (x[k].time == 1 || x[k].time == -1)) {
                 if (first >= T) continue;
-                const Pack<S, E> there = *reinterpret_cast<const Pack<S, E>*>(backwards(x[k].time) ? line - first - (E - 1) : line + first);
+                const Pack<S, E> there = load_pack<Pack<S, E>>(backwards(x[k].time) ? line - first - (E - 1) : line + first);
 #pragma unroll
                 for (int e = 0; e < E; ++e) found[k].of[e] = backwards(x[k].time) ? there.of[E - 1 - e] : there.of[e];
             } else {
@@ -362,13 +389,17 @@ __global__ void __launch_bounds__(32 * W, 1) walk_lines(OPERANDS, int aligned) {
         }
         Step<X> whole;
         const Step<X> below = steps_below(mine, lane, whole);
-        if (lane == 0) exchange[tile % 2][warp] = whole;
-        __syncthreads();
-        X h;
+        X h = carry;
+        if constexpr (W == 1) {
+            carry = whole(carry);
+        } else {
+            if (lane == 0) exchange[tile % 2][warp] = whole;
+            __syncthreads();
 #pragma unroll
-        for (int w = 0; w < W; ++w) {
-            if (w == warp) h = carry;
-            carry = exchange[tile % 2][w](carry);
+            for (int w = 0; w < W; ++w) {
+                if (w == warp) h = carry;
+                carry = exchange[tile % 2][w](carry);
+            }
         }
         h = below(h);
         Pack<S, E> result[P::OUT];
@@ -388,7 +419,7 @@ __global__ void __launch_bounds__(32 * W, 1) walk_lines(OPERANDS, int aligned) {
                 Pack<S, E> there;
 #pragma unroll
                 for (int e = 0; e < E; ++e) there.of[backwards(y[k].time) ? E - 1 - e : e] = result[k].of[e];
-                *reinterpret_cast<Pack<S, E>*>(backwards(y[k].time) ? line - first - (E - 1) : line + first) = there;
+                store_pack(backwards(y[k].time) ? line - first - (E - 1) : line + first, there);
             } else {
 #pragma unroll
                 for (int e = 0; e < E; ++e)

@@ -54,6 +54,36 @@ struct alignas(sizeof(S) * V < 16 ? sizeof(S) * V : 16) Pack {
     S of[V];
 };
 
+// A pack moves as one machine word: left to itself, the compiler stores halves one by one.
+template <int BYTES> struct WordOf { using type = uint4; };
+template <> struct WordOf<8> { using type = uint2; };
+template <> struct WordOf<4> { using type = unsigned; };
+template <> struct WordOf<2> { using type = unsigned short; };
+template <class P> __device__ __forceinline__ P load_pack(const void* from) {
+    using Word = typename WordOf<sizeof(P)>::type;
+    constexpr int WORDS = sizeof(P) / sizeof(Word);
+    union Both {
+        Word words[WORDS];
+        P pack;
+        __device__ Both() {}
+    } both;
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) both.words[i] = reinterpret_cast<const Word*>(from)[i];
+    return both.pack;
+}
+template <class P> __device__ __forceinline__ void store_pack(void* to, const P& pack) {
+    using Word = typename WordOf<sizeof(P)>::type;
+    constexpr int WORDS = sizeof(P) / sizeof(Word);
+    union Both {
+        Word words[WORDS];
+        P pack;
+        __device__ Both() {}
+    } both;
+    both.pack = pack;
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) reinterpret_cast<Word*>(to)[i] = both.words[i];
+}
+
 template <class X> __device__ __forceinline__ X from_lane(X x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 template <class R> __device__ __forceinline__ Complex<R> from_lane(Complex<R> x, int lane) { return {from_lane(x.re, lane), from_lane(x.im, lane)}; }
 template <class X> __device__ __forceinline__ X from_below(X x, int distance) { return __shfl_up_sync(0xffffffffu, x, distance); }

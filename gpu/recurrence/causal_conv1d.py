@@ -4,25 +4,26 @@ import cupy as cp
 import numpy as np
 
 from refimpl.gpu import mirror
-from refimpl.gpu.arrays import arithmetic, cpp, flat, strides
+from refimpl.gpu.arrays import arithmetic, cast, cpp, flat, strides
 from refimpl.gpu.launch import Kernel
 from refimpl.gpu.recurrence.linear_recurrence import empty_like_layout, time_is_contiguous
 from refimpl.ops.recurrence.causal_conv1d import CONTRACT
 
 FILE = "kernel_causal_conv1d.cu"
-LENGTH = 64  # steps a thread, as in the kernel
+LENGTHS = (32, 8)  # steps a thread: where channels are contiguous, and where time is
 WINDOWS = (2, 3, 4)  # numbers of taps that a thread keeps in registers; others are read again
 IN_REGISTERS = ("float32", "float16", "bfloat16")
 
 
-def _kernel(name, dtype, taps) -> Kernel:
+def _kernel(name, dtype, taps, length) -> Kernel:
     window = taps if np.dtype(dtype).name in IN_REGISTERS and taps in WINDOWS else 0
-    return Kernel(FILE, f"{name}<{cpp(dtype)}, {window}>")
+    return Kernel(FILE, f"{name}<{cpp(dtype)}, {window}, {length}>")
 
 
 KERNELS = tuple(
     dict.fromkeys(
-        _kernel(name, dtype, taps)
+        _kernel(name, dtype, taps, length)
+        for length in LENGTHS
         for name in ("causal_conv1d", "causal_conv1d_gradient")
         for dtype in ("float32", "float16", "bfloat16", "float64", "complex64", "complex128")
         for taps in (0, *WINDOWS)
@@ -37,20 +38,21 @@ class _Prepared:
         if any(a is not None and a.dtype.kind == "c" for a in (x, weight, bias, state)):
             dtype = np.result_type(arithmetic(dtype), np.complex64)
         self.dtype, self.number = dtype, arithmetic(dtype)
-        self.x = flat(x.astype(dtype, copy=False), self.batch, 2)
-        self.weight, self.bias = (None if a is None else cp.ascontiguousarray(a.astype(self.number, copy=False)) for a in (weight, bias))
+        self.x = flat(cast(x, dtype), self.batch, 2)
+        self.weight, self.bias = (None if a is None else cp.ascontiguousarray(cast(a, self.number)) for a in (weight, bias))
         self.state = None if state is None else self.rows(state)
         self.taps = weight.shape[-1]
+        self.length = LENGTHS[time_is_contiguous(self.x)]
 
     def rows(self, x):
         """(..., W-1, c) -> (N, W-1, c), contiguous, in the arithmetic's precision."""
-        return cp.ascontiguousarray(flat(x.astype(self.number, copy=False), self.batch, 2))
+        return cp.ascontiguousarray(flat(cast(x, self.number), self.batch, 2))
 
     def run(self, y, activation):
         """The kernel, into `y` of the input's shape."""
         N, T, c = self.x.shape
-        threads = N * -(-T // LENGTH) * c
-        _kernel("causal_conv1d", self.dtype, self.taps)(
+        threads = N * -(-T // self.length) * c
+        _kernel("causal_conv1d", self.dtype, self.taps, self.length)(
             (-(-threads // 128),), (128,),
             (self.x, *strides(self.x), self.weight, *(np.uintp(0) if a is None else a for a in (self.bias, self.state)), y, *strides(y),
              np.int64(N), np.int64(T), np.int64(c), np.int32(self.taps), np.int32(activation == "silu"), np.int32(time_is_contiguous(self.x))),
@@ -108,20 +110,20 @@ def causal_conv1d_vjp(dy, x, weight, bias=None, *, activation=None, state=None, 
     if dy.dtype.kind == "c" and p.dtype.kind != "c":
         p = _Prepared(x.astype(np.result_type(p.number, np.complex64)), weight, bias, state)
     N, T, c = p.x.shape
-    dy = flat(dy.astype(p.dtype, copy=False), p.batch, 2)
+    dy = flat(cast(dy, p.dtype), p.batch, 2)
     dlast = None if dstate is None else p.rows(dstate)
     dx, before = empty_like_layout(p.x), cp.zeros((N, p.taps - 1, c), p.number)
     if not dx.size:
         dweight = cp.zeros((c, p.taps), p.number)
         return {"x": dx.reshape(*p.batch, T, c), "weight": dweight, "bias": dweight[:, 0], "state": (before if dlast is None else dlast).reshape(*p.batch, p.taps - 1, c)}
-    kernel = _kernel("causal_conv1d_gradient", p.dtype, p.taps)
-    if activation == "silu" and kernel.name.endswith(" 0>"):
+    kernel = _kernel("causal_conv1d_gradient", p.dtype, p.taps, p.length)
+    if activation == "silu" and ", 0, " in kernel.name:
         z = cp.empty((N, T, c), p.dtype)
         p.run(z, None)
         z, wide = z.astype(p.number), dy.astype(p.number)
         gate = 1 / (1 + cp.exp(-z))
         dy = (wide * cp.where(gate == 0, 0, gate * (1 + z * (1 - gate)))).astype(p.dtype)
-    chunks = -(-T // LENGTH)
+    chunks = -(-T // p.length)
     parts = cp.empty((N, chunks, p.taps + 1, c), p.number)
     kernel(
         (-(-N * chunks * c // 128),), (128,),

@@ -9,7 +9,7 @@ import cupy as cp
 import numpy as np
 
 from refimpl.gpu import mirror
-from refimpl.gpu.arrays import aligned, arithmetic, cpp, flat, strides
+from refimpl.gpu.arrays import aligned, arithmetic, cast, cpp, flat, strides
 from refimpl.gpu.launch import Kernel, multiprocessors
 from refimpl.ops.recurrence.linear_recurrence import CONTRACT
 
@@ -20,52 +20,66 @@ DTYPES = ("float32", "float64", "float16", "bfloat16", "complex64", "complex128"
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a block cuts its work: channels a lane, steps a thread, warps, tiles under way."""
+    """How a block cuts its work: channels a lane, steps a thread, warps, and how many tiles are under way (`walk_rows`) or how
+    many blocks a multiprocessor must hold (the others)."""
 
     channels: int
     steps: int
     warps: int
-    stages: int
+    depth: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}, {self.steps}, {self.warps}, {self.depth}"
 
     def shared(self, inputs: int, dtype) -> int:
         """Bytes of shared memory that `walk_rows` takes."""
-        ring = self.channels * dtype.itemsize * self.stages * inputs * self.steps * 32 * self.warps
+        ring = self.channels * dtype.itemsize * self.depth * inputs * self.steps * 32 * self.warps
         return ring + 2 * self.warps * 32 * self.channels * 2 * arithmetic(dtype).itemsize
 
 
-def walking(policy: str, dtype, wide: bool) -> Tiles:
-    """Tiles of `walk_rows`: what fills half a multiprocessor's shared memory or all of it; wide, if channels come in packs."""
+def walking(policy: str, dtype) -> tuple[Tiles, ...]:
+    """Tiles of `walk_rows`, the widest first: two blocks' worth of shared memory."""
     size = np.dtype(dtype).itemsize
     if policy == "Forward" and size <= 4:
-        return Tiles(4 if wide else 1, 4, 16, 3)
-    return Tiles(max(1, min(2, 16 // size)) if wide else 1, 4, 8 if size <= 8 else 4, 3)
+        return Tiles(8 // size, 8, 8, 3), Tiles(1, 8, 8, 3)
+    if size <= 4:
+        return Tiles(8 // size, 8, 8, 2), Tiles(1, 8, 8, 3)
+    return (Tiles(1, 4, 8 if size == 8 else 4, 3),)
 
 
-def splitting(dtype, wide: bool) -> Tiles:
+def splitting(policy: str, dtype) -> Tiles:
     """Tiles of `split_rows`, which are in registers."""
     size = np.dtype(dtype).itemsize
-    return Tiles(2 if wide and size <= 4 else 1, 4 if size <= 8 else 2, 16, 1)
+    if policy == "Forward" and size <= 4:
+        return Tiles(1, 16, 16, 2)
+    return Tiles(1, 8 if size <= 4 else 4 if size == 8 else 2, 16, 1)
+
+
+def along_lines(policy: str, dtype) -> tuple[Tiles, Tiles]:
+    """Of `walk_lines`: steps a lane, in one access; for many lines a warp each, for few a block."""
+    size = np.dtype(dtype).itemsize
+    return Tiles(1, 16 // size, 1, 16), Tiles(1, 16 // size, 8, 1)
 
 
 def _walk(policy, dtype, tiles: Tiles) -> Kernel:
-    return Kernel(FILE, f"walk_rows<{policy}<{cpp(dtype)}>, {tiles.channels}, {tiles.steps}, {tiles.warps}, {tiles.stages}>")
+    return Kernel(FILE, f"walk_rows<{policy}<{cpp(dtype)}>, {tiles}>")
 
 
 def _split(policy, dtype, tiles: Tiles) -> Kernel:
-    return Kernel(FILE, f"split_rows<{policy}<{cpp(dtype)}>, {tiles.channels}, {tiles.steps}, {tiles.warps}>")
+    return Kernel(FILE, f"split_rows<{policy}<{cpp(dtype)}>, {tiles}>")
 
 
-def _lines(policy, dtype) -> Kernel:
-    return Kernel(FILE, f"walk_lines<{policy}<{cpp(dtype)}>, {16 // np.dtype(dtype).itemsize}, 8>")
+def _lines(policy, dtype, tiles: Tiles) -> Kernel:
+    return Kernel(FILE, f"walk_lines<{policy}<{cpp(dtype)}>, {tiles.steps}, {tiles.warps}, {tiles.depth}>")
 
 
 def instances(policy: str, dtypes=DTYPES) -> tuple[Kernel, ...]:
     """Every kernel that `scan` may start."""
     found = []
     for dtype in dtypes:
-        found += [make(policy, dtype, plan) for wide in (False, True)
-                  for make, plan in ((_walk, walking(policy, dtype, wide)), (_split, splitting(dtype, wide)))]  # fmt: skip
-        found.append(_lines(policy, dtype))
+        found += [_walk(policy, dtype, tiles) for tiles in walking(policy, dtype)]
+        found.append(_split(policy, dtype, splitting(policy, dtype)))
+        found += [_lines(policy, dtype, tiles) for tiles in along_lines(policy, dtype)]
     return tuple(dict.fromkeys(found))
 
 
@@ -87,27 +101,27 @@ def scan(policy: str, inputs: tuple, outputs: tuple, state=None, extra=None, las
     operands += [np.uintp(0) if x is None else x for x in (state, extra, last)] + [np.int64(T), np.int64(c)]
 
     everything, enough = (*inputs, *outputs), 3 * multiprocessors() // 4
-    if time_is_contiguous(outputs[0]) and (N * c >= enough or T <= 4096):
-        width = 16 // dtype.itemsize
+    if time_is_contiguous(outputs[0]):
+        many, few = along_lines(policy, dtype)
+        tiles = many if N * c >= 8 * multiprocessors() else few
         along_time = [x for x in everything if abs(x.strides[1]) == dtype.itemsize]
-        whole = T % width == 0 and all(aligned(x if x.strides[1] > 0 else x[:, ::-1], 1, width) for x in along_time)
-        _lines(policy, dtype)((N * c,), (256,), (*operands, np.int32(whole)))
+        whole = T % tiles.steps == 0 and all(aligned(x if x.strides[1] > 0 else x[:, ::-1], 1, tiles.steps) for x in along_time)
+        _lines(policy, dtype, tiles)((N * c,), (32 * tiles.warps,), (*operands, np.int32(whole)))
         return
 
-    def fits(tiles):
-        return all(aligned(x, 2, tiles.channels) for x in everything)
+    def columns(tiles):
+        return N * -(-c // (32 * tiles.channels))
 
-    tiles = next(t for t in (walking(policy, dtype, True), walking(policy, dtype, False)) if t.channels == 1 or fits(t))
-    columns = N * -(-c // (32 * tiles.channels))
-    steps = tiles.steps * tiles.warps
-    if columns < enough and T > 4 * steps:
-        tiles = next(t for t in (splitting(dtype, True), splitting(dtype, False)) if t.channels == 1 or fits(t))
-        columns, chunks = N * -(-c // (32 * tiles.channels)), -(-T // (tiles.steps * tiles.warps))
-        board = cp.zeros(1 + 2 * columns * chunks, np.uint32)
-        told = cp.empty(3 * columns * chunks * 32 * tiles.channels, arithmetic(dtype))
-        _split(policy, dtype, tiles)((columns * chunks,), (32 * tiles.warps,), (*operands, np.int64(chunks), board, told))
+    plans = [t for t in walking(policy, dtype) if t.channels == 1 or all(aligned(x, 2, t.channels) for x in everything)]
+    tiles = next((t for t in plans if columns(t) >= enough), plans[-1])
+    if columns(tiles) < enough and T > 4 * tiles.steps * tiles.warps:
+        tiles = splitting(policy, dtype)
+        chunks = -(-T // (tiles.steps * tiles.warps))
+        board = cp.zeros(1 + 2 * columns(tiles) * chunks, np.uint32)
+        told = cp.empty(3 * columns(tiles) * chunks * 32 * tiles.channels, arithmetic(dtype))
+        _split(policy, dtype, tiles)((columns(tiles) * chunks,), (32 * tiles.warps,), (*operands, np.int64(chunks), board, told))
         return
-    _walk(policy, dtype, tiles)((columns,), (32 * tiles.warps,), tuple(operands), tiles.shared(count, dtype))
+    _walk(policy, dtype, tiles)((columns(tiles),), (32 * tiles.warps,), tuple(operands), tiles.shared(count, dtype))
 
 
 def time_is_contiguous(x) -> bool:
@@ -132,12 +146,14 @@ def prepared(a, b, state, reverse):
     if state is not None and state.dtype.kind == "c":
         dtype = np.result_type(dtype, np.complex64)
     T, c = b.shape[-2:]
-    a, b = (flat(x.astype(dtype, copy=False), batch, 2) for x in (a, b))
+    a, b = (flat(cast(x, dtype), batch, 2) for x in (a, b))
     a = cp.broadcast_to(a, (a.shape[0], T, c))
     if reverse:
         a, b = a[:, ::-1], b[:, ::-1]
     if state is not None:
-        state = cp.ascontiguousarray(flat(state.astype(arithmetic(dtype), copy=False), batch, 1))
+        state = cp.ascontiguousarray(flat(cast(state, arithmetic(dtype)), batch, 1))
+    if time_is_contiguous(b) and b.shape[0] * c < multiprocessors() and T > 8192:
+        b = cp.ascontiguousarray(b)  # a few long lines: blocks that share one want rows; two copies are less than the wait
     return a, b, state, batch
 
 
@@ -205,14 +221,14 @@ def linear_recurrence_vjp(dy, a, b, *, state=None, reverse=False, dstate=None):
     T, c = b.shape[-2:]
     spread = a.ndim == 1 or a.shape[-2] != T or a.ndim < b.ndim  # a's gradient will be summed, and not from halves
     if spread:
-        a, b, dy = (x.astype(arithmetic(x.dtype), copy=False) for x in (a, b, dy))
+        a, b, dy = (cast(x, arithmetic(x.dtype)) for x in (a, b, dy))
     a, b, first, batch = prepared(a, b, state, reverse)
     N, dtype = b.shape[0], np.result_type(b.dtype, dy.dtype) if dy.dtype.kind == "c" else b.dtype
-    a, b = (x.astype(dtype, copy=False) for x in (a, b))
-    dy = flat(dy.astype(dtype, copy=False), batch, 2)
-    last = None if dstate is None else cp.ascontiguousarray(flat(dstate.astype(arithmetic(dtype), copy=False), batch, 1))
+    a, b = (cast(x, dtype) for x in (a, b))
+    dy = flat(cast(dy, dtype), batch, 2)
+    last = None if dstate is None else cp.ascontiguousarray(flat(cast(dstate, arithmetic(dtype)), batch, 1))
     if first is not None:
-        first = first.astype(arithmetic(dtype), copy=False)
+        first = cast(first, arithmetic(dtype))
     if not b.size:
         entering = cp.zeros((N, c), arithmetic(dtype)) if last is None else last
         return {"a": cp.zeros_like(b).reshape(*batch, T, c), "b": cp.zeros_like(b).reshape(*batch, T, c), "state": entering.reshape(*batch, c)}

@@ -90,7 +90,7 @@ def discretize_vjp(dy, A, B, dt, *, method="zoh"):
 def _together(A, B, dt):
     """All batch axes on all three, B as a matrix, dt as (..., 1, 1); and whether B was a single column."""
     column = CONTRACT.axis("n", A=A, B=B, dt=dt)["B"] == -1
-    A, B, dt = widened(A, B, dt)
+    A, B, dt = widened(*(cp.asarray(x) for x in (A, B, dt)))  # a step may be a plain number
     B = B[..., None] if column else B
     batch = np.broadcast_shapes(A.shape[:-2], B.shape[:-2], dt.shape)
     A, B = cp.broadcast_to(A, (*batch, *A.shape[-2:])), cp.broadcast_to(B, (*batch, *B.shape[-2:]))

@@ -25,7 +25,7 @@ def discretize_diagonal(a, b, dt, *, method="zoh"):
     A_bar, B_bar : cupy.ndarray, shape (...)
     """
     one_of("discretize_diagonal", "method", method, METHODS)
-    a, b, dt = cp.broadcast_arrays(*widened(a, b, dt))
+    a, b, dt = cp.broadcast_arrays(*widened(*(cp.asarray(x) for x in (a, b, dt))))
     z = dt * a
     if method in ("zoh", "mamba"):
         return cp.exp(z), dt * b if method == "mamba" else dt * mean_exponential(z) * b
@@ -51,7 +51,7 @@ def discretize_diagonal_vjp(dy, a, b, dt, *, method="zoh"):
     if not isinstance(dy, tuple) or len(dy) != 2:
         raise ValueError(f"discretize_diagonal: dy must be a tuple (dA_bar, dB_bar), got {type(dy).__name__}")
     dA_bar, dB_bar = widened(*dy)
-    a, b, dt = cp.broadcast_arrays(*widened(a, b, dt))
+    a, b, dt = cp.broadcast_arrays(*widened(*(cp.asarray(x) for x in (a, b, dt))))
     z = dt * a
     if method in ("zoh", "mamba"):
         dA_dz = cp.exp(z)

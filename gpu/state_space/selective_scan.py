@@ -10,7 +10,7 @@ import cupy as cp
 import numpy as np
 
 from refimpl.gpu import mirror
-from refimpl.gpu.arrays import aligned, arithmetic, cpp, flat, strides
+from refimpl.gpu.arrays import aligned, arithmetic, cast, cpp, flat, strides
 from refimpl.gpu.launch import Kernel, multiprocessors
 from refimpl.ops.state_space.selective_scan import CONTRACT
 
@@ -19,27 +19,25 @@ FILE, FILE_GRADIENT = "kernel_selective_scan.cu", "kernel_selective_scan_gradien
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a block cuts its work: lanes a channel, states a lane, threads, steps a tile, blocks that a multiprocessor must hold."""
+    """How a block cuts its work: lanes a channel, states a lane, threads, steps a tile, blocks that a multiprocessor must hold,
+    and how many channels a lane has (of the gradient: one)."""
 
     lanes: int
     states: int
     threads: int
     steps: int
     blocks: int
+    each: int = 1
 
     @property
     def channels(self) -> int:
-        return self.threads // self.lanes
-
-    def __str__(self) -> str:
-        return f"{self.lanes}, {self.states}, {self.threads}, {self.steps}, {self.blocks}"
+        return self.threads // self.lanes * self.each
 
 
 # By the number of states that they hold. For real numbers of 4 bytes (and halves, which are computed in them):
-FAST = {4: Tiles(4, 1, 256, 32, 2), 16: Tiles(4, 4, 256, 32, 2), 64: Tiles(16, 4, 256, 32, 2), 128: Tiles(32, 4, 256, 32, 1)}
-FEW_CHANNELS = {16: Tiles(16, 1, 256, 32, 2)}  # where FAST would leave multiprocessors idle
-FAST_GRADIENT = {4: Tiles(4, 1, 256, 16, 2), 16: Tiles(4, 4, 256, 16, 2), 64: Tiles(16, 4, 128, 16, 3), 128: Tiles(32, 4, 64, 32, 1)}
-FEW_GRADIENT = {16: Tiles(16, 1, 256, 16, 2)}
+FAST = {4: Tiles(4, 1, 256, 32, 2), 16: Tiles(4, 4, 128, 32, 2, 2), 64: Tiles(16, 4, 256, 32, 2), 128: Tiles(32, 4, 256, 32, 1)}
+FAST_GRADIENT = {4: Tiles(4, 1, 256, 16, 2), 16: Tiles(4, 4, 256, 16, 2), 64: Tiles(16, 4, 128, 16, 2), 128: Tiles(32, 4, 64, 32, 1)}
+FEW_GRADIENT = {16: Tiles(16, 1, 256, 16, 2)}  # where FAST_GRADIENT would leave multiprocessors idle
 # For float64 and complex rates: right, not tuned.
 SLOW = {16: Tiles(16, 1, 128, 16, 1), 64: Tiles(16, 4, 128, 16, 1)}
 SLOW_GRADIENT = {16: Tiles(16, 1, 128, 16, 1), 64: Tiles(32, 2, 32, 32, 1)}
@@ -50,34 +48,35 @@ SLOW_TYPES = (("float64", "float64", "float64"), ("float32", "complex64", "compl
 
 
 def _kernel(mode: str, types, tiles: Tiles) -> Kernel:
-    return Kernel(FILE, f"selective_scan<{mode}, {', '.join(map(cpp, types))}, {tiles}>")
+    numbers = f"{tiles.lanes}, {tiles.states}, {tiles.each}, {tiles.threads}, {tiles.steps}, {tiles.blocks}"
+    return Kernel(FILE, f"selective_scan<{mode}, {', '.join(map(cpp, types))}, {numbers}>")
 
 
 def _gradient_kernel(types, tiles: Tiles) -> Kernel:
-    return Kernel(FILE_GRADIENT, f"selective_scan_gradient<{', '.join(map(cpp, types))}, {tiles}>", spills=(tiles, types[0]) in MAY_SPILL)
+    numbers = f"{tiles.lanes}, {tiles.states}, {tiles.threads}, {tiles.steps}, {tiles.blocks}"
+    few = tiles == FAST_GRADIENT[16]  # a register or two of 128, where more would halve the number of warps
+    return Kernel(FILE_GRADIENT, f"selective_scan_gradient<{', '.join(map(cpp, types))}, {numbers}>", spills=few)
 
 
 def _carry_kernel(types) -> Kernel:
-    return Kernel(FILE, f"carry_states<{cpp(arithmetic(types[0]))}, {cpp(types[2])}>")
-
-
-MAY_SPILL = ()
+    return Kernel(FILE, f"carry_states<{cpp(arithmetic(types[0]))}, {cpp(types[1])}, {cpp(types[2])}>")
 
 
 def _checkpoint_tiles(tiles: Tiles, gradient: Tiles) -> Tiles:
     """The forward kernel's tiles, cut where the gradient wants its checkpoints."""
-    return Tiles(tiles.lanes, tiles.states, tiles.threads, gradient.steps, tiles.blocks)
+    return Tiles(tiles.lanes, tiles.states, tiles.threads, gradient.steps, tiles.blocks, tiles.each)
 
 
 def _instances() -> tuple[Kernel, ...]:
     found = []
-    for kinds, plans, gradients in ((FAST_TYPES, (FAST, FEW_CHANNELS), (FAST_GRADIENT, FEW_GRADIENT)), (SLOW_TYPES, (SLOW,), (SLOW_GRADIENT,))):
+    for kinds, plan, gradients in ((FAST_TYPES, FAST, (FAST_GRADIENT, FEW_GRADIENT)), (SLOW_TYPES, SLOW, (SLOW_GRADIENT,))):
         for types in kinds:
             found.append(_carry_kernel(types))
-            for plan, gradient in zip(plans, gradients, strict=True):
-                for size, tiles in plan.items():
-                    found += [_kernel("RESULTS", types, tiles), _kernel("STATES", types, tiles)]
-                    found += [_kernel("CHECKPOINTS", types, _checkpoint_tiles(tiles, gradient[size])), _gradient_kernel(types, gradient[size])]
+            for size, tiles in plan.items():
+                found += [_kernel("RESULTS", types, tiles), _kernel("STATES", types, tiles)]
+                for gradient in gradients:
+                    if size in gradient:
+                        found += [_kernel("CHECKPOINTS", types, _checkpoint_tiles(tiles, gradient[size])), _gradient_kernel(types, gradient[size])]
     return tuple(dict.fromkeys(found))
 
 
@@ -104,8 +103,8 @@ class _Prepared:
         self.types = (store.name, maps.name, self.number.name)
         self.u, self.delta, self.z = (None if x is None else self._channels(x, store) for x in (u, delta, z))
         self.B, self.C = (self._maps(x, maps) for x in (B, C))
-        self.A = cp.ascontiguousarray(A.astype(self.number, copy=False))
-        self.D, self.bias = (None if x is None else cp.ascontiguousarray(x.astype(self.real, copy=False)) for x in (D, delta_bias))
+        self.A = cp.ascontiguousarray(cast(A, maps))
+        self.D, self.bias = (None if x is None else cp.ascontiguousarray(cast(x, store)) for x in (D, delta_bias))
         self.state = None if state is None else self.states(state)
         self.fast = self.types in FAST_TYPES
         sizes = FAST if self.fast else SLOW
@@ -115,30 +114,36 @@ class _Prepared:
 
     def states(self, x):
         """(..., c, n) -> (N, c, n), contiguous."""
-        return cp.ascontiguousarray(flat(x.astype(self.number, copy=False), self.batch, 2))
+        return cp.ascontiguousarray(flat(cast(x, self.number), self.batch, 2))
 
     def _channels(self, x, dtype):
-        x = x.astype(dtype, copy=False)
+        x = cast(x, dtype)
         x = flat(x if x.strides[-1] == dtype.itemsize or x.shape[-1] == 1 else cp.ascontiguousarray(x), self.batch, 2)
         return x
 
     def _maps(self, x, dtype):
-        x = x.astype(dtype, copy=False)
+        x = cast(x, dtype)
         x = flat(x if x.strides[-1] == dtype.itemsize or x.shape[-1] == 1 else cp.ascontiguousarray(x), self.batch, 3)
         return cp.broadcast_to(x, (self.N, self.T, self.G, self.n))
 
-    def tiles(self, many, few) -> Tiles:
-        """The plan: with few channels, more lanes to each."""
-        first = many[self.size]
-        return few[self.size] if self.size in few and self.blocks(first) < multiprocessors() else first
+    @property
+    def forward(self) -> Tiles:
+        return (FAST if self.fast else SLOW)[self.size]
+
+    @property
+    def backward(self) -> Tiles:
+        """With few channels, more lanes to each."""
+        if not self.fast:
+            return SLOW_GRADIENT[self.size]
+        many = FAST_GRADIENT[self.size]
+        return FEW_GRADIENT.get(self.size, many) if self.blocks(many) < multiprocessors() else many
 
     def blocks(self, tiles: Tiles, segments=1) -> int:
         return self.N * segments * self.G * -(-(self.c // self.G) // tiles.channels)
 
     def packed(self, tiles: Tiles, *arrays) -> np.int32:
         """Whether all (time, channel) arrays can be read in packs of the widest access."""
-        each = tiles.steps * tiles.channels // tiles.threads
-        width = min(16 // np.dtype(self.types[0]).itemsize, each)
+        width = min(4, tiles.steps * tiles.channels // tiles.threads)
         whole = self.c // self.G % width == 0
         return np.int32(whole and all(aligned(x, 2, width) for x in (self.u, self.delta, self.z, *arrays) if x is not None))
 
@@ -162,9 +167,10 @@ def _run(p: _Prepared, mode, tiles, softplus, *, state=None, last=None, y=None, 
 
 
 def _segments(p: _Prepared, tiles: Tiles) -> tuple[int, int]:
-    """Into how many segments time is cut, and their length: only where channels alone would leave most of the device idle."""
-    wanted = multiprocessors() // (2 * max(1, p.blocks(tiles)))
-    length = -(-max(p.T // max(wanted, 1), 8 * tiles.steps) // tiles.steps) * tiles.steps
+    """Into how many segments time is cut, and their length: more than one where channels alone leave multiprocessors idle."""
+    blocks = p.blocks(tiles)
+    wanted = 1 if blocks >= multiprocessors() else -(-tiles.blocks * multiprocessors() // blocks)
+    length = -(-max(p.T // wanted, 8 * tiles.steps) // tiles.steps) * tiles.steps
     return -(-p.T // length), length
 
 
@@ -203,7 +209,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, *, delta_
     y = cp.empty((p.N, p.T, p.c), p.types[0])
     last = cp.empty((p.N, p.c, p.n), p.number) if return_state else None
     if y.size and p.n:
-        tiles = p.tiles(FAST, FEW_CHANNELS) if p.fast else SLOW[p.size]
+        tiles = p.forward
         segments, length = _segments(p, tiles)
         before = p.state
         if segments > 1:
@@ -255,10 +261,9 @@ def selective_scan_vjp(dy, u, delta, A, B, C, D=None, z=None, delta_bias=None, *
             "D": None if D is None else cp.zeros_like(D), "z": None if z is None else cp.zeros_like(z),
             "delta_bias": None if delta_bias is None else cp.zeros_like(delta_bias),
         }  # fmt: skip
-    tiles = p.tiles(FAST_GRADIENT, FEW_GRADIENT) if p.fast else SLOW_GRADIENT[p.size]
-    forward = p.tiles(FAST, FEW_CHANNELS) if p.fast else SLOW[p.size]
+    tiles = p.backward
     checkpoints = cp.empty((N, -(-T // tiles.steps), c, n), p.number)
-    _run(p, "CHECKPOINTS", _checkpoint_tiles(forward, tiles), delta_softplus, state=p.state, last=checkpoints)
+    _run(p, "CHECKPOINTS", _checkpoint_tiles(p.forward, tiles), delta_softplus, state=p.state, last=checkpoints)
 
     parts = -(-(c // G) // tiles.channels)
     dA, dstate_in = cp.empty((N, c, n), p.number), cp.empty((N, c, n), p.number)
@@ -299,6 +304,6 @@ def _shared(p: _Prepared, tiles: Tiles) -> int:
     real, number, NS = p.real.itemsize, p.number.itemsize, tiles.lanes * tiles.states
     parts = (
         tiles.steps * tiles.channels * 4 * real, 2 * tiles.steps * NS * number, tiles.steps // 4 * tiles.threads * tiles.states * number,
-        tiles.threads // 32 * tiles.steps * 2 * NS * number, tiles.steps * tiles.channels * 4 * real, 2 * tiles.steps * tiles.channels * real, 6 * 8,
+        tiles.threads // 32 * tiles.steps * 2 * NS * number, tiles.steps * tiles.channels * 4 * real, 2 * tiles.steps * tiles.channels * real, 8 * tiles.steps * tiles.channels * np.dtype(p.types[0]).itemsize, 6 * 8,
     )  # fmt: skip
     return sum(-(-part // 16) * 16 for part in parts) + 16
