@@ -16,6 +16,7 @@ import refimpl
 from refimpl.complexity import Uncounted, fit, leading_term, measure, predict
 from refimpl.complexity.growth import MEASURES, axes, blocks
 from refimpl.complexity.runs import arguments, execute, letters, run
+from refimpl.complexity.table import WIDTHS
 from refimpl.core.parallel import one_thread
 
 FORMS = [(name, form) for name, op in refimpl.OPS.items() for form in op.forms]
@@ -286,6 +287,18 @@ def test_counts_exist_and_grow_as_the_chapter_says(name, form):
     lengths = sorted(found.counts)
     wrong = disagreements(found, {n: formula(name, form, n) for n in lengths}, lengths)
     assert not wrong, f"{name}, {form}: {'; '.join(wrong)}"
+
+
+@each_form
+def test_formulas_hold_at_usual_widths(name, form):
+    """Sixty-four features and so on, chunks and tiles as they come: the constants beside the other letters."""
+    op = refimpl.OPS[name]
+    sizes = {k: v for k, v in WIDTHS.items() if k in letters(op)} | dict.fromkeys(op.lengths, 96) | SPECIAL.get(name, {})
+    sizes.pop("lengths", None)
+    counted, predicted = measure(op, form, **sizes), predict(op, form, **sizes)
+    for measured, factor in FACTOR.items():
+        ratio = getattr(predicted, measured) * UNITS[measured] / getattr(counted, measured)
+        assert 1 / factor <= ratio <= factor, f"{name}, {form}: {measured} of the formula is {ratio:.2f} times the count"
 
 
 def test_a_wrong_formula_would_be_seen():

@@ -17,7 +17,7 @@ from refimpl.complexity.runs import find, letters, measure
 from refimpl.op import Cost, Op
 
 WIDTHS = {"c": 256, "d": 64, "e": 64, "p": 64, "n": 16, "f": 256}  # features and states of usual widths
-LIMIT = Cost(work=5e9, depth=1.5e4, peak=2e7)  # what is counted: a second or so
+LIMIT = Cost(work=2e9, depth=1.5e4, peak=2e7)  # what is counted: a second or so
 
 
 @dataclass(frozen=True)

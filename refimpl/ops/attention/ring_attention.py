@@ -234,7 +234,7 @@ def _cost(n, m, d, e, Hq, Hkv, batch=1, devices=4):
     return Cost(
         batch * Hq * n * (m * (2 * d + 2 * e + 5) + devices * (3 * e + 19 + d)),
         6 * devices + log2_ceil(d) + 2 * log2_ceil(m / devices) + 10,
-        batch * Hq * n * (3 * m / devices**2 + 6 * (e + 2)),
+        batch * Hq * n * (3 * m / devices**2 + 4 * (e + 2)),
     )
 
 

@@ -267,15 +267,20 @@ def _rows_of_zeros(rng, x):
     return x * (rng.random((*x.shape[:-1], 1)) < 0.5)
 
 
+def _chunked(T, d, e, L, times):
+    chunks = T / L
+    return Cost(
+        (T * (L * (8 * d + 2 * e) + 4 * d * e + 15 * d + 3 * e) + 4 * chunks * d * e) * times,
+        L + log2_ceil(L) + max(d + 7, 4 * chunks + log2_ceil(d) + 4),
+        (2 * T * L * d + 4 * T * (d + e) + 3 * (chunks + 1) * d * e) * times,
+    )
+
+
 _cost = {
     "recurrent": lambda T, d, e, H=1, batch=1, **_: Cost(
         T * (5 * d * e + 4 * d + 2 * e - 1) * H * batch, 2 * T + log2_ceil(d) + 1, (4 * d * e + T * (e + 1)) * H * batch
     ),
-    "chunkwise": lambda T, d, e, H=1, batch=1, chunk=32, **_: Cost(
-        T * (min(chunk, max(T, 1)) * (8 * d + 2 * e) + 4 * d * e + log2_ceil(min(chunk, max(T, 1))) * (6 * d + 2 * e) + 4 * d * e / min(chunk, max(T, 1))) * H * batch,
-        0.6 * min(chunk, max(T, 1)) + 4 * T / min(chunk, max(T, 1)) + log2_ceil(d) + 2.6 * log2_ceil(min(chunk, max(T, 1))) + 2,
-        (4 * T * min(chunk, max(T, 1)) * d + 4 * T * (d + e) + 2 * (T / chunk + 1) * d * e) * H * batch,
-    ),
+    "chunkwise": lambda T, d, e, H=1, batch=1, chunk=32, **_: _chunked(T, d, e, min(chunk, max(T, 1)), H * batch),
 }
 
 OPS = (

@@ -288,15 +288,20 @@ def _rows_of_zeros(rng, x):
     return x * (rng.random((*x.shape[:-1], 1)) < 0.5)
 
 
+def _chunked(T, d, e, L, times):
+    chunks = T / L
+    return Cost(
+        (T * (L * (30 * d + 7 * e) + 8 * d * e + 17 * d + 2 * e) + 5 * chunks * d * e) * times,
+        3 * L + max(log2_ceil(L), d - log2_ceil(L)) + chunks * (7 + log2_ceil(d) + log2_ceil(L)),
+        (2 * T * L * d + 8 * T * (d + e) + 2 * (chunks + 1) * d * e) * times,
+    )
+
+
 _cost = {
     "recurrent": lambda T, d, e, H=1, batch=1, **_: Cost(
         T * (9 * d * e + d) * H * batch, T * (4 + log2_ceil(d)) + log2_ceil(d) + 1, (4 * d * e + T * (e + 1)) * H * batch
     ),
-    "chunkwise": lambda T, d, e, H=1, batch=1, chunk=32, **_: Cost(
-        T * (min(chunk, max(T, 1)) * (24 * d + 7 * e) + 8 * d * e + log2_ceil(min(chunk, max(T, 1))) * (16 * d + 2 * e) + 5 * d * e / min(chunk, max(T, 1))) * H * batch,
-        3 * min(chunk, max(T, 1)) + T / min(chunk, max(T, 1)) * (7 + log2_ceil(d) + log2_ceil(min(chunk, max(T, 1)))),
-        (5 * T * min(chunk, max(T, 1)) * d + 8 * T * (d + e) + 2 * (T / chunk + 1) * d * e) * H * batch,
-    ),
+    "chunkwise": lambda T, d, e, H=1, batch=1, chunk=32, **_: _chunked(T, d, e, min(chunk, max(T, 1)), H * batch),
 }
 
 OPS = (

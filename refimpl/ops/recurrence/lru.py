@@ -239,7 +239,7 @@ def _with(**changes):
 
 
 def _cost(each, depth, alive):
-    return lambda T, c, n, batch=1: Cost((12 * T * n * c + each(T) * T * n + 2 * T * c) * batch + 14 * n, depth(T) + log2_ceil(n), alive * T * n * batch)
+    return lambda T, c, n, batch=1: Cost((12 * T * n * c + each(T) * T * n + 2 * T * c) * batch + 14 * n, depth(T) + log2_ceil(n), max(alive * n, 4 * c + 2 * n) * T * batch)
 
 
 OPS = (
