@@ -64,6 +64,11 @@ class Candidate:
         if isinstance(self._invoke, Child):
             self._invoke.lost = 0
 
+    def passed(self, call: dict) -> list[str]:
+        """The arguments of a call that go by keyword: not those that the domain fixes and the function does not have."""
+        required, _, _ = parameters(self.op)
+        return [n for n in call if n not in required and (n not in self.fixed or n in (self.support.keywords or ()))]
+
     def finish(self) -> Answer:
         """Whether results that were returned long ago still are what they were."""
         return self._invoke(Request([], {}, [], finish=True))
@@ -105,11 +110,24 @@ class Candidate:
         required, _, _ = parameters(self.op)
         if self.layout:
             call = {n: self.layout.argument_in(n, v, call) for n, v in call.items()}
-        keywords = {n: v for n, v in call.items() if n not in required and (n not in self.fixed or n in (self.support.keywords or ()))}
-        return Request([call[n] for n in required], keywords, required, **more)
+        return Request([call[n] for n in required], {n: call[n] for n in self.passed(call)}, required, **more)
 
     def _back(self, result):
         return self.layout.results_back(result) if self.layout and result is not None else result
+
+
+def given(operator: str, call: dict, *, framework: str = "numpy", device: str | None = None, view: str = "contiguous", layout: str | None = None) -> dict:
+    """A call as a candidate is given it: in a framework's arrays, with a memory layout and an order of axes."""
+    from refimpl.catalogue import operator as find
+
+    arrays, moved = make_framework(framework, device), Layout(find(operator), layout) if layout else None
+
+    def put(x):
+        if isinstance(x, tuple) and any(isinstance(v, np.ndarray) for v in x):
+            return type(x)(*map(put, x)) if hasattr(x, "_fields") else tuple(map(put, x))
+        return arrays.array(x, view) if isinstance(x, np.ndarray) else x
+
+    return {n: put(moved.argument_in(n, v, call) if moved else v) for n, v in call.items()}
 
 
 def printable(text: str) -> str:

@@ -374,6 +374,11 @@ def _scaled(value, power: int):
     return value * 2.0**power if value is not None else None
 
 
+def repeated(call: dict) -> dict:
+    """All batch entries alike, so that a stride of 0 can stand for them."""
+    return {n: np.repeat(v[:1], v.shape[0], axis=0) if isinstance(v, np.ndarray) and v.ndim > 1 and v.shape[0] == 2 else v for n, v in call.items()}
+
+
 def described(op: Op, sizes: dict, call: dict) -> str:
     """A call in words: sizes that are not the usual ones, optional arrays, options."""
     basic = default_sizes(op)
@@ -391,7 +396,9 @@ def described(op: Op, sizes: dict, call: dict) -> str:
     return ", ".join(shown)
 
 
-def recall(operator: str, id: str, *, dtype: str, level: str = "standard", seed: int = 0, keywords: list[str] | None = None) -> dict[str, Any]:
+def recall(
+    operator: str, id: str, *, dtype: str, level: str = "standard", seed: int = 0, keywords: list[str] | None = None, domain: Domain | None = None
+) -> dict[str, Any]:
     """The call of a case by its id, in a precision: what a report's snippet draws again.
 
     Raises
@@ -404,9 +411,9 @@ def recall(operator: str, id: str, *, dtype: str, level: str = "standard", seed:
 
     op = find(operator)
     support = Support(None if keywords is None else frozenset(keywords))
-    for case in cases(op, level=level, seed=seed, support=support, domain=Domain()):
+    for case in cases(op, level=level, seed=seed, support=support, domain=domain or Domain()):
         if case.id == id:
-            call = rounded(op.contract, case.call, precision(dtype))
+            call = rounded(op.contract, repeated(case.call) if case.view == "repeated" else case.call, precision(dtype))
             if call is not None:
                 return call
     raise ValueError(f"recall: {operator} has no case {id!r} at level {level!r}, seed {seed}")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-import refimpl
+from refimpl import __version__
 from refimpl.catalogue import operator
 from refimpl.conformance.candidate import Candidate, printable
 from refimpl.conformance.cases import LEVELS, default_sizes, parameters
@@ -164,7 +164,7 @@ def _journal(report: Report, subject: Candidate, save: str | Path | bool, resume
         if not named and not resume:
             return None
         raise ValueError(f"check: results about {report.candidate} cannot be saved: no file of it can be found, so they could not be told from others'")
-    about = {"operator": report.operator, "candidate": report.candidate, "source": subject.source, "version": refimpl.__version__, **report.settings}
+    about = {"operator": report.operator, "candidate": report.candidate, "source": subject.source, "version": __version__, **report.settings}
     try:
         if not named:
             forget_old()

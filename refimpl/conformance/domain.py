@@ -29,6 +29,10 @@ class Domain:
         keyword is not passed it. For an optional array, [True] says that it is always given, [False] that it never is.
     batch : list of tuple, optional
         Batch shapes that are supported; all by default.
+    batch_rank : int, optional
+        The number of batch axes; found by trying, if there is but one, or given by a layout.
+    equal : tuple of pairs, optional
+        Sizes that must be others', (("e", "d"),); found by trying.
     **sizes : int, list of int, range, `multiple_of` or callable
         By the contract's letters: ``Domain(T=multiple_of(64), d=[64, 128])``. A callable says whether a size will do.
 
@@ -38,18 +42,23 @@ class Domain:
         If a rule is of another kind, or leaves nothing.
     """
 
-    def __init__(self, *, options: dict[str, Iterable] | None = None, batch: Iterable[tuple] | None = None, **sizes):
+    def __init__(
+        self, *, options: dict[str, Iterable] | None = None, batch: Iterable[tuple] | None = None, batch_rank: int | None = None,
+        equal: tuple[tuple[str, str], ...] = (), **sizes,
+    ):  # fmt: skip
         self.options = {name: _listed(f"options[{name!r}]", values) for name, values in (options or {}).items()}
         self.batch = None if batch is None else [tuple(b) for b in batch]
-        self.batch_rank: int | None = None  # found by trying, or given by a layout
+        self.batch_rank = batch_rank
         self.sizes = {letter: _rule(letter, rule) for letter, rule in sizes.items()}
         self._said = {letter: getattr(rule, "__qualname__", rule) for letter, rule in sizes.items()}
-        self.equal: tuple[tuple[str, str], ...] = ()  # sizes that must be others' (e = d, Hq = Hkv): found by trying
+        self.equal = equal
 
     def __repr__(self) -> str:
         parts = [f"{k}={v!r}" for k, v in self._said.items()]
         parts += [f"options={self.options!r}"] if self.options else []
         parts += [f"batch={self.batch!r}"] if self.batch is not None else []
+        parts += [f"batch_rank={self.batch_rank!r}"] if self.batch_rank is not None else []
+        parts += [f"equal={self.equal!r}"] if self.equal else []
         return f"Domain({', '.join(parts)})"
 
     def spelled_for(self, letters: Iterable[str]) -> "Domain":

@@ -10,34 +10,44 @@ from refimpl.op import Op
 INLINE = 300  # elements that are written out
 
 
-def snippet(op: Op, candidate: str, call: dict, required: list[str], dtype: str, recall: str, output: str) -> str:
-    """Lines to paste: inputs written out where they are few, drawn again where they are many."""
+def snippet(op: Op, candidate: str, call: dict, required: list[str], passed: list[str], recall: str, output: str, way: str) -> str:
+    """Lines to paste: inputs written out where they are few, drawn again where they are many.
+
+    `way` says in which framework, memory layout and order of axes the candidate is given them, where that is not as they are.
+    """
     lines = ["import numpy as np, refimpl"]
-    arrays = {n: v for n, v in call.items() if isinstance(v, np.ndarray) or (isinstance(v, tuple) and hasattr(v, "_fields"))}
-    inline = sum(_size(v) for v in arrays.values()) <= INLINE and not any(_exotic(v) for v in arrays.values())
-    if inline:
+    if sum(_size(v) for v in call.values()) <= INLINE and not any(callable(v) for v in call.values()):
         text = f"call = dict({', '.join(f'{n}={_literal(v)}' for n, v in call.items())})"
+        lines += ["import ml_dtypes"] if "ml_dtypes." in text else []
         lines += textwrap.wrap(text, 132, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
     else:
-        lines = ["import refimpl", "from refimpl.conformance.cases import recall", f"call = recall({recall})"]
-    arguments = ", ".join([*(f'call["{n}"]' for n in required), *(f'{n}=call["{n}"]' for n in call if n not in required)])
+        names = "Domain, multiple_of" if "multiple_of(" in recall else "Domain" if "Domain(" in recall else ""
+        lines = ["import refimpl", *([f"from refimpl import {names}"] if names else []), "from refimpl.conformance.cases import recall"]
+        lines.append(f"call = recall({recall})")
+    source = "call"
+    if way:
+        source = "there"
+        lines += ["from refimpl.conformance.candidate import given", f"there = given({op.name!r}, call, {way})"]
+    arguments = ", ".join([*(f'{source}["{n}"]' for n in required), *(f'{n}={source}["{n}"]' for n in passed)])
     lines += [f"got = {candidate}({arguments})  # {output} is wrong", f"expected = refimpl.{op.name}(**call)"]
     return "\n".join(lines)
 
 
 def _size(value) -> int:
-    return sum(v.size for v in value) if isinstance(value, tuple) else value.size
+    return sum(map(_size, value)) if isinstance(value, tuple) else value.size if isinstance(value, np.ndarray) else 0
 
 
-def _exotic(value) -> bool:
-    return any(v.dtype.kind == "V" or v.dtype.name.startswith(("bfloat", "float8")) for v in (value if isinstance(value, tuple) else (value,)))
+def _exotic(x: np.ndarray) -> bool:
+    return x.dtype.kind == "V" or x.dtype.name.startswith(("bfloat", "float8"))
 
 
 def _literal(value) -> str:
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
+    if isinstance(value, tuple) and any(isinstance(v, np.ndarray) for v in value):
         return f"({', '.join(_literal(v) for v in value)},)"
     if not isinstance(value, np.ndarray):
         return repr(value)
+    if _exotic(value):
+        return f"{_literal(value.astype(np.float32))}.astype(ml_dtypes.{value.dtype.name})"
     if value.size == 0:
         return f"np.zeros({value.shape}, {value.dtype.name!r})"
     return f"np.array({_nested(value)}, {value.dtype.name!r})"

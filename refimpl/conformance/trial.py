@@ -113,8 +113,15 @@ class Trial:
         recall = f"{self.op.name!r}, {case.id!r}, dtype={to.name!r}, level={self.level!r}, seed={self.seed}"
         if self.subject.support.keywords is not None:
             recall += f", keywords={sorted(self.subject.support.keywords & keywords(self.op))!r}"
+        if repr(self.domain) != "Domain()":
+            recall += f", domain={self.domain!r}"
         name = self.report.candidate.rpartition(":")[2].rpartition(".")[2] or "candidate"
-        text = snippet(self.op, name, call, self.required, to.name, recall, finding.output or "the result")
+        how = {n: self.report.settings.get(n) for n in ("framework", "device", "layout")} | {"view": case.view}
+        plain = {"framework": "numpy", "device": None, "layout": None, "view": "contiguous"}
+        way = ", ".join(f"{n}={v!r}" for n, v in how.items() if v != plain[n])
+        text = snippet(self.op, name, call, self.required, self.subject.passed(call), recall, finding.output or "the result", way)
+        if "recall(" in text and not case.recipe:  # a call that is in no list of cases
+            text = ""
         return Result(
             case.id, case.klass, to.name, finding.status, finding.message, finding.output, finding.index, finding.got, finding.expected, finding.bound,
             finding.ratio, pattern, text,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.conformance import gates, truth
-from refimpl.conformance.cases import Case, cases, default_sizes
+from refimpl.conformance.cases import Case, cases, default_sizes, repeated
 from refimpl.conformance.diagnosis import Evidence
 from refimpl.conformance.invoke import Answer
 from refimpl.conformance.pictures import ulps
@@ -56,7 +56,7 @@ def result_jobs(trial: Trial, to: Precision) -> Iterator[Job]:
 
 
 def _case(trial: Trial, case: Case, to: Precision) -> None:
-    call = rounded(trial.op.contract, _repeated(case.call) if case.view == "repeated" else case.call, to)
+    call = rounded(trial.op.contract, repeated(case.call) if case.view == "repeated" else case.call, to)
     if call is None:
         return
     try:
@@ -169,8 +169,3 @@ def _bits(result) -> bytes:
     if isinstance(result, tuple):
         return b"".join(map(_bits, result))
     return np.ascontiguousarray(result).tobytes() if isinstance(result, np.ndarray) else b""
-
-
-def _repeated(call: dict) -> dict:
-    """All batch entries alike, so that a stride of 0 can stand for them."""
-    return {n: np.repeat(v[:1], v.shape[0], axis=0) if isinstance(v, np.ndarray) and v.ndim > 1 and v.shape[0] == 2 else v for n, v in call.items()}

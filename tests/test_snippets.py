@@ -1,0 +1,91 @@
+"""What a report says reproduces a failure, does: run as it stands, with the candidate's name bound and nothing else."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+import refimpl
+
+HOW = {"level": "quick", "dtypes": ["float32"]}
+
+
+def wrong_beyond_20(a, b, *, state=None, reverse=False, return_state=False):
+    found = refimpl.linear_recurrence(a, b, state=state, reverse=reverse, return_state=True)
+    y = found[0].copy()
+    y[..., 20:, :] *= y.dtype.type(1.5)
+    return (y, found[1]) if return_state else y
+
+
+def wrong_if_strided(a, b, **options):
+    return refimpl.linear_recurrence(a, b if b.flags.c_contiguous else 2 * b, **options)
+
+
+def always_backwards(a, b):
+    return refimpl.linear_recurrence(a, 2 * b, reverse=True)
+
+
+def wants_two_axes(a, b):
+    if b.ndim != 3 or b.shape[-2] % 8 or b.shape[-1] != 16:
+        raise ValueError("(batch, 8 T, 16) only")
+    return refimpl.linear_recurrence(a, 1.5 * b)
+
+
+def time_first(q, k, v):
+    """(batch, time, heads, features)"""
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    return (np.float32(1.5) * refimpl.attention(q, k, v)).swapaxes(1, 2)
+
+
+CASES = [
+    ("linear_recurrence", wrong_beyond_20, {}),
+    ("linear_recurrence", wrong_beyond_20, {"dtypes": ["bfloat16"]}),
+    ("linear_recurrence", wrong_beyond_20, {"dtypes": ["float64"], "domain": refimpl.Domain(T=[64, 128], c=range(16, 40, 8), batch=[(2,), (3,)])}),
+    ("linear_recurrence", wrong_if_strided, {}),
+    ("linear_recurrence", always_backwards, {"domain": refimpl.Domain(options={"reverse": [True]})}),
+    ("linear_recurrence", wants_two_axes, {"domain": refimpl.Domain(T=refimpl.multiple_of(8), c=16)}),
+    ("attention", time_first, {"layout": "bthd"}),
+]
+
+
+@pytest.mark.parametrize(("op", "candidate", "more"), CASES, ids=lambda x: getattr(x, "__name__", None))
+def test_a_snippet_reproduces_its_failure(op, candidate, more):
+    report = refimpl.check(op, candidate, **{**HOW, **more})
+    tried = {}
+    for result in filter(None, [report.smallest, *report.failures]):
+        if result.snippet and result.status == "NUMERIC":
+            kind = (result.klass, "recall(" in result.snippet, "given(" in result.snippet)
+            tried.setdefault(kind, result)
+    assert tried
+    for result in tried.values():
+        names = {candidate.__name__: candidate}
+        exec(result.snippet, names)
+        got, expected = (x[0] if isinstance(x, tuple) else x for x in (names["got"], names["expected"]))
+        if more.get("layout"):
+            got = got.swapaxes(1, 2) if got.ndim == 4 else got
+        off = np.abs(np.asarray(got).astype(np.float64) - np.asarray(expected).astype(np.float64))
+        assert off.max() > 1e-3 * np.abs(np.asarray(expected).astype(np.float64)).max(), f"{result.id}\n{result.snippet}"
+
+
+@pytest.mark.peers
+def test_a_snippet_for_torch():
+    torch = pytest.importorskip("torch")
+
+    def half_again(a, b):
+        return torch.ones(())
+
+    report = refimpl.check("linear_recurrence", half_again, framework="torch", dtypes=["bfloat16"], level="quick", fail_fast=True)
+    names = {"half_again": half_again}
+    exec(report.failures[0].snippet, names)
+    assert isinstance(names["there"]["b"], torch.Tensor)
+
+
+def test_torch_is_said_where_it_is_meant():
+    if importlib.util.find_spec("torch"):
+        pytest.skip("torch is installed: the test above")
+    from refimpl.conformance.snippet import snippet
+
+    op = refimpl.OPS["linear_recurrence"]
+    text = snippet(op, "f", {"a": np.ones(1), "b": np.ones((1, 1))}, ["a", "b"], [], "", "h", "framework='torch', device='cuda'")
+    assert "there = given('linear_recurrence', call, framework='torch', device='cuda')" in text
+    assert 'got = f(there["a"], there["b"])' in text
