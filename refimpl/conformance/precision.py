@@ -101,7 +101,7 @@ class _Rounding(np.ndarray):
         self.to = getattr(parent, "to", None)
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=None, **keywords):
-        to = next(x.to for x in (*inputs, *(out or ())) if isinstance(x, _Rounding))
+        to = next(x.to for x in (*inputs, *(out or ())) if isinstance(x, _Rounding) and x.to is not None)
         plain = [x.view(np.ndarray) if isinstance(x, _Rounding) else x for x in inputs]
         if out is not None:
             keywords["out"] = tuple(x.view(np.ndarray) if isinstance(x, _Rounding) else x for x in out)
@@ -110,7 +110,7 @@ class _Rounding(np.ndarray):
 
     def __array_function__(self, function, types, args, kwargs):
         result = super().__array_function__(function, types, args, kwargs)
-        return rounding(result, self.to) if isinstance(result, np.ndarray) and self.to is not None else result
+        return result if self.to is None or not isinstance(result, np.ndarray) else rounding(result, self.to)
 
 
 def rounding(x, to: Precision):

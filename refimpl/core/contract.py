@@ -215,7 +215,11 @@ class Contract:
 
                     yield array.part(i), part, put
             elif value is not None:
-                yield array, value, lambda new, name=array.name: {**call, name: new}
+
+                def replace(new, name=array.name):
+                    return {**call, name: new}
+
+                yield array, value, replace
 
     def sizes(self, **arguments) -> tuple[dict[str, int], tuple[int, ...]]:
         """Sizes by letter, and the batch shape, of a call's arguments."""
