@@ -15,7 +15,7 @@ import numpy as np
 
 from refimpl.conformance.cases import Case, default_sizes, parameters
 from refimpl.conformance.report import Report, Result
-from refimpl.conformance.traits import COMPLEX, traits
+from refimpl.conformance.traits import COMPLEX
 from refimpl.op import Op
 
 FEW = 0.1  # of all calls that no rule sets aside
@@ -25,8 +25,8 @@ _RULES = 8  # rules of two, likewise
 _ALIKE = (("e", "d"), ("Hq", "Hkv"))
 
 
-def features(op: Op, case: Case, call: dict[str, Any]) -> tuple[str, ...]:
-    """What a rule of refusal may speak of, in words."""
+def features(op: Op, case: Case, call: dict[str, Any], unusual: tuple[str, ...]) -> tuple[str, ...]:
+    """What a rule of refusal may speak of, in words; `unusual` are the call's traits."""
     _, optional, options = parameters(op)
     found = [name if call.get(name) is not None else f"no {name}" for name in optional]
     if op.stateful:
@@ -37,7 +37,6 @@ def features(op: Op, case: Case, call: dict[str, Any]) -> tuple[str, ...]:
     arrays = {a.name.partition(".")[0] for a in op.contract.arrays}
     layout = op.contract.layout(**{n: v for n, v in call.items() if n in arrays})
     found += [f"{name} of shape ({', '.join(axes)})" for name, axes in layout.items()]
-    unusual = traits(op, call)
     found += unusual if COMPLEX in unusual else ("real arrays", *unusual)
     sizes = {letter: size for letter, size in case.sizes.items() if isinstance(size, int)}
     usual = default_sizes(op)
