@@ -10,8 +10,9 @@ import re
 from collections.abc import Callable, Iterator
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|$~^!&])")
-_SHIFTED = re.compile(r"(?<![\w`\\^])(d?[A-Za-zα-ωΑ-ΩĀ]\u0304?|\d+)([_^])(\{(?:[^{}]|\{[^{}]*\})*\}|[-−]?[A-Za-z0-9]{1,6}(?![\w{]))(?:(\^)(\{[^{}]*\}|[A-Za-z0-9]))?")
+_SHIFTED = re.compile(r"(?<![\w`\\^])(d?[^\W\d_][\u0303\u0304]?|\d+)([_^])(\{(?:[^{}]|\{[^{}]*\})*\}|[-−]?[A-Za-z0-9]{1,6}(?![A-Za-z0-9_{]))(?:(\^)(\{[^{}]*\}|[A-Za-z0-9]))?")
 _ARROWS = {"->": "→", "<-": "←"}
+_RELATIONS = {"<=": "≤", ">=": "≥"}
 _CITED = re.compile(r"\[(\d+)(?=[\],])([^\]\[]*)\]")
 
 
@@ -77,6 +78,8 @@ def _inner(text: str) -> str:
 
 
 def arrows(text: str) -> str:
+    """Arrows and relations as they are printed."""
+    text = re.sub(r"(?<![<>=])[<>]=(?!=)", lambda m: _RELATIONS[m[0]], text)
     return re.sub(r"(?<=[\s\])])(->|<-)(?=[\s\[])", lambda m: _ARROWS[m[1]], text)
 
 
