@@ -28,6 +28,28 @@ using i64 = long long;
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
 
+// Products and sums that keep subnormal numbers, whatever the compiler is told: a memory that fades is not cut off before its end.
+__device__ __forceinline__ float product(float a, float b) {
+#ifdef __CUDA_ARCH__
+    float c;
+    asm("mul.rn.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+    return c;
+#else
+    return a * b;
+#endif
+}
+__device__ __forceinline__ float multiply_add(float a, float b, float c) {
+#ifdef __CUDA_ARCH__
+    float d;
+    asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(d) : "f"(a), "f"(b), "f"(c));
+    return d;
+#else
+    return a * b + c;
+#endif
+}
+__device__ __forceinline__ double product(double a, double b) { return a * b; }
+__device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+
 // Row r of a thread: runs of 4 (or of all, if fewer), so that neighbouring threads read neighbouring runs.
 template <int ROWS, int LANES>
 __device__ __forceinline__ int row_of(int r, int lane) {
@@ -116,10 +138,10 @@ matrix_memory(const X* q, const X* k, const X* v, const X* w, const X* a, const 
                 const X q_i = q_s[at], k_i = k_s[at], decay = w_s[at], b_i = LOWRANK ? b_s[at] : X(0);
 #pragma unroll
                 for (int c = 0; c < C; ++c) {
-                    if (BEFORE) read[c] += q_i * S[r][c];
-                    S[r][c] = decay * S[r][c] + k_i * value[c];
-                    if (LOWRANK) S[r][c] += b_i * recalled[c];
-                    if (!BEFORE) read[c] += q_i * S[r][c];
+                    if (BEFORE) read[c] = multiply_add(q_i, S[r][c], read[c]);
+                    S[r][c] = multiply_add(k_i, value[c], product(decay, S[r][c]));
+                    if (LOWRANK) S[r][c] = multiply_add(b_i, recalled[c], S[r][c]);
+                    if (!BEFORE) read[c] = multiply_add(q_i, S[r][c], read[c]);
                 }
             }
 #pragma unroll

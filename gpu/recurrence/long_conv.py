@@ -12,8 +12,8 @@ from refimpl.gpu.transpose import INSTANCES, transposed
 
 from refimpl.ops.recurrence.long_conv import CONTRACT
 
-_POINTS = {6: 3, 8: 4, 10: 4, 11: 4, 12: 4, 13: 5, 14: 5}  # log2 of a transform's length: log2 of the points that a thread holds
-LONGEST = 14  # transforms that fit into shared memory; longer sequences are cut into segments
+_POINTS = {6: 3, 8: 4, 10: 4, 11: 4, 12: 5, 13: 5, 14: 5}  # log2 of half a transform's length: log2 of the complex points of a thread
+LONGEST = 14  # half transforms that fit into shared memory; longer sequences are cut into segments
 _FILE = "kernel_long_conv.cu"
 _MOST = 320  # products of spectra a row, beyond which one long transform by cuFFT is less work
 
@@ -36,8 +36,8 @@ def long_conv(u, kernel, skip=None):
 
     Notes
     -----
-    Real float32, float16 and bfloat16: transforms of at most 2^14 points inside a block (``kernel_long_conv.cu``), in float32;
-    sequences beyond 8192 steps as sums over segments. float64, complex, and sequences so long that one transform is less
+    Real float32, float16 and bfloat16: transforms of at most 2^15 points inside a block (``kernel_long_conv.cu``), in float32;
+    sequences beyond 16384 steps as sums over segments. float64, complex, and sequences so long that one transform is less
     work: cuFFT. Where time is contiguous (a transposed (batch, channel, time) array of float32) nothing is copied; other layouts are
     transposed in one pass over the data, and back.
     """
@@ -61,10 +61,9 @@ def long_conv_vjp(dy, u, kernel, skip=None):
         return _vjp_by_cufft(dy, u, kernel, skip)
     rows, cotangents, spectra = plan.rows(u), plan.rows(dy), plan.spectra_of_kernel(kernel)
     dskip = None if skip is None else _products(rows, cotangents, -1).reshape(-1, plan.c)
-    kept = plan.room(plan.pairs * plan.channels)
-    scales = cp.empty((plan.channels, plan.pairs), cp.float32)
-    du = plan.result(plan.convolve(cotangents, spectra, plan.direct(skip), adjoint=True, kept=kept, scales=scales), dy)
-    lags = plan.lags(plan.spectra_of_rows(rows, scales), kept)
+    kept = plan.room(plan.batch * plan.channels)
+    du = plan.result(plan.convolve(cotangents, spectra, plan.direct(skip), adjoint=True, kept=kept), dy)
+    lags = plan.lags(plan.spectra_of_rows(rows), kept)
     return {"u": du, "kernel": plan.result_of_kernel(lags, kernel), "skip": dskip}
 
 
@@ -88,15 +87,15 @@ class _Plan:
         self.own_kernels = kernel.size != self.K * self.c  # of each batch element: then they are all channels
         batch = math.prod(self.batch_shape)
         self.batch, self.channels = (1, batch * self.c) if self.own_kernels else (batch, self.c)
-        self.pairs = (self.batch + 1) // 2
-        self.log = next((log for log in _POINTS if 2 ** (log - 1) >= self.T), LONGEST)
+        self.log = next((log for log in _POINTS if 2**log >= self.T), LONGEST)
         self.log = min(self.log, LONGEST)
-        self.N = 2**self.log
-        self.segments = -(-self.T // (self.N // 2))
-        self.windows = min(self.segments, -(-self.K // (self.N // 2)) + 1)
-        threads = self.N >> _POINTS[self.log]
+        self.S = 2**self.log
+        self.segments = -(-self.T // self.S)
+        self.windows = min(self.segments, -(-self.K // self.S) + 1)
+        held = 2 ** _POINTS[self.log]
+        threads = self.S // held
         self.block = (threads, max(1, 256 // threads))
-        self.shared = self.block[1] * (self.N + threads) * 8
+        self.shared = self.block[1] * (self.S + threads + held) * 8
         self.ring = self.block[1] * threads * 8 * 16
 
     def rows(self, x):
@@ -112,8 +111,8 @@ class _Plan:
         return y.swapaxes(-1, -2) if _time_is_contiguous(like) else transposed(y, like.dtype)
 
     def result_of_kernel(self, lags, kernel):
-        """Gradients of windows (channels, windows, N) as those of the kernel's rows: window j holds row j S + n at n, and j S - S + n at S + n."""
-        half, (channels, windows, _) = self.N // 2, lags.shape
+        """Gradients of windows (channels, windows, 2 S) as those of the kernel's rows: window j holds row j S + n at n, and j S - S + n at S + n."""
+        half, (channels, windows, _) = self.S, lags.shape
         known = min(self.K, self.T)
         total = cp.zeros((channels, windows + 1, half), cp.float32)
         total[:, :windows] = lags[..., :half]
@@ -132,44 +131,43 @@ class _Plan:
         return cp.tile(skip, self.channels // self.c) if self.own_kernels else skip
 
     def room(self, lanes: int):
-        return cp.empty((lanes, self.segments, self.N // 2, 4), cp.float32)
+        return cp.empty((lanes, self.segments, self.S // 2, 4), cp.float32)
 
     def spectra_of_kernel(self, kernel):
         shape = (*self.batch_shape, self.K, self.c) if self.own_kernels else (self.K, self.c)
         kernel = cp.broadcast_to(kernel, shape) if self.own_kernels else kernel.reshape(shape)
         rows = transposed(kernel[..., : self.T, :], cp.float32).reshape(self.channels, -1)
-        out = cp.empty((self.channels, self.windows, self.N // 2, 4), cp.float32)
-        self._spectra(rows[None], out, np.uint64(0), self.windows, 1, True)
+        out = cp.empty((self.channels, self.windows, self.S // 2, 4), cp.float32)
+        self._spectra(rows[None], out, self.windows, True)
         return out
 
-    def spectra_of_rows(self, rows, scales):
-        out = self.room(self.pairs * self.channels)
-        self._spectra(rows, out, scales, self.segments, self.pairs, False)
+    def spectra_of_rows(self, rows):
+        out = self.room(self.batch * self.channels)
+        self._spectra(rows, out, self.segments, False)
         return out
 
-    def _spectra(self, rows, out, scales, count, pairs, window):
+    def _spectra(self, rows, out, count, window):
         batch, channels, length = rows.shape
         sizes = (np.int64(batch), np.int64(channels), np.int64(length), np.int32(count))
-        grid = (-(-channels * pairs * count // self.block[1]),)
-        _kernel("spectra", self.log, window)(grid, self.block, (rows, *_strides(rows), out, scales, *sizes), self.shared)
+        grid = (-(-channels * batch * count // self.block[1]),)
+        _kernel("spectra", self.log, window)(grid, self.block, (rows, *_strides(rows), out, *sizes), self.shared)
 
-    def convolve(self, rows, spectra, skip, adjoint=False, kept=None, scales=None):
+    def convolve(self, rows, spectra, skip, adjoint=False, kept=None):
         y = cp.empty((self.batch, self.channels, self.T), cp.float32)
-        grid, keep_all = -(-self.channels * self.pairs // self.block[1]), kept is not None
+        grid, keep_all = -(-self.channels * self.batch // self.block[1]), kept is not None
         if self.segments > 1 and not keep_all:
             grid = min(grid, multiprocessors() * _resident(self.shared + self.ring))
             kept = self.room(grid * self.block[1])
         sizes = (np.int64(self.batch), np.int64(self.channels), np.int64(self.T), np.int32(self.segments), np.int32(self.windows))
-        nothing = np.uint64(0)
-        arguments = (rows, *_strides(rows), y, spectra, skip, nothing if kept is None else kept, nothing if scales is None else scales)
+        arguments = (rows, *_strides(rows), y, spectra, skip, np.uint64(0) if kept is None else kept)
         _kernel("convolve", self.log, adjoint)((grid,), self.block, (*arguments, *sizes, np.int32(keep_all)), self.shared + self.ring)
         return y
 
     def lags(self, of_u, of_dy):
-        out = cp.empty((self.channels, self.windows, self.N), cp.float32)
+        out = cp.empty((self.channels, self.windows, 2 * self.S), cp.float32)
         grid = (-(-self.channels * self.windows // self.block[1]),)
-        sizes = (np.int64(self.pairs), np.int64(self.channels), np.int32(self.segments), np.int32(self.windows))
-        _kernel("lags", self.log)(grid, self.block, (of_u, of_dy, out, *sizes), self.shared)
+        sizes = (np.int64(self.batch), np.int64(self.channels), np.int32(self.segments), np.int32(self.windows))
+        _kernel("lags", self.log)(grid, self.block, (of_u, of_dy, out, *sizes), self.shared + self.ring)
         return out
 
 
