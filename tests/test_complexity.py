@@ -229,7 +229,9 @@ def test_leading_terms_are_told_apart(order):
         assert found.order == order
         assert found.coefficient == pytest.approx(3)
     rng = np.random.default_rng(0)
-    noisy = leading_term({n: 1e4 * n**power * np.log2(n) ** logs * (1 + 0.001 * rng.uniform(-1, 1)) for n in (16, 32, 64, 128, 256, 512, 1024)})
+    noisy = leading_term(
+        {n: 1e4 * n**power * np.log2(n) ** logs * (1 + 0.001 * rng.uniform(-1, 1)) for n in (16, 32, 64, 128, 256, 512, 1024)}
+    )
     assert noisy.order == order or not noisy.exact
 
 

@@ -74,7 +74,9 @@ def _doubled(name: str, values: list[Any]) -> list[Any]:
     return out
 
 
-def print_costs(operator: str, forms: Sequence[str], given: dict[str, list[Any]], *, json: Path | None = None, plot: Path | None = None) -> None:
+def print_costs(
+    operator: str, forms: Sequence[str], given: dict[str, list[Any]], *, json: Path | None = None, plot: Path | None = None
+) -> None:
     """Print the tables, and write what else is asked for."""
     op = find(operator, None)[0]
     for form in forms:
@@ -89,10 +91,17 @@ def print_costs(operator: str, forms: Sequence[str], given: dict[str, list[Any]]
     console.print(f"one call in float64{', ' + usual if usual else ''}; what the formula says, and what was counted", highlight=False)
     for one in found:
         console.print(_table(one, letter))
-    console.print("=  the formula's number   ·  would take too long   work: operations   depth: the longest chain of dependent ones", highlight=False)
+    console.print(
+        "=  the formula's number   ·  would take too long   work: operations   depth: the longest chain of dependent ones", highlight=False
+    )
     console.print("peak: bytes alive at once, arguments excepted   traffic: bytes that array operations read and write", highlight=False)
     if json is not None:
-        text = {"operator": op.name, "axis": axis, "sizes": usual_sizes(op, axis, sizes), "forms": {one.form: one.to_dict() for one in found}}
+        text = {
+            "operator": op.name,
+            "axis": axis,
+            "sizes": usual_sizes(op, axis, sizes),
+            "forms": {one.form: one.to_dict() for one in found},
+        }
         json.write_text(encoder.dumps(text, indent=1), encoding="utf-8")
     if plot is not None:
         save(found, plot, f"{title}\n{usual}" if usual else title, letter)

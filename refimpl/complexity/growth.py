@@ -59,7 +59,14 @@ class Growth:
         return self.residual < _TIGHT
 
     def __str__(self) -> str:
-        powers = {0: "", 0.5: f"√{self.letter}", 1: self.letter, 1.5: f"{self.letter}√{self.letter}", 2: f"{self.letter}²", 3: f"{self.letter}³"}
+        powers = {
+            0: "",
+            0.5: f"√{self.letter}",
+            1: self.letter,
+            1.5: f"{self.letter}√{self.letter}",
+            2: f"{self.letter}²",
+            3: f"{self.letter}³",
+        }
         logs = {0: "", 1: f"log {self.letter}", 2: f"log² {self.letter}"}
         return " ".join(part for part in (powers[self.power], logs[self.logs]) if part) or "1"
 
@@ -139,7 +146,9 @@ def axes(op: Op, axis: str) -> tuple[str, ...]:
     named = tuple(axis.split())
     for letter in named:
         if letter not in letters(op):
-            raise ValueError(f"{op.name}: there is no size {letter!r}, only {', '.join(letters(op))}" + ("" if op.lengths else "; it has no length"))
+            raise ValueError(
+                f"{op.name}: there is no size {letter!r}, only {', '.join(letters(op))}" + ("" if op.lengths else "; it has no length")
+            )
     return named
 
 

@@ -60,7 +60,20 @@ def _depths(value: Any) -> Any:
 
 
 for _function in (
-    *(np.concatenate, np.stack, np.vstack, np.hstack, np.column_stack, np.roll, np.tile, np.append, np.resize, np.repeat, np.delete, np.insert),
+    *(
+        np.concatenate,
+        np.stack,
+        np.vstack,
+        np.hstack,
+        np.column_stack,
+        np.roll,
+        np.tile,
+        np.append,
+        np.resize,
+        np.repeat,
+        np.delete,
+        np.insert,
+    ),
 ):
     FUNCTIONS[_function] = _moves(_function)
 
@@ -231,7 +244,9 @@ def bincount(array, weights=None, minlength=0):
 def _like(function: Callable) -> Callable:
     def run(array, *args, **kwargs):
         ledger = ledger_of(array)
-        made = adopt(function(plain(array), *plain(args), **plain(kwargs)), depth_of(args[0]) if function is np.full_like else CONSTANT, ledger)
+        made = adopt(
+            function(plain(array), *plain(args), **plain(kwargs)), depth_of(args[0]) if function is np.full_like else CONSTANT, ledger
+        )
         if function is not np.empty_like:
             ledger.touch((), (made,))
         return made
@@ -321,7 +336,10 @@ def _random(seed=None, *, _original=np.random.default_rng):
 
 
 MAKERS: list[tuple[Any, str, Callable]] = [
-    *((np, name, _constant(getattr(np, name))) for name in ("zeros", "ones", "empty", "full", "eye", "identity", "arange", "tri", "linspace")),
+    *(
+        (np, name, _constant(getattr(np, name)))
+        for name in ("zeros", "ones", "empty", "full", "eye", "identity", "arange", "tri", "linspace")
+    ),
     *((np, name, _converter(getattr(np, name), name == "array")) for name in ("array", "asarray", "ascontiguousarray")),
     (np.random, "default_rng", _random),
 ]

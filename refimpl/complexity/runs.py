@@ -24,7 +24,9 @@ from refimpl.op import Op
 _lock = threading.RLock()
 
 
-def measure(op: str | Op, form: str | None = None, *, give: Sequence[str] = (), memory: int | None = None, seed: int = 0, **sizes) -> Counts:
+def measure(
+    op: str | Op, form: str | None = None, *, give: Sequence[str] = (), memory: int | None = None, seed: int = 0, **sizes
+) -> Counts:
     """Count what one call of a form costs.
 
     Parameters

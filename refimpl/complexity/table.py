@@ -58,7 +58,9 @@ def _numbers(cost: Cost) -> dict[str, float]:
 def _counted(counts: Counts | None) -> dict[str, Any] | None:
     if counts is None:
         return None
-    return {name: getattr(counts, name) for name in (*MEASURES, "setup", "transcendental", "operations")} | {"by_class": dict(counts.by_class)}
+    return {name: getattr(counts, name) for name in (*MEASURES, "setup", "transcendental", "operations")} | {
+        "by_class": dict(counts.by_class)
+    }
 
 
 def predict(op: str | Op, form: str | None = None, **sizes) -> Cost:
@@ -86,7 +88,9 @@ def predict(op: str | Op, form: str | None = None, **sizes) -> Cost:
     return op.forms[form].cost(**known, batch=batch)
 
 
-def costs(op: str | Op, forms: Sequence[str] = (), axis: str = "T", lengths: Sequence[int] = (), *, growing: bool = True, **sizes) -> list[FormCosts]:
+def costs(
+    op: str | Op, forms: Sequence[str] = (), axis: str = "T", lengths: Sequence[int] = (), *, growing: bool = True, **sizes
+) -> list[FormCosts]:
     """Formula and count of some forms (all by default) at each length.
 
     Parameters

@@ -64,7 +64,7 @@ def aft(q, k, v, w, *, causal=False):
 
     Notes
     -----
-    8 T² d operations and 2 T² d elements; no product of queries with keys. A row whose pairs are all excluded is 0.
+    8 T² d operations and 3 T² d elements; no product of queries with keys. A row whose pairs are all excluded is 0.
 
     Examples
     --------
@@ -84,7 +84,7 @@ def aft_tiled(q, k, v, w, *, causal=False, block=64):
     """The same, keys in blocks, everything relative to the maximum so far: no array of T² d elements.
 
     The rule of `attention`'s form ``tiled``, channel by channel: when a block brings a larger maximum, what was summed is
-    rescaled by e^{old - new}. Same operations, T d (block + 3) elements.
+    rescaled by e^{old - new}. Same operations, T d (4 block + 5) elements.
     """
     positive_int("aft", "block", block)
     T = k.shape[-2]

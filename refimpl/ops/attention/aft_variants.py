@@ -155,7 +155,7 @@ def aft_simple(q, k, v, *, causal=False):
 
     Notes
     -----
-    8 T² d operations as written; 14 T d in the form ``scan``.
+    8 T² d operations as written; 66 T d in the form ``scan``.
 
     Examples
     --------

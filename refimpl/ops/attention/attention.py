@@ -116,7 +116,7 @@ def attention(
 
     Notes
     -----
-    Hq n m (2 d + 2 e + 5) operations; 2 Hq n m elements in memory. Each weight's relative error is about the absolute
+    Hq n m (2 d + 2 e + 5) operations; 3 Hq n m elements in memory. Each weight's relative error is about the absolute
     error of its score, so scores of size |s| cost |s| units of roundoff (`error_bound`).
 
     References

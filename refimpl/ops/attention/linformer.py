@@ -259,7 +259,9 @@ OPS = (
             "map": Form(
                 linformer_attention_map,
                 lambda n, m, d, e, r, H, batch=1: Cost(
-                    batch * H * n * (m * (2 * d + 2 * e + 4 * r) + 6 * r - 1), _DEPTH(m, r, d) + log2_ceil(m) + 1, batch * H * n * (m + 2 * r + e)
+                    batch * H * n * (m * (2 * d + 2 * e + 4 * r) + 6 * r - 1),
+                    _DEPTH(m, r, d) + log2_ceil(m) + 1,
+                    batch * H * n * (m + 2 * r + e),
                 ),
                 exact=("work", "depth"),
             ),

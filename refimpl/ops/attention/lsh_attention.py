@@ -132,8 +132,8 @@ def lsh_attention(qk, v, *, n_hashes, n_buckets, bucket_size, causal=False, scal
 def lsh_attention_chunked(qk, v, *, n_hashes, n_buckets, bucket_size, causal=False, scale=None, rng):
     """The same, chunk by chunk in sorted order: no pair outside a chunk and the one before it is ever formed.
 
-    Equal because the others are not allowed. n_hashes T 2 bucket_size (2 d + 2 e + 8) operations and memory for one round's
-    chunks: linear in T.
+    Equal because the others are not allowed. n_hashes T 2 bucket_size (2 d + 2 e + 8) operations, 2 n_hashes T log2 T of
+    them to sort, and memory for one round's chunks: all but linear in T.
     """
     T = qk.shape[-2]
     batch = np.broadcast_shapes(qk.shape[:-2], v.shape[:-2])
@@ -314,7 +314,9 @@ OPS = (
         contract=CONTRACT,
         forms={
             "masked": Form(lsh_attention, _cost, on_balls=False),
-            "chunked": Form(lsh_attention_chunked, lambda T, d, e, batch=1, bucket_size=4: _cost(T, d, e, batch, 2 * bucket_size), on_balls=False),
+            "chunked": Form(
+                lsh_attention_chunked, lambda T, d, e, batch=1, bucket_size=4: _cost(T, d, e, batch, 2 * bucket_size), on_balls=False
+            ),
         },
         gradient=lsh_attention_vjp,
         sample=_sample,

@@ -94,7 +94,7 @@ def relative_attention(q, k, v, r, u_bias, v_bias, *, causal=True):
 
     Notes
     -----
-    H n m (4 d + 2 e + 8) operations and H n m d elements. A row that sees no key (a query before the first, for n > m) is 0.
+    H n m (4 d + 2 e + 6) operations and H n m d elements. A row that sees no key (a query before the first, for n > m) is 0.
 
     Examples
     --------

@@ -90,7 +90,7 @@ def ring_attention(q, k, v, *, mask=None, bias=None, sink=None, return_lse=False
 
     Notes
     -----
-    The operations of `attention`, and P merges of n_r (2 e + 3) each; a device holds O(n_r) beside one pair's map. The
+    The operations of `attention`, and P merges of n_r (3 e + 19) each; a device holds O(n_r) beside one pair's map. The
     error is that of `attention` with P more roundings.
 
     References
@@ -160,7 +160,9 @@ class _Ring:
         self.offset = self.keys[-1].stop - self.rows[-1].stop if offset is None else offset
         unknown = set(self.options) - {"causal", "window", "scale", "softcap"}
         if unknown:
-            raise TypeError(f"ring_attention: unknown argument {sorted(unknown)[0]!r}; the options are causal, offset, window, scale, softcap")
+            raise TypeError(
+                f"ring_attention: unknown argument {sorted(unknown)[0]!r}; the options are causal, offset, window, scale, softcap"
+            )
 
     def run(self, sink):
         """(1) for every device; the sink is a part of its own, with o = 0 and lse = sink."""
@@ -216,7 +218,20 @@ def _wide(x):
 
 @chapter.CONTRACT.form
 def attention_ring(
-    q, k, v, *, causal=False, offset=None, window=None, mask=None, bias=None, scale=None, softcap=None, sink=None, return_lse=False, devices=4
+    q,
+    k,
+    v,
+    *,
+    causal=False,
+    offset=None,
+    window=None,
+    mask=None,
+    bias=None,
+    scale=None,
+    softcap=None,
+    sink=None,
+    return_lse=False,
+    devices=4,
 ):
     """The same with the sequence cut into `devices` shards that go round a ring, equation (1); `attention` has the arguments.
 

@@ -127,7 +127,7 @@ def silu(x):
 
     Notes
     -----
-    Four operations. Its least value is -0.278, at x = -1.278.
+    Two operations. Its least value is -0.278, at x = -1.278.
 
     Examples
     --------
@@ -288,7 +288,10 @@ OPS = (
         name="softplus",
         summary="log(1 + e^x)",
         contract=SOFTPLUS,
-        forms={"definition": Form(softplus, _cost(4, depth=3, alive=3), exact=_ALL), "logaddexp": Form(softplus_by_logaddexp, _cost(1), exact=_ALL)},
+        forms={
+            "definition": Form(softplus, _cost(4, depth=3, alive=3), exact=_ALL),
+            "logaddexp": Form(softplus_by_logaddexp, _cost(1), exact=_ALL),
+        },
         gradient=softplus_vjp,
         sample=_one,
         hard=_hard(_one, "x"),

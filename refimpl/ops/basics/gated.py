@@ -52,7 +52,7 @@ def swiglu(gate, up):
 
     Notes
     -----
-    Five operations. The projections before it and after it are the caller's.
+    Three operations. The projections before it and after it are the caller's.
 
     Examples
     --------

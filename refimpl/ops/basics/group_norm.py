@@ -60,7 +60,7 @@ def group_norm(x, groups, weight=None, bias=None, *, eps=1e-5):
 
     Notes
     -----
-    6 c operations per row.
+    5 c operations per row.
 
     Examples
     --------

@@ -62,7 +62,7 @@ def rms_norm(x, weight=None, *, eps=1e-6, gate=None, gate_first=True):
 
     Notes
     -----
-    4 c operations per row. Squares overflow where |x| is beyond the root of the precision's maximum, 1.8e19 in float32,
+    3 c operations per row. Squares overflow where |x| is beyond the root of the precision's maximum, 1.8e19 in float32,
     and vanish below 1e-19: as everywhere. The form "scaled" has no such limits.
 
     Examples
@@ -198,7 +198,9 @@ OPS = (
         forms={
             "definition": Form(rms_norm, _cost, exact=("work", "depth", "peak")),
             "scaled": Form(
-                rms_norm_scaled, lambda c, batch=1: Cost((5 * c + 5) * batch, 2 * log2_ceil(c) + 9, (2 * c + 3) * batch), exact=("work", "peak")
+                rms_norm_scaled,
+                lambda c, batch=1: Cost((5 * c + 5) * batch, 2 * log2_ceil(c) + 9, (2 * c + 3) * batch),
+                exact=("work", "peak"),
             ),
         },
         gradient=rms_norm_vjp,

@@ -65,7 +65,7 @@ def load_balance_loss(logits, experts):
 
     Notes
     -----
-    5 T E operations. All terms are positive, so the error is relative, ``error_bound``.
+    6 T E operations. All terms are positive, so the error is relative, ``error_bound``.
 
     Examples
     --------
@@ -259,7 +259,9 @@ def _one_expert(f, call, bound, rng):
 
 
 def _cost(work, counted=False):
-    return lambda T, E, k=1, batch=1: Cost(work(T, E, k) * batch, log2_ceil(T) + 2 * log2_ceil(E) + 6 + log2_ceil(E) * counted, T * (4.125 * E + 1) * batch)
+    return lambda T, E, k=1, batch=1: Cost(
+        work(T, E, k) * batch, log2_ceil(T) + 2 * log2_ceil(E) + 6 + log2_ceil(E) * counted, T * (4.125 * E + 1) * batch
+    )
 
 
 _HARD = {
@@ -274,9 +276,18 @@ OPS = (
         name="load_balance_loss",
         summary="E Σ f_e P_e: least where the router uses its experts evenly",
         contract=BALANCE,
-        forms={"counts": Form(
-                load_balance_loss, _cost(lambda T, E, k: T * (6 * E - 2) + 2 * T * min(k, E) * (E + 1) + 3 * E, counted=True), exact=("work", "depth", "peak")
-            ), "pairs": Form(load_balance_loss_pairs, _cost(lambda T, E, k: T * (6 * E - 2) + 3 * T * min(k, E) + 1, counted=True), exact=("work", "peak"))},
+        forms={
+            "counts": Form(
+                load_balance_loss,
+                _cost(lambda T, E, k: T * (6 * E - 2) + 2 * T * min(k, E) * (E + 1) + 3 * E, counted=True),
+                exact=("work", "depth", "peak"),
+            ),
+            "pairs": Form(
+                load_balance_loss_pairs,
+                _cost(lambda T, E, k: T * (6 * E - 2) + 3 * T * min(k, E) + 1, counted=True),
+                exact=("work", "peak"),
+            ),
+        },
         gradient=load_balance_loss_vjp,
         sample=_sample_balance,
         hard={name: _with(_sample_balance, change) for name, change in _HARD.items()},

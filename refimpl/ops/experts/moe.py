@@ -382,13 +382,24 @@ OPS = (
         summary="mixture of experts: k of E networks for every token",
         contract=CONTRACT,
         forms={
-            "dense": Form(moe, _cost(lambda T, E, k: T * E, lambda T, d, E, k: 4 * T * E * k, lambda E, T, k: E + 4, lambda T, d, E, f, k: T * (2 * f + d + 2 * E + 4 * k))),
-            "gathered": Form(moe_gathered, _cost(
+            "dense": Form(
+                moe,
+                _cost(
+                    lambda T, E, k: T * E,
+                    lambda T, d, E, k: 4 * T * E * k,
+                    lambda E, T, k: E + 4,
+                    lambda T, d, E, f, k: T * (2 * f + d + 2 * E + 4 * k),
+                ),
+            ),
+            "gathered": Form(
+                moe_gathered,
+                _cost(
                     lambda T, E, k: T * k,
                     lambda T, d, E, k: T * k * (2.5 * log2_ceil(T * k) + d),
                     lambda E, T, k: log2_ceil(T * k) + 7,
                     lambda T, d, E, f, k: T * (k * (3 * d + 2) + 2 * f + E),
-                )),
+                ),
+            ),
             "capacity": Form(
                 moe_capacity,
                 _cost(

@@ -90,7 +90,7 @@ def route(logits, k, *, order="topk_softmax", renormalize=False, noise=None, rng
 
     Notes
     -----
-    E log2 E comparisons and some 5 E operations per token. Renormalised weights are softmaxes of log-weights, so that
+    E log2 E comparisons and some 5 k operations per token. Renormalised weights are softmaxes of log-weights, so that
     they are right even where all weights underflow. Two logits that are nearer than their own rounding are chosen
     between by that rounding: every implementation of a router has this edge.
 
@@ -252,7 +252,12 @@ OPS = (
         contract=CONTRACT,
         forms={
             "sort": Form(route, _cost(lambda E: E * log2_ceil(E), lambda E: log2_ceil(E) + 3, lambda E: 2 * E), exact=("work", "depth")),
-            "ranks": Form(route_ranks, _cost(lambda E: 3 * E * E - E, lambda E: 2 * log2_ceil(E) + 5, lambda E: 0.6 * E * E, counted=True), exact=("work", "depth"), stops="NaN logits, which have no rank"),
+            "ranks": Form(
+                route_ranks,
+                _cost(lambda E: 3 * E * E - E, lambda E: 2 * log2_ceil(E) + 5, lambda E: 0.6 * E * E, counted=True),
+                exact=("work", "depth"),
+                stops="NaN logits, which have no rank",
+            ),
         },
         gradient=route_vjp,
         sample=_sample,

@@ -307,9 +307,7 @@ def _depth(T, c, d):
 
 
 def _cost_fused(T, c, d, batch=1, **_):
-    return Cost(
-        batch * T * (6 * d * (c + d) + 17 * d), _depth(T, c, d), batch * (5 * T * d + 6 * d) + 3 * (c + d + 1) * d
-    )
+    return Cost(batch * T * (6 * d * (c + d) + 17 * d), _depth(T, c, d), batch * (5 * T * d + 6 * d) + 3 * (c + d + 1) * d)
 
 
 OPS = (

@@ -290,7 +290,11 @@ def _cell_only(f, call, bound, rng):
 
 
 def _cost(T, c, d, batch=1, **_):
-    return Cost(batch * T * (8 * d * (c + d) + 17 * d), T * (8 + log2_ceil(d)) + max(log2_ceil(c) - log2_ceil(d), 0), max(T + 10, 2 * T + 5) * d * batch + 4 * d)
+    return Cost(
+        batch * T * (8 * d * (c + d) + 17 * d),
+        T * (8 + log2_ceil(d)) + max(log2_ceil(c) - log2_ceil(d), 0),
+        max(T + 10, 2 * T + 5) * d * batch + 4 * d,
+    )
 
 
 def _cost_fused(T, c, d, batch=1, **_):

@@ -118,7 +118,7 @@ def mlstm(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=
 
     Notes
     -----
-    About 6 T d e operations per head, T long; the state is all that is kept. Every exponent is at most 0, so that nothing
+    About 5 T d e operations per head, T long; the state is all that is kept. Every exponent is at most 0, so that nothing
     overflows for any gates. The error is at most ``error_bound``; it is large where n·q cancels and e^-m is small.
 
     Examples
@@ -156,7 +156,8 @@ def mlstm_parallel(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, retu
     """The same as an attention: (1) unrolled is a sum over the past, h_t ~ Σ_j exp(A_tj) (q_t·k_j) v_j.
 
     m_t is the largest exponent of row t, as in a softmax; the initial state is one more term of the sum, with the exponent
-    log f_0 + ... + log f_t + m_{-1}. 2 T² (d + e) operations and T² memory, but only log T deep.
+    log f_0 + ... + log f_t + m_{-1}. 2 T² (d + e) operations and T² memory; T deep, since
+    decays are added one by one, and log T beyond that.
     """
     q, k, v, i, F, C, n, m = _prepare(q, k, v, i, f, forget, state)
     if q.shape[-2] == 0:
@@ -372,7 +373,9 @@ def _sample(rng, *, H=2, T=7, d=4, e=3, batch=()):
 
 def _cost(work, depth, peak):
     return lambda T, d, e, H=1, batch=1, chunk=64, **_: Cost(
-        work(T, d, e, min(chunk, max(T, 1))) * H * batch, depth(T, d, e, min(chunk, max(T, 1))), peak(T, d, e, min(chunk, max(T, 1))) * H * batch
+        work(T, d, e, min(chunk, max(T, 1))) * H * batch,
+        depth(T, d, e, min(chunk, max(T, 1))),
+        peak(T, d, e, min(chunk, max(T, 1))) * H * batch,
     )
 
 

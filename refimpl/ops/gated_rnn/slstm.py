@@ -334,7 +334,9 @@ def _mean_of_z(f, call, bound, rng):
 
 
 def _cost(each, depth, alive):
-    return lambda T, d, H=1, batch=1, **_: Cost(batch * H * T * d * (8 * d + each), T * (log2_ceil(d) + depth), batch * H * d * (5 * T + alive))
+    return lambda T, d, H=1, batch=1, **_: Cost(
+        batch * H * T * d * (8 * d + each), T * (log2_ceil(d) + depth), batch * H * d * (5 * T + alive)
+    )
 
 
 OPS = (

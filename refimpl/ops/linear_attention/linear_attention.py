@@ -69,9 +69,7 @@ from refimpl.ops.linear_attention.state import State
 
 
 @CONTRACT.form
-def linear_attention(
-    q, k, v, *, decay=None, beta=None, feature_map=None, normalize=False, scale=None, state=None, return_state=False
-):
+def linear_attention(q, k, v, *, decay=None, beta=None, feature_map=None, normalize=False, scale=None, state=None, return_state=False):
     """Linear attention, equations (1)-(4), one step at a time.
 
     Parameters
@@ -110,7 +108,7 @@ def linear_attention(
 
     Notes
     -----
-    4 T d e operations a head, 6 T d e with the delta rule; T long. The error is at most ``error_bound``. With a decay above
+    5 T d e operations a head, 7 T d e with the delta rule; T long. The error is at most ``error_bound``. With a decay above
     1 the memory may grow beyond the precision's range, as the equation says; normalised results do not survive that, for
     the state has no stabiliser (`mlstm` has one).
 
@@ -188,7 +186,9 @@ def linear_attention_chunkwise(
     if normalize:
         v, S = _with_ones(v), np.concatenate([S, z[..., None]], axis=-1)
     heads = [x if x is None else x.reshape(-1, *x.shape[len(batch) :]) for x in (q, k, v, g, beta, S)]
-    done = over_threads(lambda h: _one_head(*(x if x is None else x[h] for x in heads), min(chunk, max(T, 1))), range(len(heads[1])), q, k, v)
+    done = over_threads(
+        lambda h: _one_head(*(x if x is None else x[h] for x in heads), min(chunk, max(T, 1))), range(len(heads[1])), q, k, v
+    )
     read, S = (np.stack(x).reshape(*batch, *x[0].shape) for x in zip(*done, strict=True))
     o = ungrouped(read[..., :-1] / read[..., -1:] if normalize else scale * read)
     return (o, State(S[..., :-1], S[..., -1]) if normalize else S) if return_state else o
@@ -295,7 +295,9 @@ def _transposed(x):
 
 def _cost(work, depth, peak):
     return lambda T, d, e, Hq=1, Hkv=1, batch=1, chunk=64, **_: Cost(
-        work(T, d, e, min(chunk, max(T, 1)), Hkv / Hq) * Hq * batch, depth(T, d, min(chunk, max(T, 1))), peak(T, d, e, min(chunk, max(T, 1))) * Hq * batch
+        work(T, d, e, min(chunk, max(T, 1)), Hkv / Hq) * Hq * batch,
+        depth(T, d, min(chunk, max(T, 1))),
+        peak(T, d, e, min(chunk, max(T, 1))) * Hq * batch,
     )
 
 

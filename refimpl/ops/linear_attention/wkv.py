@@ -101,7 +101,7 @@ def wkv(k, v, w, u, *, state=None, return_state=False):
 
     Notes
     -----
-    About 24 T c operations, 8 T deep. Every exponent is at most 0, so that nothing overflows for any keys; w <= 0 does not
+    24 T c operations, 2 T deep. Every exponent is at most 0, so that nothing overflows for any keys; w <= 0 does not
     fade, but is computed all the same. The error is at most ``error_bound``: relative to the |v| that are averaged.
 
     Examples
@@ -145,7 +145,7 @@ def _join(earlier, decay, later):
 def wkv_parallel(k, v, w, u, *, state=None, return_state=False):
     """The same as an attention: equation (1), the weights of all pairs of steps at once, each row a softmax.
 
-    The initial state is one more term, with the exponent max - t w. 6 T² c operations and 2 T² c memory, but only log T deep.
+    The initial state is one more term, with the exponent max - t w. 7 T² c operations and 4 T² c memory, but only log T deep.
     """
     k, v, before = _prepare(k, v, state)
     T = k.shape[-2]
@@ -179,7 +179,7 @@ def wkv_scan(k, v, w, u, *, state=None, return_state=False):
 
     A run of steps is (num, den, max), and two of them, the later one n steps long, join to
     (e^{m_1 - n w - m} N_1 + e^{m_2 - m} N_2, likewise D, m = max(m_1 - n w, m_2)). After round r every position holds the run
-    of the 2^r steps up to it. 9 T c log2 T operations, 6 log2 T deep.
+    of the 2^r steps up to it. 9 T c log2 T operations, 2 log2 T deep.
     """
     k, v, before = _prepare(k, v, state)
     T, reach = k.shape[-2], 1
@@ -322,9 +322,7 @@ _cost = {
     "parallel": lambda T, c, batch=1: Cost(
         ((7 * T * T + 15 * T + 6) * batch + (T + 1) ** 2) * c, 2 * log2_ceil(T) + 8, 4 * T * (T + 2) * c * batch
     ),
-    "scan": lambda T, c, batch=1: Cost(
-        (9 * np.ceil(np.log2(max(T, 2))) + 14) * T * c * batch, 2 * log2_ceil(T) + 8, 15 * T * c * batch
-    ),
+    "scan": lambda T, c, batch=1: Cost((9 * np.ceil(np.log2(max(T, 2))) + 14) * T * c * batch, 2 * log2_ceil(T) + 8, 15 * T * c * batch),
 }
 
 OPS = (

@@ -87,7 +87,7 @@ def wkv6(r, k, v, w, u, *, state=None, return_state=False):
 
     Notes
     -----
-    About 7 T d e operations a head, T long; S is all that is kept. The error is at most ``error_bound``.
+    About 5 T d e operations a head, T long; S is all that is kept. The error is at most ``error_bound``.
 
     Examples
     --------
@@ -114,7 +114,7 @@ def wkv6_chunkwise(r, k, v, w, u, *, state=None, return_state=False, chunk=32):
     """The same in chunks: the attention (3) inside a chunk, the memory between chunks.
 
     What a chunk adds to S is one product, for all chunks at once; only T/chunk steps are sequential. Decays per channel
-    do not come out of the product r·k, so that a chunk takes chunk² d exponentials: 2 T (chunk (3 d + e) + 2 d e) operations,
+    do not come out of the product r·k, so that a chunk takes chunk² d exponentials: 2 T (chunk (4 d + e) + 2 d e) operations,
     chunk + T/chunk deep. Kernels split the exponent in two factors [2], which bounds how far a decay may go.
     """
     positive_int("wkv6", "chunk", chunk)

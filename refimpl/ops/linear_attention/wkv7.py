@@ -128,7 +128,7 @@ def wkv7_chunkwise(r, w, k, v, a, b, *, state=None, return_state=False, chunk=32
 
     The right side of (3) holds the memory that enters the chunk, which is not known yet; but p is affine in it, P = P̂ + W S,
     with P̂ and W solved for all chunks at once [2]. T/chunk products remain sequential. A chunk takes four matrices of weights, of
-    chunk² d exponentials: T (chunk (16 d + 6 e) + 6 d e) operations or so, chunk + T/chunk deep.
+    chunk² d exponentials: T (chunk (30 d + 7 e) + 8 d e) operations or so, chunk + T/chunk deep.
     """
     positive_int("wkv7", "chunk", chunk)
     r, w, v, k, a, b, S = aligned(state, r, w, v, k, a, b)

@@ -272,7 +272,9 @@ def _bias_is_added(f, call, bound, rng):
 
 def _cost(c, e, batch=1):
     return Cost(
-        2 * c * e * batch + (6 * c + e + 3) * batch + 5 * c * e + 1, log2_ceil(c) + log2_ceil(c * e) + 9, (2 * c + 2 * e) * batch + 2.5 * c * e
+        2 * c * e * batch + (6 * c + e + 3) * batch + 5 * c * e + 1,
+        log2_ceil(c) + log2_ceil(c * e) + 9,
+        (2 * c + 2 * e) * batch + 2.5 * c * e,
     )
 
 
@@ -290,7 +292,9 @@ OPS = (
         forms={
             "integers": Form(bitlinear, _cost, exact=("work",)),
             "dequantised": Form(bitlinear_dequantised, _cost),
-            "additions": Form(bitlinear_additions, _cost_additions, on_balls=False, stops="NaN and infinities, which no integer stands for"),
+            "additions": Form(
+                bitlinear_additions, _cost_additions, on_balls=False, stops="NaN and infinities, which no integer stands for"
+            ),
         },
         gradient=bitlinear_vjp,
         sample=_sample,

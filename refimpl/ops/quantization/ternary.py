@@ -65,7 +65,7 @@ def ternary_quantize(w):
 
     Notes
     -----
-    4 c e operations. log2 3 = 1.58 bits for a weight, 1.6 as `refimpl.pack_ternary` packs them.
+    5 c e operations. log2 3 = 1.58 bits for a weight, 1.6 as `refimpl.pack_ternary` packs them.
 
     Examples
     --------
@@ -121,7 +121,7 @@ def binary_quantize(w):
 
     Notes
     -----
-    4 c e operations, 1 bit for a weight. The mean only decides the signs; it is not part of the result, q γ.
+    3 c e operations, 1 bit for a weight. The mean only decides the signs; it is not part of the result, q γ.
 
     Examples
     --------
@@ -160,7 +160,7 @@ def absmax_quantize(x, *, bits=8):
 
     Notes
     -----
-    4 c operations per row. |x - q scale| <= scale / 2.
+    6 c operations per row. |x - q scale| <= scale / 2.
 
     Examples
     --------
@@ -280,7 +280,10 @@ OPS = (
         name="ternary_quantize",
         summary="weights -1, 0, 1 in units of their mean size",
         contract=TERNARY,
-        forms={"round": Form(ternary_quantize, _cost(5, 6, 1), exact=("work", "depth")), "threshold": Form(ternary_quantize_threshold, _cost(3, 2), exact=("work", "depth"))},
+        forms={
+            "round": Form(ternary_quantize, _cost(5, 6, 1), exact=("work", "depth")),
+            "threshold": Form(ternary_quantize_threshold, _cost(3, 2), exact=("work", "depth")),
+        },
         gradient=None,
         sample=_weights,
         hard=_HARD | {"exact ties": _with(_weights, _exact_ties)},

@@ -238,12 +238,20 @@ OPS = (
         summary="depthwise causal convolution with a few taps, its state the last W - 1 inputs",
         contract=CONTRACT,
         forms={
-            "taps": Form(causal_conv1d, lambda T, c, W, batch=1: Cost(2 * T * W * c * batch, W + 1, (4 * T + W - 1) * c * batch), exact=("work", "depth")),
+            "taps": Form(
+                causal_conv1d,
+                lambda T, c, W, batch=1: Cost(2 * T * W * c * batch, W + 1, (4 * T + W - 1) * c * batch),
+                exact=("work", "depth"),
+            ),
             "windows": Form(
-                causal_conv1d_windows, lambda T, c, W, batch=1: Cost((2 * W - 1) * T * c * batch, 1 + log2_ceil(W), (2 * T * W + T + W - 1) * c * batch), exact=("work", "depth")
+                causal_conv1d_windows,
+                lambda T, c, W, batch=1: Cost((2 * W - 1) * T * c * batch, 1 + log2_ceil(W), (2 * T * W + T + W - 1) * c * batch),
+                exact=("work", "depth"),
             ),
             "stream": Form(
-                causal_conv1d_stream, lambda T, c, W, batch=1: Cost((2 * W - 1) * T * c * batch, 1 + log2_ceil(W), (3 * T + 3 * W) * c * batch), exact=("work", "depth")
+                causal_conv1d_stream,
+                lambda T, c, W, batch=1: Cost((2 * W - 1) * T * c * batch, 1 + log2_ceil(W), (3 * T + 3 * W) * c * batch),
+                exact=("work", "depth"),
             ),
         },
         gradient=causal_conv1d_vjp,

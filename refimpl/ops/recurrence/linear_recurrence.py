@@ -330,7 +330,9 @@ OPS = (
         summary="h_t = a_t h_{t-1} + b_t, elementwise",
         contract=CONTRACT,
         forms={
-            "sequential": Form(linear_recurrence, lambda T, c, batch=1: Cost(2 * T * c * batch, 2 * T, 2 * T * c * batch), exact=("work", "depth", "peak")),
+            "sequential": Form(
+                linear_recurrence, lambda T, c, batch=1: Cost(2 * T * c * batch, 2 * T, 2 * T * c * batch), exact=("work", "depth", "peak")
+            ),
             "hillis_steele": Form(
                 linear_recurrence_hillis_steele,
                 lambda T, c, batch=1: Cost(
@@ -349,12 +351,18 @@ OPS = (
             ),
             "chunked": Form(
                 linear_recurrence_chunked,
-                lambda T, c, batch=1, chunk=64: Cost((5 * chunk - 1) * -(-T // chunk) * c * batch, 2 * (chunk + -(-T // chunk)) - 3, (5 * T + 7 * (-T % chunk) + 1) * c * batch),
+                lambda T, c, batch=1, chunk=64: Cost(
+                    (5 * chunk - 1) * -(-T // chunk) * c * batch,
+                    2 * (chunk + -(-T // chunk)) - 3,
+                    (5 * T + 7 * (-T % chunk) + 1) * c * batch,
+                ),
                 exact=("work",),
                 stops="|a| > 1: a chunk's product of decays may overflow where h does not",
             ),
             "in_place": Form(
-                linear_recurrence_in_place, lambda T, c, batch=1, rows=64: Cost(2 * T * c * batch, 2 * T, (T + 2) * c * batch), exact=("work", "depth", "peak")
+                linear_recurrence_in_place,
+                lambda T, c, batch=1, rows=64: Cost(2 * T * c * batch, 2 * T, (T + 2) * c * batch),
+                exact=("work", "depth", "peak"),
             ),
             "convolution": Form(
                 linear_recurrence_convolution,

@@ -303,7 +303,9 @@ def _monarch_cost(T, K, c, batch=1):
     rows, columns = _near_square(max(T + min(T, K) - 1, 1))
     n = rows * columns
     return Cost(
-        (20 * n * (rows + columns) + 8 * n) * c * batch, 2 * (log2_ceil(rows) + log2_ceil(columns)) + 6, 10 * n * c * batch + n * (rows + columns + 3)
+        (20 * n * (rows + columns) + 8 * n) * c * batch,
+        2 * (log2_ceil(rows) + log2_ceil(columns)) + 6,
+        10 * n * c * batch + n * (rows + columns + 3),
     )
 
 
@@ -323,7 +325,9 @@ OPS = (
         contract=CONTRACT,
         forms={
             "direct": Form(
-                long_conv, lambda T, K, c, batch=1: Cost(min(T, K) * (2 * T - min(T, K) + 1) * c * batch, min(T, K) + 1, 2 * T * c * batch), exact=("work", "depth", "peak")
+                long_conv,
+                lambda T, K, c, batch=1: Cost(min(T, K) * (2 * T - min(T, K) + 1) * c * batch, min(T, K) + 1, 2 * T * c * batch),
+                exact=("work", "depth", "peak"),
             ),
             "fft": Form(
                 long_conv_fft,

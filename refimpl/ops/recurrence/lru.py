@@ -83,7 +83,7 @@ def lru(u, nu_log, theta_log, B, C, D, gamma=None, *, state=None, return_state=F
 
     Notes
     -----
-    8 T n (2c + 1) operations, 2 T deep. The error is that of the recurrence between two products; rounding e^ν and e^θ
+    2 T n (6 c + 5) operations, 2 T deep. The error is that of the recurrence between two products; rounding e^ν and e^θ
     moves λ by e^ν + e^θ roundoffs, which a memory of 1/e^ν steps feels as many times.
 
     References
@@ -239,7 +239,9 @@ def _with(**changes):
 
 
 def _cost(each, depth, alive):
-    return lambda T, c, n, batch=1: Cost((12 * T * n * c + each(T) * T * n + 2 * T * c) * batch + 14 * n, depth(T) + log2_ceil(n), max(alive * n, 4 * c + 2 * n) * T * batch)
+    return lambda T, c, n, batch=1: Cost(
+        (12 * T * n * c + each(T) * T * n + 2 * T * c) * batch + 14 * n, depth(T) + log2_ceil(n), max(alive * n, 4 * c + 2 * n) * T * batch
+    )
 
 
 OPS = (

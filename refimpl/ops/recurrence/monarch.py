@@ -287,13 +287,17 @@ OPS = (
             "dense": Form(
                 monarch_matmul,
                 lambda k, p, q, l, s, batch=1, **_: Cost(
-                    2 * k * q * (k * p + l * s) * batch, log2_ceil(k * p) + log2_ceil(k * q) + 2, k * q * (k * p + l * s) + (k * q + s * l) * batch
+                    2 * k * q * (k * p + l * s) * batch,
+                    log2_ceil(k * p) + log2_ceil(k * q) + 2,
+                    k * q * (k * p + l * s) + (k * q + s * l) * batch,
                 ),
                 exact=("work", "depth"),
             ),
             "blocks": Form(
                 monarch_matmul_blocks,
-                lambda k, p, q, l, s, batch=1, **_: Cost(2 * k * q * (p + s) * batch, log2_ceil(p) + log2_ceil(k * q / max(l, 1)) + 2, (k * q + s * l) * batch),
+                lambda k, p, q, l, s, batch=1, **_: Cost(
+                    2 * k * q * (p + s) * batch, log2_ceil(p) + log2_ceil(k * q / max(l, 1)) + 2, (k * q + s * l) * batch
+                ),
                 exact=("work", "depth"),
             ),
         },

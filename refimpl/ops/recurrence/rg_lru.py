@@ -81,7 +81,7 @@ def rg_lru(x, r, i, log_a, *, exponent=8.0, reset=None, state=None, return_state
 
     Notes
     -----
-    11 T c operations, 2 T deep. The error is that of the recurrence, plus what rounding log a_t does to a_t and to the
+    10 T c operations, 2 T deep. The error is that of the recurrence, plus what rounding log a_t does to a_t and to the
     root; where a_t is within u of 1 an implementation that subtracts a_t² has no digits of the root left.
 
     References
@@ -243,12 +243,17 @@ OPS = (
         summary="h_t = a_t h_{t-1} + √(1 - a_t²) i_t x_t with log a_t = exponent r_t log a",
         contract=CONTRACT,
         forms={
-            "recurrent": Form(rg_lru, lambda T, c, batch=1: Cost(10 * T * c * batch, 2 * T + 5, 4 * T * c * batch), exact=("work", "depth", "peak")),
+            "recurrent": Form(
+                rg_lru, lambda T, c, batch=1: Cost(10 * T * c * batch, 2 * T + 5, 4 * T * c * batch), exact=("work", "depth", "peak")
+            ),
             "scan": Form(
                 rg_lru_scan, lambda T, c, batch=1: Cost(14 * T * c * batch, 4 * np.ceil(np.log2(max(T, 2))) + 3, 8 * T * c * batch)
             ),
             "chunked": Form(
-                rg_lru_chunked, lambda T, c, batch=1, chunk=64: Cost((13 * T + 5 * (-T % chunk)) * c * batch, 2 * (chunk + np.ceil(T / chunk)) + 3, (7 * T + 7 * (-T % chunk)) * c * batch)
+                rg_lru_chunked,
+                lambda T, c, batch=1, chunk=64: Cost(
+                    (13 * T + 5 * (-T % chunk)) * c * batch, 2 * (chunk + np.ceil(T / chunk)) + 3, (7 * T + 7 * (-T % chunk)) * c * batch
+                ),
             ),
         },
         gradient=rg_lru_vjp,

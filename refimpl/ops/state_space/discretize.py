@@ -83,7 +83,7 @@ def discretize(A, B, dt, *, method="zoh"):
 
     Notes
     -----
-    2 (n + m)³ (10 + log2 ‖dt A‖) operations for an exponential, 2/3 n³ + 4 n² (n + m) for a solve. Errors grow
+    2 (n + m)³ (20 + log2 ‖dt A‖) operations for an exponential, 2/3 n³ + 4 n² (n + m) for a solve. Errors grow
     with ‖dt A‖ and the condition of I - α dt A; see ``error_bound``. Both results have all batch axes. Not every matrix
     exponential is as good: ``torch.linalg.matrix_exp`` (2.13) in float32 leaves up to 500 u where 0.3 < ‖dt A‖ < 0.58.
 

@@ -71,7 +71,7 @@ def discretize_diagonal(a, b, dt, *, method="zoh"):
 
     Notes
     -----
-    At most 6 operations a number, of which 2 are exponentials. Relative errors are a few u, plus |z| u from rounding z;
+    At most 7 operations a number, of which 2 are exponentials. Relative errors are a few u, plus |z| u from rounding z;
     at a pole of (3), (4) the result is infinite, as the equation says.
 
     References

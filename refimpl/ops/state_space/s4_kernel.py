@@ -90,7 +90,7 @@ def s4_kernel(Lambda, P, B, C, dt, length):
 
     Notes
     -----
-    8 (n³ + L n²) operations. K_k is off by a few (n + k) u of ‖C‖ ‖Ā‖^k ‖B̄‖; see ``error_bound``.
+    11 n³ + 8 L n² operations. K_k is off by a few (n + k) u of ‖C‖ ‖Ā‖^k ‖B̄‖; see ``error_bound``.
 
     References
     ----------

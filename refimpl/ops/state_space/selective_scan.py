@@ -118,7 +118,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, *, delta_
 
     Notes
     -----
-    About 7 T c n operations, an exponential among them, 3 T deep; c n states alive at once. The error is at most
+    About 7 T c n operations, an exponential among them, 2 T deep; c n states alive at once. The error is at most
     ``error_bound``: with decays below 1 it does not grow with T.
 
     References

@@ -119,7 +119,7 @@ def ssd(x, dt, A, B, C, D=None, z=None, dt_bias=None, *, dt_softplus=False, dt_l
 
     Notes
     -----
-    5 T n p operations a head, 3 T deep; n p states alive at once. The error is at most ``error_bound``: with decays
+    5 T n p operations a head, 2 T deep; n p states alive at once. The error is at most ``error_bound``: with decays
     below 1 it does not grow with T.
 
     References

@@ -96,7 +96,7 @@ def ssm(u, A_bar, B_bar, C, D=None, *, pairs=False, state=None, return_state=Fal
 
     Notes
     -----
-    Complex: 18 T c n operations, and 8 T c n² in place of 6 T c n of them for a dense matrix; 3 T deep. The error is at
+    Complex: 18 T c n operations, and 8 T c n² in place of 6 T c n of them for a dense matrix; 2 T deep. The error is at
     most ``error_bound``: what has travelled l steps is off by a few l u.
 
     Examples
