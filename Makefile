@@ -8,12 +8,15 @@
 #   make docs        the documentation, in docs/_build/html
 #
 # PYTHON=/path/to/python chooses an interpreter. Without a GPU, point pip at a CPU build of torch for `make test-peers`
-# (PIP_EXTRA_INDEX_URL=..., see pytorch.org), or it fetches several gigabytes of CUDA.
+# (PIP_EXTRA_INDEX_URL=..., see pytorch.org), or it fetches several gigabytes of CUDA. On Linux x86-64 `make test` installs what
+# compiles the GPU kernels, which needs no GPU.
 
 PYTHON ?=
+comma := ,
 VENV := .venv
 PEERS := .venv-peers
 PIP := -m pip --disable-pip-version-check --quiet --quiet
+COMPILE := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(comma)compile)
 ONE_THREAD := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .PHONY: demo test test-peers lint bench docs clean
@@ -54,7 +57,7 @@ $(VENV)/.demo: pyproject.toml $(VENV)/bin/python
 
 $(VENV)/.test: pyproject.toml $(VENV)/bin/python
 	@echo "installing refimpl and its test tools into $(VENV)"
-	@$(VENV)/bin/python $(PIP) install --editable '.[test]'
+	@$(VENV)/bin/python $(PIP) install --editable '.[test$(COMPILE)]'
 	@touch $@
 
 $(VENV)/.lint: pyproject.toml $(VENV)/bin/python

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,28 +23,51 @@ def resources(kernel: Kernel, architecture: str) -> dict:
     RuntimeError
         If it does not compile; the message is the compiler's.
     """
+    return together((kernel,), architecture)[0]
+
+
+def together(instances: Sequence[Kernel], architecture: str) -> list[dict]:
+    """The same for several instances of one file, whose headers are then read once."""
     from cuda.core import Program, ProgramOptions
 
+    first, names = instances[0], tuple(kernel.name for kernel in instances)
     include = [str(p) for p in _headers()]
-    flags = [o for o in kernel.options if not o.startswith(("-std", "-I"))]
-    own = [o[2:] for o in kernel.options if o.startswith("-I")]
+    flags = [o for o in first.options if not o.startswith(("-std", "-I"))]
+    own = [o[2:] for o in first.options if o.startswith("-I")]
     options = ProgramOptions(
         arch=architecture, std="c++17", include_path=[*own, *include], ftz=True, ptxas_options=["-v"],
         extra_device_vectorization="--extra-device-vectorization" in flags or None,
     )  # fmt: skip
     logs = _Log()
     try:
-        Program(kernel.source, "c++", options).compile("cubin", name_expressions=(kernel.name,), logs=logs)
+        code = Program(first.source, "c++", options).compile("cubin", name_expressions=names, logs=logs)
     except Exception as error:
-        raise RuntimeError(f"{kernel.name} ({kernel.file}) does not compile for {architecture}: {error}\n{logs.text}") from None
-    return {
-        "kernel": kernel.name,
-        "file": kernel.file,
-        "architecture": architecture,
-        "registers": _number(r"Used (\d+) registers", logs.text),
-        "static shared bytes": _number(r"(\d+) bytes smem", logs.text),
-        "spilled bytes": _number(r"(\d+) bytes spill stores", logs.text) + _number(r"(\d+) bytes spill loads", logs.text),
-    }
+        raise RuntimeError(f"{', '.join(names)} ({first.file}) does not compile for {architecture}: {error}\n{logs.text}") from None
+    said = dict(re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry function|\Z)", logs.text, re.DOTALL))
+    symbols = {_text(name): _text(symbol) for name, symbol in code.symbol_mapping.items()}
+    return [
+        {
+            "kernel": kernel.name,
+            "file": kernel.file,
+            "architecture": architecture,
+            "registers": _number(r"Used (\d+) registers", text),
+            "static shared bytes": _number(r"(\d+) bytes smem", text),
+            "spilled bytes": _number(r"(\d+) bytes spill stores", text) + _number(r"(\d+) bytes spill loads", text),
+        }
+        for kernel in instances
+        for text in [said[symbols[kernel.name]]]
+    ]
+
+
+def compiler() -> str:
+    """Which compiler the numbers come from."""
+    from importlib.metadata import version
+
+    return f"nvidia-cuda-nvrtc {version('nvidia-cuda-nvrtc')}"
+
+
+def _text(name: str | bytes) -> str:
+    return name.decode() if isinstance(name, bytes) else name
 
 
 class _Log:
@@ -71,21 +94,18 @@ def _headers() -> Iterable[Path]:
         yield Path(found) / "cccl"
 
 
-def table(only: Iterable[str] = ()) -> list[dict]:
-    """`resources` of every instance whose name or file contains one of `only`, on all cores."""
-    jobs = [
-        (kernel, architecture)
-        for instances in kernels().values()
-        for kernel in instances
-        if not (wanted := tuple(only)) or any(w in kernel.name or w in kernel.file for w in wanted)
-        for architecture in kernel.architectures
-    ]
+def table(wanted: Iterable[Kernel] | None = None, each: int = 8) -> list[dict]:
+    """`resources` of the instances wanted, by default all of the mirror's, `each` at a time, on all cores."""
+    everything = (kernel for instances in kernels().values() for kernel in instances)
+    groups: dict[tuple, list[Kernel]] = {}
+    for kernel in dict.fromkeys(everything if wanted is None else wanted):
+        for architecture in kernel.architectures:
+            groups.setdefault((kernel.file, kernel.options, architecture), []).append(kernel)
+    jobs = [(members[i : i + each], key[-1]) for key, members in groups.items() for i in range(0, len(members), each)]
     from cuda.core import Program  # noqa: F401  before the threads: its import is not safe in several at once
 
-    from cuda.core import Program  # noqa: F401  (its import is not safe in several threads, so: before threads)
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda job: resources(*job), dict.fromkeys(jobs)))
+        return [row for rows in pool.map(lambda job: together(*job), jobs) for row in rows]
 
 
 def main(arguments: list[str]) -> int:
@@ -93,13 +113,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("-o", type=Path, help="write the table as JSON")
     parser.add_argument("only", nargs="*", help="parts of names of kernels or files")
     chosen = parser.parse_args(arguments)
-    rows = table(chosen.only)
+    named = [k for found in kernels().values() for k in found if not chosen.only or any(part in k.name or part in k.file for part in chosen.only)]
+    rows = table(named)
     for row in rows:
         print(
             f"{row['architecture']:8} {row['registers']:4} registers {row['static shared bytes']:6} B shared {row['spilled bytes']:5} B spilled  {row['kernel']}"
         )
     if chosen.o:
-        chosen.o.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        listed = ",\n".join(json.dumps(row) for row in rows)  # a line for each, so that changes show
+        chosen.o.write_text(f'{{"compiler": "{compiler()}",\n"kernels": [\n{listed}\n]}}\n', encoding="utf-8")
     return 0
 
 

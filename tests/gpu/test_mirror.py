@@ -9,8 +9,14 @@ pytestmark = pytest.mark.gpu
 cp = pytest.importorskip("cupy")
 mirror = pytest.importorskip("refimpl.gpu")
 
-OPS = ("long_conv", "linear_attention", "ssd", "mlstm", "slstm", "wkv", "wkv6", "wkv7", "route", "moe")
+SCANS = ("linear_recurrence", "selective_scan", "causal_conv1d", "rg_lru", "discretize_diagonal")
+OPS = (*SCANS, "long_conv", "linear_attention", "ssd", "mlstm", "slstm", "wkv", "wkv6", "wkv7", "route", "moe")
 SIZES = {
+    "linear_recurrence": {"T": 2048, "c": 256},
+    "selective_scan": {"T": 512, "c": 256, "n": 16},
+    "causal_conv1d": {"T": 2048, "c": 256},
+    "rg_lru": {"T": 2048, "c": 256},
+    "discretize_diagonal": {"n": 4096},
     "long_conv": {"T": 9000, "K": 9000, "c": 64},
     "linear_attention": {"T": 512, "d": 64, "e": 64},
     "ssd": {"T": 512, "p": 64, "n": 64},
@@ -34,11 +40,13 @@ def _call(op: str) -> dict:
 def _on_device(value):
     if isinstance(value, tuple):
         return type(value)(*map(_on_device, value))
-    return cp.asarray(value, cp.float32) if isinstance(value, np.ndarray) else value
+    if isinstance(value, np.ndarray):
+        return cp.asarray(value, bool if value.dtype == bool else cp.float32)
+    return value
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", (*OPS, "discretize"))
 def test_conforms(op):
     report = refimpl.check(
         op, f"refimpl.gpu:{op}", framework="cupy", dtypes=("float32", "float64", "float16", "bfloat16"),
@@ -54,7 +62,7 @@ def test_runs_on_the_current_stream_and_waits_for_nothing(op):
     def both():
         result = f(**call)
         first = result[0] if isinstance(result, tuple) else result
-        return first, vjp(first, **call)
+        return first, vjp(result if op == "discretize_diagonal" else first, **call)
 
     want, _ = both()
     stream, event = cp.cuda.Stream(non_blocking=True), cp.cuda.Event()

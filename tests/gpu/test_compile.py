@@ -1,0 +1,66 @@
+"""Every kernel of the mirror compiles for every architecture, without a GPU; its resources are those of docs/gpu_resources.json."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TABLE = ROOT / "docs" / "gpu_resources.json"
+MISSING = [name for name in ("cupy", "cuda", "cuda.core") if importlib.util.find_spec(name.partition(".")[0]) is None or importlib.util.find_spec(name) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not run: {', '.join(MISSING)} not installed; pip install 'refimpl[compile]'")
+
+
+def _chapters():
+    if MISSING:
+        return ["any"]
+    from refimpl.gpu.launch import kernels
+
+    return sorted(kernels())
+
+
+def _key(row):
+    return row["kernel"], row["file"], row["architecture"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chapter", _chapters())
+def test_every_instance_compiles_without_spills_and_as_the_table_says(chapter):
+    """`python -m refimpl.gpu.compile -o docs/gpu_resources.json` writes the table; its numbers hold for the compiler that it names."""
+    from refimpl.gpu.compile import compiler, table
+    from refimpl.gpu.launch import kernels
+
+    instances = kernels()[chapter]
+    rows = table(instances)  # raises with the compiler's message if one does not compile
+    allowed = {kernel.name for kernel in instances if kernel.spills}
+    spilling = [f"{r['kernel']} for {r['architecture']}: {r['spilled bytes']} bytes" for r in rows if r["spilled bytes"] and r["kernel"] not in allowed]
+    assert not spilling, "kernels keep registers in local memory:\n" + "\n".join(spilling)
+    kept = json.loads(TABLE.read_text(encoding="utf-8"))
+    known = {_key(r): r for r in kept["kernels"]}
+    assert {_key(r) for r in rows} <= set(known), "write docs/gpu_resources.json anew"
+    if kept["compiler"] == compiler():
+        assert rows == [known[_key(r)] for r in rows], "write docs/gpu_resources.json anew"
+
+
+def test_the_table_holds_no_other_kernels():
+    from refimpl.gpu.launch import kernels
+
+    instances = {kernel for found in kernels().values() for kernel in found}
+    kept = json.loads(TABLE.read_text(encoding="utf-8"))
+    assert {_key(r) for r in kept["kernels"]} == {(k.name, k.file, a) for k in instances for a in k.architectures}
+
+
+def test_every_chapter_of_the_mirror_lists_its_kernels():
+    from refimpl.gpu.launch import FOLDER, kernels
+
+    used = {kernel.file for instances in kernels().values() for kernel in instances}
+    assert {p.name for p in FOLDER.glob("*.cu")} == used
+
+
+def test_a_kernel_that_does_not_compile_is_an_error():
+    from refimpl.gpu.compile import resources
+    from refimpl.gpu.launch import Kernel
+
+    with pytest.raises(RuntimeError, match=r"walk_rows<Nothing> \(kernel_linear_recurrence.cu\) does not compile for sm_90"):
+        resources(Kernel("kernel_linear_recurrence.cu", "walk_rows<Nothing>"), "sm_90")
