@@ -150,6 +150,13 @@ def test_an_import_that_fails_is_said_in_a_line(child, body):
         child("return x", head=body)
 
 
+def test_a_script_that_checks_when_imported_does_not_go_on_for_ever(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"import refimpl\ndef f(a, b): return b\nrefimpl.check('linear_recurrence', {str(script)!r} + ':f', isolate=True)\n")
+    with pytest.raises(NotFound, match="__main__"):
+        refimpl.check("linear_recurrence", f"{script}:f", isolate=True)
+
+
 def test_given_up_when_one_process_after_the_other_is_lost(tmp_path):
     (tmp_path / "gone.py").write_text("import os\ndef f(a, b): os._exit(1)")
     report = refimpl.check("linear_recurrence", f"{tmp_path}/gone.py:f", dtypes=["float64", "float32"], level="quick", isolate=True)

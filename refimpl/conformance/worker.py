@@ -35,6 +35,7 @@ from refimpl.conformance.parcel import parcel, unpacked
 _STARTUP = 300  # seconds in which a process must have imported the candidate and its framework
 _STATUSES = ("OK", "ERROR", "CRASH", "TIMEOUT", "NOT_APPLICABLE")
 _GIVE_UP = 12  # processes lost in a row
+_MARK = "REFIMPL_CANDIDATE"  # in the environment of a candidate's process
 GIB = 2**30
 
 
@@ -118,6 +119,8 @@ class Child:
     def __init__(self, candidate: Callable | str, framework_name: str, device: str | None, vjp: Callable | str | None, timeout: float, memory: float | None = None):
         if os.name != "posix":
             raise ImportError("check: isolate=True needs a POSIX system; use isolate=False")
+        if os.environ.get(_MARK):
+            raise RuntimeError("check: the candidate's file starts a check when it is imported; put that under if __name__ == '__main__'")
         self.timeout, self.memory = timeout, int((memory or half_of_memory()) * GIB)
         self.lost = 0  # processes in a row that gave no answer; one that hangs costs more time, and counts thrice
         self._task = {"framework": framework_name, "device": device, "candidate": _sent(candidate), "vjp": _sent(vjp)}
@@ -217,7 +220,7 @@ class _Process:
     def __init__(self, memory: int):
         self.memory, self.errors = memory, tempfile.TemporaryFile()
         ours, theirs = socket.socketpair()
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), _MARK: "1"}
         command = [sys.executable, "-P", "-c", f"from refimpl.conformance.worker import main; main({theirs.fileno()})"]
         try:
             self._process = subprocess.Popen(
