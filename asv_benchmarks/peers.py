@@ -109,16 +109,18 @@ def ssd(rng, H=16, T=2048, p=64, n=64, chunk=64):
     return {"chunked": lambda: op.forms["chunked"].function(*call)}, {"four products in torch": blocks}
 
 
+CONTESTS = {f.__name__: f for f in (linear_recurrence, long_conv, ssd)}
+
+
 def main():
-    contests = {f.__name__: f for f in (linear_recurrence, long_conv, ssd)}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("operator", nargs="*", help=f"of {', '.join(contests)}; all by default")
+    parser.add_argument("operator", nargs="*", help=f"of {', '.join(CONTESTS)}; all by default")
     parser.add_argument("--rounds", type=int, default=7)
     asked = parser.parse_args()
-    if unknown := set(asked.operator) - set(contests):
-        parser.error(f"no contest is called {min(unknown)!r}; there are {', '.join(contests)}")
-    for name in asked.operator or contests:
-        ours, theirs = contests[name](np.random.default_rng(0))
+    if unknown := set(asked.operator) - set(CONTESTS):
+        parser.error(f"no contest is called {min(unknown)!r}; there are {', '.join(CONTESTS)}")
+    for name in asked.operator or CONTESTS:
+        ours, theirs = CONTESTS[name](np.random.default_rng(0))
         seconds = race(ours | theirs, asked.rounds)
         for form in ours:
             ratios = ", ".join(f"{seconds[form] / seconds[peer]:.2f} of {peer} ({seconds[peer]:.4f} s)" for peer in theirs)
