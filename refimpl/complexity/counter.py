@@ -159,6 +159,8 @@ class Buffer:
         self.depth: Any = CONSTANT  # one number, or an array
         if not isinstance(depth, np.ndarray):
             self.depth = int(depth)
+        elif array.size and (most := int(depth.max())) == int(depth.min()):
+            self.depth = most
         elif array.size:
             self.depth = empty(array.size, np.int32)
             self._window(array)[...] = depth

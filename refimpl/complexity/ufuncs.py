@@ -65,7 +65,7 @@ def weight(name: str, operands: list, result: np.ndarray) -> tuple[str, int]:
     if name not in UFUNCS:
         raise Uncounted(f"complexity: {name} is not known to the counter")
     kind, real, of_complex = UFUNCS[name]
-    kinds = [np.result_type(x).kind for x in operands]
+    kinds = [x.dtype.kind if isinstance(x, np.ndarray | np.generic) else np.result_type(x).kind for x in operands]
     if "c" in kinds:
         if name == "divide" and kinds[1] != "c":
             return kind, 2
@@ -108,9 +108,10 @@ def product(ufunc, inputs, out):
     """Products of matrices and vectors."""
     ledger, (a, b) = ledger_of(*inputs), (asarray(plain(x)) for x in inputs)
     raw = ufunc(a, b, **({} if out is None else {"out": plain(out)}))
-    da, db = (full_depth(x) for x in inputs)
+    da, db = (depth_of(x) for x in inputs)
     inner = a.shape[-1]
-    if ufunc.__name__ == "matmul":
+    if ufunc.__name__ == "matmul" and (isinstance(da, np.ndarray) or isinstance(db, np.ndarray)):
+        da, db = (full_depth(x) for x in inputs)
         rows = da.max(axis=-1, initial=CONSTANT, keepdims=True)
         columns = db.max(axis=-2, initial=CONSTANT, keepdims=True) if b.ndim > 1 else db.max(initial=CONSTANT, keepdims=True)
         depth = np.maximum(rows if b.ndim > 1 else rows[..., 0], columns)
@@ -118,7 +119,7 @@ def product(ufunc, inputs, out):
             depth = depth[..., 0, :]
     else:
         depth = joined(deepest(da), deepest(db))
-    depth = raised(depth if isinstance(depth, np.ndarray) and depth.ndim else deepest(depth), 1 + levels(inner)) if inner else CONSTANT
+    depth = raised(depth if getattr(depth, "ndim", 0) else deepest(depth), 1 + levels(inner)) if inner else CONSTANT
     complexes = (a.dtype.kind == "c") + (b.dtype.kind == "c")
     kind = "integer" if raw.dtype.kind in "biu" else "matmul"
     ledger.add(kind, (2, 4, 8)[complexes] * np.size(raw) * inner, deepest(depth))
