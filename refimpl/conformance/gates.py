@@ -102,19 +102,36 @@ def error_ratio(got: np.ndarray, right: np.ndarray, limit: np.ndarray) -> np.nda
 
 def like_peers(name: str, got: np.ndarray, right: np.ndarray, peers: list[np.ndarray], floor: np.ndarray) -> Finding | None:
     """G2: the RMS error of every slice against the worst of the ensemble's."""
-    error, base = _slices(_difference(got, right)), [_slices(_difference(p, right)) for p in peers]
-    if error is None:
+    error, allowed = slice_errors(got, right), allowed_error(right, peers, floor)
+    if error is None or allowed is None:
         return None
-    floors = _slices(floor)
-    peak = np.max([b for b in base if b is not None], axis=0)
-    worst = np.maximum(peak, np.median(peak))
     with np.errstate(all="ignore"):
-        ratio = np.where(error == 0, 0.0, error / (PEERS_FACTOR * worst + floors))
+        ratio = np.where(error == 0, 0.0, error / allowed)
     if not np.any(ratio > 1):
         return None
     slice_ = int(np.argmax(ratio))
-    message = f"{name}: RMS error of slice {slice_} is {error[slice_] / worst[slice_]:.3g} times that of the worst right algorithm in this precision"
+    message = f"{name}: RMS error of slice {slice_} is {ratio[slice_]:.3g} times what {PEERS_FACTOR:g} times the worst right algorithm in this precision would have"
     return Finding("NUMERIC", message, name, ratio=float(ratio[slice_]))
+
+
+def allowed_error(right: np.ndarray, peers: list[np.ndarray], floor: np.ndarray) -> np.ndarray | None:
+    """G2's limit on the RMS error of every slice; None where there are too few elements for one."""
+    base, floors = [_slices(_difference(p, right)) for p in peers], _slices(floor)
+    if floors is None:
+        return None
+    peak = np.max([b for b in base if b is not None], axis=0)
+    return PEERS_FACTOR * np.maximum(peak, np.median(peak)) + floors
+
+
+def slice_errors(got: np.ndarray, right: np.ndarray) -> np.ndarray | None:
+    """The RMS error of every slice."""
+    return _slices(_difference(got, right))
+
+
+def bias(got: np.ndarray, right: np.ndarray, peers: list[np.ndarray], unit: float) -> tuple[float, float]:
+    """G3: the common factor between a result and the truth, less 1, and what is allowed of it."""
+    others = [abs(_slope(p, right)) for p in peers]
+    return _slope(got, right), max(BIAS_FLOOR * unit, 6 * max(others, default=0.0), 8 * unit / np.sqrt(right.size))
 
 
 def unbiased(name: str, got: np.ndarray, right: np.ndarray, peers: list[np.ndarray], unit: float) -> Finding | None:
@@ -128,8 +145,7 @@ def unbiased(name: str, got: np.ndarray, right: np.ndarray, peers: list[np.ndarr
     for where, g, r, ps in parts:
         if r.size < 500:
             continue
-        ours, others = _slope(g, r), [abs(_slope(p, r)) for p in ps]
-        allowed = max(BIAS_FLOOR * unit, 6 * max(others, default=0.0), 8 * unit / np.sqrt(r.size))
+        ours, allowed = bias(g, r, ps, unit)
         if abs(ours) > allowed:
             message = f"{name}{where} is {1 + ours:.6g} times the truth on average, where rounding leaves a factor within {allowed:.2g} of 1"
             return Finding("BIAS", message, name, ratio=abs(ours) / allowed)
