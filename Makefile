@@ -4,7 +4,9 @@
 #   make test        the whole suite (no torch needed)
 #   make test-peers  what compares with torch, JAX and public CPU implementations, in .venv-peers
 #   make lint        ruff and mypy
-#   make bench       the benchmarks, once over
+#   make bench       the benchmarks on the CPU, once over: minutes (bench-full: all lengths, repeated)
+#   make bench-gpu   those that need a device
+#   make bench-site  what was measured so far as pages, in asv_benchmarks/.asv/html
 #   make docs        the documentation, in docs/_build/html
 #
 # PYTHON=/path/to/python chooses an interpreter. Without a GPU, point pip at a CPU build of torch for `make test-peers`
@@ -19,7 +21,7 @@ PIP := -m pip --disable-pip-version-check --quiet --quiet
 COMPILE := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(comma)compile)
 ONE_THREAD := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test test-peers lint bench docs clean
+.PHONY: demo test test-peers lint bench bench-full bench-gpu bench-site docs clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -36,8 +38,21 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+# --python=same: no environments are built and nothing is fetched; with the hash, results are kept for bench-site.
+ASV = cd asv_benchmarks && ../$(VENV)/bin/asv
+MEASURE = $(ASV) machine --yes > /dev/null && ../$(VENV)/bin/asv run --python=same --set-commit-hash=$$(git rev-parse HEAD) --show-stderr --launch-method forkserver
+
 bench: $(VENV)/.bench
-	cd asv_benchmarks && ../$(VENV)/bin/asv machine --yes > /dev/null && ../$(VENV)/bin/asv run --python=same --quick --show-stderr --launch-method forkserver
+	$(MEASURE) --quick --bench '^(?!device)(?!host.*4096)(?!host\.Memory.* 64\))'
+
+bench-full: $(VENV)/.bench
+	$(MEASURE) --bench '^(?!device)'
+
+bench-gpu: $(VENV)/.bench
+	$(MEASURE) --bench '^device'
+
+bench-site: $(VENV)/.bench
+	$(ASV) publish
 
 docs: $(VENV)/.docs
 	$(ONE_THREAD) $(VENV)/bin/sphinx-build --quiet --fail-on-warning --keep-going $(SPHINXOPTS) docs docs/_build/html
