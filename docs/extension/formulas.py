@@ -77,6 +77,9 @@ class Letter:
             return self
         return Letter(f"{self.inside(_ATOM)}{str(power).translate(_DIGITS)}" if isinstance(power, int) else f"{self.inside(_ATOM)}^({power})", _POWER)
 
+    def __rpow__(self, base):
+        return Letter(f"{_letter(base).inside(_ATOM)}^{self.inside(_ATOM) if not self.text.startswith('⌈') else self.text}", _POWER)
+
     def __neg__(self):
         if match := re.fullmatch(r"⌊-([^⌊⌋]*)⌋", self.text):
             return Letter(f"⌈{match[1]}⌉")
@@ -101,9 +104,10 @@ def formulas(cost: Callable) -> tuple[str, str, str] | None:
 
     Examples
     --------
-    >>> from refimpl import OPS
-    >>> formulas(OPS["linear_recurrence"].forms["sequential"].cost)
-    ('2 T c batch', '2 T', '2 T c batch')
+    >>> from refimpl.core.costs import log2_ceil
+    >>> from refimpl.op import Cost
+    >>> formulas(lambda T, c, batch=1: Cost(2 * T * c * batch, 2 * log2_ceil(T), T * T))
+    ('2 T c batch', '2 ⌈log₂ T⌉', 'T²')
     """
     taken = inspect.signature(cost).parameters.values()
     sizes = {p.name: Letter(p.name) for p in taken if p.kind is not p.VAR_KEYWORD and not isinstance(p.default, bool) and (p.default is p.empty or not callable(p.default))}
