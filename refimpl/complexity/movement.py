@@ -1,6 +1,8 @@
 """Functions that move, select and make: no work, but traffic; depth goes where the values go."""
 
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -269,12 +271,17 @@ for _function in (
     FUNCTIONS[_function] = _free(_function)
 
 
+def _is_library(frame: FrameType) -> bool:
+    """Whether it is NumPy or SciPy that makes an array, for its own use; which ones they make differs between versions."""
+    return frame.f_globals.get("__name__", "").startswith(("numpy.", "scipy."))
+
+
 def _constant(original: Callable) -> Callable:
     """A function that makes an array of nothing: within a measurement, a counted constant."""
 
     def make(*args, **kwargs):
         ledger = active.get()
-        if ledger is None:
+        if ledger is None or _is_library(sys._getframe(1)):
             return original(*args, **kwargs)
         made = adopt(original(*plain(args), **plain(kwargs)), depth_of([*args, *kwargs.values()]), ledger)
         if original is not np.empty:
@@ -289,7 +296,7 @@ def _converter(original: Callable, copies: bool) -> Callable:
 
     def convert(value, dtype=None, **kwargs):
         ledger = active.get()
-        if ledger is None:
+        if ledger is None or _is_library(sys._getframe(1)):
             return original(value, dtype, **kwargs)
         same = isinstance(value, Counted) and (dtype is None or np.dtype(dtype) == value.dtype)
         if same and not (copies and kwargs.get("copy", True)):
