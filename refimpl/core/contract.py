@@ -298,7 +298,7 @@ class Contract:
             layout[name.partition("[")[0]] = tuple(a.rstrip("?") for a in shape.axes if not (inserted and a.endswith("?")))
             if shape.batched:
                 batches[name] = value.shape[: value.ndim - len(shape.axes)]
-            normal[name] = _cast(value, array, compute if array in self.states else work)
+            normal[name] = value if partial else _cast(value, array, compute if array in self.states else work)
         batch = self._broadcast(batches)
         plain = {k: v[0] for k, v in sizes.items()}
         self._apply_rules(plain)
@@ -563,7 +563,8 @@ def _own(value, given):
     """The result itself, or a copy where it is (part of) an argument: a state handed through must not be the caller's."""
     if isinstance(value, tuple):
         return type(value)(*(_own(v, given) for v in value)) if hasattr(value, "_fields") else tuple(_own(v, given) for v in value)
-    shared = _is_array(value) and any(np.may_share_memory(value, g) for g in given)
+    on_host = isinstance(value, np.ndarray)
+    shared = _is_array(value) and any(isinstance(g, np.ndarray) == on_host and np.may_share_memory(value, g) for g in given)
     return value.copy() if shared else value
 
 
