@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 
-TENSOR_MAP = np.dtype([("bytes", "u1", 128)])
+TENSOR_MAP = np.dtype((np.void, 128))
 _TYPES = {"float16": 6, "float32": 7, "bfloat16": 9}  # CUtensorMapDataType
 _SWIZZLE_128, _L2_256 = 3, 3  # CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B
 

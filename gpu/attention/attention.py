@@ -32,6 +32,7 @@ CALL = np.dtype(
     + [("scale", "f8"), ("softcap", "f8")]
     + [(name, "i4") for name in ("B", "Hq", "Hkv", "n", "m", "d", "e", "below", "above", "vectors", "splits", "heads")]
 )  # fmt: skip
+RAW = np.dtype((np.void, CALL.itemsize))  # as kernels take it: CuPy needs not know what is inside
 NOTHING = np.uintp(0)
 L2 = 24 << 20  # bytes of keys and values that are read from memory once for all rows of their heads
 
@@ -155,21 +156,21 @@ def results(p: Problem, dtype=None):
 
 def _tiled(name: str, fast: bool) -> Kernel:
     A = "double" if name == "float64" else "float"
-    return Kernel(TILED, f"attention_tiled<{TYPES[name]}, {A}, {'8, 8, 8, true, false' if fast else '4, 4, 4, false, true'}>")
+    return Kernel(TILED, f"attention_tiled<{TYPES[name]}, {A}, {'8, 8, 8, true, false' if fast else '4, 4, 4, false, true'}>", spills=fast)
 
 
 def tiled(p: Problem):
-    """Plain arithmetic. Head sizes to 128 in float32 without maps take the large tiles."""
+    """Plain arithmetic. Head sizes to 128 in float32 without mask, bias and softcap take the large tiles."""
     call, name = p.call[0], p.q.dtype.name
     o, lse = results(p)
-    fast = name == "float32" and not p.maps and call["d"] <= 128
+    fast = name == "float32" and not p.maps and call["softcap"] == 0 and call["d"] <= 128
     R, columns = (8, 128) if fast else (4, 64)
     size = o.itemsize
     width, vector, rows = 128 // size, 16 // size, 16 * R
     buffer = max((rows if fast else 2 * rows) * (width + vector), width * columns)
-    shared = size * (rows * (2 + rows + vector) + 3 * buffer + (rows * (4 * width + vector) if fast else 0))
+    shared = size * (rows * (rows + vector) + 3 * buffer + (rows * (4 * width + vector) if fast else 0))
     grid = int(call["B"]) * int(call["Hq"]) * -(-int(call["n"]) // rows) * max(1, -(-int(call["e"]) // columns))
-    _tiled(name, fast)((grid,), (256,), (p.call, p.q, p.k, p.v, *p.options, o, lse), shared)
+    _tiled(name, fast)((grid,), (256,), (p.call.view(RAW), p.q, p.k, p.v, *p.options, o, lse), shared)
     return o, lse
 
 
@@ -192,7 +193,7 @@ def backward(p: Problem, do, lse, across):
         out = cp.empty(like.shape, A)
         grid = like.shape[0] * like.shape[1] * -(-like.shape[2] // 64) * -(-int(c[columns]) // columns_of)
         maps = p.options[:2]
-        _gradient(name, of)((grid,), (256,), (call, p.q, p.k, p.v, do, *maps, lse, across, out, NOTHING if dbias is None else dbias), shared)
+        _gradient(name, of)((grid,), (256,), (call.view(RAW), p.q, p.k, p.v, do, *maps, lse, across, out, NOTHING if dbias is None else dbias), shared)
         found.append(out)
     return (*found, dbias)
 
@@ -205,14 +206,14 @@ def _hopper(name: str, D: int, warpgroups: int, keys: int, capped: bool, maps: b
     return Kernel(HOPPER, f"attention_forward<{TYPES[name]}, {D}, {warpgroups}, {keys}, {flags}>", hopper=True)
 
 
-def hopper(p: Problem, warpgroups: int | None = None, keys: int | None = None, stay: bool = True):
+def hopper(p: Problem, warpgroups: int | None = None, keys: int | None = None):
     """wgmma, with tiles brought by the bulk tensor copy engine."""
     call, name = p.call.copy(), p.q.dtype.name
     c = call[0]
     D = 64 if max(c["d"], c["e"]) <= 64 else 128
     plain = not p.maps and c["softcap"] == 0
     W = warpgroups or (3 if D == 64 and plain else 2)
-    keys = keys or 128
+    keys = keys or (176 if D == 128 and plain and c["m"] >= 8192 else 128)
     q, k, v = (x if tensor_map.fits(x) else cp.ascontiguousarray(x) for x in (p.q, p.k, p.v))
     for key, x in (("q", q), ("k", k), ("v", v)):
         call[key][0] = [s // x.itemsize for s in x.strides[:3]]
@@ -224,13 +225,13 @@ def hopper(p: Problem, warpgroups: int | None = None, keys: int | None = None, s
     maps = (tensor_map.panels(q, 64 * W), tensor_map.panels(k, keys), tensor_map.panels(v, keys))
     shared = 1024 + (64 * W + 4 * keys) * D * 2 + 256
     kernel = _hopper(name, D, W, keys, bool(c["softcap"] > 0), p.maps)
-    grid = min(heads * tiles, multiprocessors()) if stay else heads * tiles
-    kernel((grid,), (128 * (W + 1),), (call, *maps, *p.options, o, lse, cp.zeros(1, np.int32)), shared)
+    kernel((min(heads * tiles, multiprocessors()),), (128 * (W + 1),), (call.view(RAW), *maps, *p.options, o, lse, cp.zeros(1, np.int32)), shared)
     return o, lse
 
 
 def _hopper_gradient(name: str, of: str, *more) -> Kernel:
-    return Kernel(HOPPER_GRADIENT, f"attention_{of}<{', '.join((TYPES[name], *map(str, more)))}>", hopper=of != "across")
+    spills = (of, *more) == ("gradient_keys", 128, "true")
+    return Kernel(HOPPER_GRADIENT, f"attention_{of}<{', '.join((TYPES[name], *map(str, more)))}>", hopper=of != "across", spills=spills)
 
 
 def hopper_backward(p: Problem, do, o, lse, dlse):
@@ -243,8 +244,8 @@ def hopper_backward(p: Problem, do, o, lse, dlse):
     D, capped = 64 if max(d, e) <= 64 else 128, "true" if call["softcap"][0] > 0 else "false"
     padded = -(-n // 128) * 128
     lse2, across = cp.empty((2, B, Hq, padded), np.float32)
-    _hopper_gradient(name, "across")((-(-B * Hq * padded // 4),), (128,), (
-        call, o, do, lse, NOTHING if dlse is None else dlse, across, lse2, np.int32(padded)))  # fmt: skip
+    _hopper_gradient(name, "across")((-(-B * Hq * padded // 32),), (128,), (
+        call.view(RAW), o, do, lse, NOTHING if dlse is None else dlse, across, lse2, np.int32(padded)))  # fmt: skip
     found = []
     shared = 1024 + 2 * 128 * D * 2 + 3 * (2 * 64 * D * 2 + 2 * 64 * 4) + 64
     for of, heads, rows, boxes, passing in (
@@ -255,7 +256,7 @@ def hopper_backward(p: Problem, do, o, lse, dlse):
         call["heads"] = min(B * heads, max(1, L2 // (passing + 1)) * heads // Hkv)
         out = [cp.empty(x.shape, x.dtype) for x in ((q,) if of == "queries" else (k, v))]
         kernel = _hopper_gradient(name, f"gradient_{of}", D, capped)
-        kernel((B * heads * -(-rows // 128),), (384,), (call, *maps, lse2, across, np.int32(padded), *out), shared)
+        kernel((B * heads * -(-rows // 128),), (384,), (call.view(RAW), *maps, lse2, across, np.int32(padded), *out), shared)
         found += out
     return (*found, across[..., :n])
 
@@ -277,9 +278,9 @@ def decode(p: Problem, splits: int | None = None):
     part_o, part_lse = cp.empty((B, Hq, n, splits, d), np.float32), cp.empty((B, Hq, n, splits), np.float32)
     o, lse = results(p, p.q.dtype)
     halves = 1 if Hq // Hkv * n <= 8 else 2
-    _portions(name, d, halves)((splits, Hkv, B), (128,), (call, p.q, p.k, p.v, part_o, part_lse))
+    _portions(name, d, halves)((splits, Hkv, B), (128,), (call.view(RAW), p.q, p.k, p.v, part_o, part_lse))
     sink = NOTHING if p.sink is None else p.sink
-    _merge(name)((-(-B * Hq * n // 4),), (128,), (call, part_o, part_lse, sink, o, lse))
+    _merge(name)((-(-B * Hq * n // 4),), (128,), (call.view(RAW), part_o, part_lse, sink, o, lse))
     return o, lse
 
 

@@ -128,6 +128,20 @@ PRODUCT(float16, "f16", 128, true, "1", LIST_128, REGISTERS_128, "64", "65", "66
 PRODUCT(bfloat16, "bf16", 176, false, "0", LIST_176, REGISTERS_176, "88", "89", "90", "91", "92", "93")
 PRODUCT(float16, "f16", 176, false, "0", LIST_176, REGISTERS_176, "88", "89", "90", "91", "92", "93")
 
+// This warp's 16 rows of a tile as left operands in registers, 16 columns each: `row` is the first of the 16, in panels of `panel` bytes.
+template <int D> __device__ inline void read_operand(unsigned (&a)[D / 16][4], unsigned address, int panel, int row) {
+    const int lane = threadIdx.x % 32, r = row + lane % 16;
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+        const int piece = k % 4 * 2 + lane / 16;
+        const unsigned from = address + k / 4 * panel + r * 128 + ((piece ^ r % 8) << 4);
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(a[k][0]), "=r"(a[k][1]), "=r"(a[k][2]), "=r"(a[k][3])
+                     : "r"(from)
+                     : "memory");
+    }
+}
+
 // ---- results ---------------------------------------------------------------------------------------------------------
 // 64 x D of a warpgroup to memory, rounded: this thread's rows are `row` and `row` + 8 of `rows`, scaled by its factors.
 // Neighbouring lanes swap halves of two groups of 8 columns, so that each writes 4 neighbouring numbers.

@@ -3,9 +3,8 @@
 // One block of 256 threads makes a tile of rows x columns of the output. Keys pass by in tiles; of a tile, first slices
 // of the features of K (to make the scores S), then slices of the keys of V (to add P V), each slice 128 bytes wide,
 // through a ring of three buffers that is filled two slices ahead. A thread holds R rows x C keys of S and R rows x E
-// columns of O in registers: row ty + 16 i, key tx + 16 j. A warp is 4 ty x 8 tx, so that what its lanes read from shared
-// memory at once are 4 or 8 different pieces of 16 bytes, one pass over the banks; a row lies in two warps, whose
-// maxima meet in shared memory.
+// columns of O in registers: row ty + 16 i, key tx + 16 j, for ty = thread / 16, tx = thread % 16. So a row of S lies in
+// 16 lanes of one warp: the row's maximum takes four shuffles, and P goes through shared memory within the warp alone.
 //
 // With R = C = E = 8 each 16-byte read from shared memory feeds 16 multiply-adds of a thread, as in a good matrix
 // product; what limits the kernel is the rate of multiply-adds. Rows' strides are 16 bytes more than a multiple of 128:
@@ -23,7 +22,7 @@ template <class A> constexpr int STRIDE = SLICE<A> + VECTOR<A>;  // of a slice's
 template <class A, int R, int C, int x_stride>
 __device__ inline void multiply_slice(A (&s)[R][C], const A* x, const A* y, int tx, int ty) {
     constexpr int V = VECTOR<A>;
-#pragma unroll 1
+#pragma unroll(R == 8 ? 2 : 1)
     for (int w = 0; w < SLICE<A>; w += V) {
         Vector<A> a[R];
 #pragma unroll
@@ -43,7 +42,7 @@ __device__ inline void multiply_slice(A (&s)[R][C], const A* x, const A* y, int 
 template <class A, int R, int E, int p_stride>
 __device__ inline void add_slice(A (&o)[R][E], const A* p, const A* y, int tx, int ty) {
     constexpr int V = VECTOR<A>;
-#pragma unroll 1
+#pragma unroll(R == 8 ? 2 : 1)
     for (int w = 0; w < SLICE<A>; w += V) {
         Vector<A> a[R];
 #pragma unroll
@@ -61,29 +60,19 @@ __device__ inline void add_slice(A (&o)[R][E], const A* p, const A* y, int tx, i
     }
 }
 
-// Of 256 threads, who stands where: 16 x 16, a warp 4 x 8.
-__device__ inline int own_tx() { return threadIdx.x / 32 % 2 * 8 + threadIdx.x % 8; }
-__device__ inline int own_ty() { return threadIdx.x / 64 * 4 + threadIdx.x / 8 % 4; }
-
-// The largest, or the sum, over the 16 threads of each row; `meeting` holds 2 numbers a row. Begins with a barrier.
-template <bool SUM, class A, int R> __device__ inline void over_rows(A (&x)[R], A* meeting) {
-    const int tx = own_tx(), ty = own_ty();
-    __syncthreads();
+// Over the 16 threads of a row, which are half a warp.
+template <class A> __device__ inline A largest_of_row(A x) {
 #pragma unroll
-    for (int i = 0; i < R; i++) {
-#pragma unroll
-        for (int step = 4; step > 0; step /= 2) {
-            const A y = __shfl_xor_sync(0xffffffff, x[i], step);
-            x[i] = SUM ? x[i] + y : x[i] > y ? x[i] : y;
-        }
-        if (tx % 8 == 0) meeting[(ty + 16 * i) * 2 + tx / 8] = x[i];
+    for (int step = 8; step > 0; step /= 2) {
+        const A y = __shfl_xor_sync(0xffffffff, x, step);
+        x = x > y ? x : y;
     }
-    __syncthreads();
+    return x;
+}
+template <class A> __device__ inline A sum_of_row(A x) {
 #pragma unroll
-    for (int i = 0; i < R; i++) {
-        const A y = meeting[(ty + 16 * i) * 2], z = meeting[(ty + 16 * i) * 2 + 1];
-        x[i] = SUM ? y + z : y > z ? y : z;
-    }
+    for (int step = 8; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffff, x, step);
+    return x;
 }
 
 // A tile in which a mask lets no pair through is dropped before its products.
@@ -96,7 +85,7 @@ __device__ inline bool mask_shows(const Call& c, const unsigned char* mask, int 
     return __syncthreads_or(shows);
 }
 
-// RESIDENT: the tile's queries stay in shared memory; otherwise their slices come along with those of the keys.
+// MAPS: with mask, bias or softcap. RESIDENT: the tile's queries stay in shared memory; otherwise their slices come along with those of the keys.
 // Grid: (batch, head, tile of rows, tile of columns), the last fastest, rows from the last tile to the first (with a
 // causal mask the longest work first). Shared memory: Q (if resident), P, three buffers.
 template <class T, class A, int R, int C, int E, bool RESIDENT, bool MAPS>
@@ -107,11 +96,10 @@ attention_tiled(const Call c, const T* q, const T* k, const T* v, const unsigned
     extern __shared__ __align__(16) unsigned char memory[];
     constexpr int q_stride = 4 * W + VECTOR<A>;  // resident: at most 4 slices
     const int q_slices = (c.d + W - 1) / W;
-    A* const meeting = (A*)memory;
-    A* const p_tile = meeting + 2 * ROWS;
+    A* const p_tile = (A*)memory;
     A* const buffers = p_tile + ROWS * P_STRIDE;
     A* const q_tile = buffers + 3 * BUFFER;
-    const int tx = own_tx(), ty = own_ty();
+    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
 
     const int tiles = (c.n + ROWS - 1) / ROWS, chunks = (c.e + COLUMNS - 1) / COLUMNS;
     const int chunk = blockIdx.x % chunks, tile = tiles - 1 - blockIdx.x / chunks % tiles, head = blockIdx.x / chunks / tiles;
@@ -173,7 +161,7 @@ attention_tiled(const Call c, const T* q, const T* k, const T* v, const unsigned
             const bool edge = !inside(c, row, ROWS, key, KEYS);
             A larger[R];
             const A scale = (A)c.scale;
-            if (c.softcap > 0) {
+            if (MAPS && c.softcap > 0) {
                 const A cap = (A)c.softcap, factor = scale / cap;
 #pragma unroll
                 for (int i = 0; i < R; i++)
@@ -194,9 +182,9 @@ attention_tiled(const Call c, const T* q, const T* k, const T* v, const unsigned
                     larger[i] = s[i][j] > larger[i] ? s[i][j] : larger[i];
                 }
             }
-            over_rows<false>(larger, meeting);
 #pragma unroll
             for (int i = 0; i < R; i++) {
+                larger[i] = largest_of_row(larger[i]);
                 const A shift = larger[i] == (A)NOTHING_SEEN ? (A)0 : larger[i], keep = exp_(top[i] - shift);
                 top[i] = larger[i];
                 total[i] *= keep;
@@ -209,7 +197,9 @@ attention_tiled(const Call c, const T* q, const T* k, const T* v, const unsigned
 #pragma unroll
                 for (int x = 0; x < E; x++) acc[i][x] *= keep;
             }
-            for (int x = 0; x < KEYS / W; x++) add_slice<A, R, E, P_STRIDE>(acc, p_tile + x * W, next(), tx, ty);  // next: a barrier first
+            __syncwarp();
+            for (int x = 0; x < KEYS / W; x++) add_slice<A, R, E, P_STRIDE>(acc, p_tile + x * W, next(), tx, ty);
+            __syncwarp();
         }
         copies_wait<0>();
         __syncthreads();
@@ -221,11 +211,10 @@ attention_tiled(const Call c, const T* q, const T* k, const T* v, const unsigned
         run(from, until);
     copies_wait<0>();
 
-    over_rows<true>(total, meeting);
 #pragma unroll
     for (int i = 0; i < R; i++) {
         const int r = row + ty + 16 * i;
-        const A sum = total[i];
+        const A sum = sum_of_row(total[i]);
         if (r >= c.n) continue;
         const long long at = ((long long)b * c.Hq + h) * c.n + r;
         if (chunk == 0 && tx == 0) lse[at] = (top[i] == (A)NOTHING_SEEN ? (A)0 : top[i]) + log_(sum);
@@ -257,7 +246,7 @@ attention_gradient(const Call c, const T* q, const T* k, const T* v, const T* dy
     extern __shared__ __align__(16) unsigned char memory[];
     A* const w_tile = (A*)memory;
     A* const buffers = w_tile + TILE * P_STRIDE;
-    const int tx = own_tx(), ty = own_ty();
+    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
 
     const int rows = BY_KEY ? c.m : c.n, columns = BY_KEY ? c.n : c.m, heads = BY_KEY ? c.Hkv : c.Hq, width = OF == VALUES ? c.e : c.d;
     const int tiles = (rows + TILE - 1) / TILE, chunks = (width + COLUMNS - 1) / COLUMNS, group = c.Hq / c.Hkv;

@@ -3,14 +3,14 @@
 // A block makes 64 W rows of the output, with W + 1 warpgroups. One is the producer: a single thread that has the copy
 // engine bring the queries once and then the tiles of K and V, two of each under way, last keys first. The others are
 // consumers of 64 rows each, with scores, weights and results in registers. What limits the kernel are the tensor cores and,
-// almost as much, the special-function units (16 exponentials a clock against 4096 multiply-adds: per tile of 128 x 128
+// almost as much, the special-function units (16 exponentials a clock against 2048 multiply-adds: per tile of 128 x 128
 // and head size 128, 1024 clocks of exponentials beside 2048 of products). So both must run at once, in two ways:
 //   within a warpgroup   S = Q K^T of the next tile is issued before O += P V of this one, and the softmax of the next
 //                        works while P V is under way;
 //   between warpgroups   they take turns in issuing products, so that one's softmax falls under the other's products.
-// The maximum is kept in units of the raw product, so that a weight is one multiply-add and one 2^x.
+// The maximum is kept in units of the raw product, so that a weight is one multiply-add and one 2^x; it is left as it is until a
+// score exceeds it by a factor of 2^8 in weight, so that sums seldom have to be rescaled.
 #include "block_hopper.cuh"
-
 
 constexpr int STAGES = 2;  // tiles of K, and of V, in shared memory
 
@@ -158,9 +158,11 @@ attention_forward(const __grid_constant__ Call c, const __grid_constant__ Tensor
                     float most = fmaxf(larger[r][0], larger[r][1]);
                     most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
                     most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
-                    shift[r] = most == NOTHING_SEEN ? 0.0f : most * unit;
-                    keep[r] = exp2_fast(top[r] * unit - shift[r]);
-                    top[r] = most;
+                    const bool far = (most - top[r]) * unit > 8.0f;  // weights to 2^8 are as good as those to 1: what was summed may stay
+                    const float unit_of_row = far ? most : top[r];
+                    shift[r] = unit_of_row == NOTHING_SEEN ? 0.0f : unit_of_row * unit;
+                    keep[r] = far ? exp2_fast(top[r] * unit - shift[r]) : 1.0f;
+                    top[r] = unit_of_row;
                 }
 #pragma unroll
                 for (int x = 0; x < KEYS / 2; x++) {
@@ -175,6 +177,7 @@ attention_forward(const __grid_constant__ Call c, const __grid_constant__ Tensor
                 for (int x = 0; x < KEYS / 4; x++) p[x] = pack<T>(s[2 * x], s[2 * x + 1]);
             };
             auto release = [&](Barrier* free) {
+                __syncwarp();
                 if (lane == 0) barrier_arrive(free);
             };
 
@@ -206,8 +209,10 @@ attention_forward(const __grid_constant__ Call c, const __grid_constant__ Tensor
                     products_wait<0>();
                     hold(acc);
                     release(v_free + before);
+                    if (__any_sync(0xffffffff, keep[0] != 1.0f || keep[1] != 1.0f)) {
 #pragma unroll
-                    for (int x = 0; x < D / 2; x++) acc[x] *= keep[x % 4 / 2];
+                        for (int x = 0; x < D / 2; x++) acc[x] *= keep[x % 4 / 2];
+                    }
                     round_weights();
                 }
                 release(q_free);

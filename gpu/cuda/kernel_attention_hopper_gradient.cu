@@ -20,30 +20,32 @@ constexpr int STAGES = 3;
 struct Yes { static constexpr bool value = true; };
 struct No { static constexpr bool value = false; };
 
-// One warp a query: across = dlse - do.o; for queries beyond n the weight is 0.
+// across = dlse - do.o of each query, and lse in powers of two; for queries beyond n the weight is 0. Half a warp a query, 8 numbers a
+// lane and read; a warp takes 8 queries, so that enough reads are under way.
 template <class T>
 __global__ void __launch_bounds__(128)
 attention_across(const Call c, const T* o, const T* dy, const float* lse, const float* dlse, float* across, float* lse2, int padded) {
-    const long long at = (long long)blockIdx.x * 4 + threadIdx.x / 32;
-    const int i = at % padded, lane = threadIdx.x % 32;
-    const long long head = at / padded;
-    if (head >= (long long)c.B * c.Hq) return;
-    float sum = 0, l = -NOTHING_SEEN;
-    if (i < c.n) {
-        const long long row = head * c.n + i;
-        const T *x = o + row * c.e, *y = dy + head / c.Hq * c.dy[0] + head % c.Hq * c.dy[1] + i * c.dy[2];
-        for (int j = 4 * lane; j < c.e; j += 128) {  // e is a multiple of 8, rows start at multiples of 16 bytes
-            const uint2 a = *(const uint2*)(x + j), b = *(const uint2*)(y + j);
+    const int lane = threadIdx.x % 16;
+    const long long first = ((long long)blockIdx.x * 8 + threadIdx.x / 16) * 4, all = (long long)c.B * c.Hq * padded;
+#pragma unroll
+    for (int x = 0; x < 4; x++) {
+        const long long at = first + x, head = at / padded, row = head * c.n + at % padded;
+        const int i = at % padded;
+        const bool there = at < all && i < c.n;
+        float sum = 0;
+        if (there && 8 * lane < c.e) {  // e is a multiple of 8 and at most 128, rows start at multiples of 16 bytes
+            const uint4 a = *(const uint4*)(o + row * c.e + 8 * lane);
+            const uint4 b = *(const uint4*)(dy + head / c.Hq * c.dy[0] + head % c.Hq * c.dy[1] + i * c.dy[2] + 8 * lane);
             const T *p = (const T*)&a, *q = (const T*)&b;
 #pragma unroll
-            for (int z = 0; z < 4; z++) sum += widen(p[z]) * widen(q[z]);
+            for (int z = 0; z < 8; z++) sum += widen(p[z]) * widen(q[z]);
         }
 #pragma unroll
-        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
-        l = lse[row] == NOTHING_SEEN ? 0.0f : lse[row] * (float)LOG2E;
-        sum = (dlse == nullptr ? 0.0f : dlse[row]) - sum;
+        for (int step = 8; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
+        if (lane != 0 || at >= all) continue;
+        across[at] = there ? (dlse == nullptr ? 0.0f : dlse[row]) - sum : 0.0f;
+        lse2[at] = !there ? -NOTHING_SEEN : lse[row] == NOTHING_SEEN ? 0.0f : lse[row] * (float)LOG2E;
     }
-    if (lane == 0) across[at] = sum, lse2[at] = l;
 }
 
 // Contiguous bytes, a multiple of 16, by the copy engine.
@@ -60,6 +62,14 @@ __device__ inline void multiply_rows(float (&d)[N / 2], unsigned a, int a_panel,
 #pragma unroll
     for (int k = 0; k < D / 16; k++)
         Product<T, N, false>::add(d, x + ((k / 4 * a_panel + k % 4 * 32) >> 4), y + ((k / 4 * b_panel + k % 4 * 32) >> 4), k > 0);
+    products_commit();
+}
+// The same with A in registers.
+template <class T, int D, int N>
+__device__ inline void multiply_rows(float (&d)[N / 2], const unsigned (&a)[D / 16][4], unsigned b, int b_panel) {
+    const unsigned long long y = operand(b, 0);
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) Product<T, N, false>::add(d, a[k], y + ((k / 4 * b_panel + k % 4 * 32) >> 4), k > 0);
     products_commit();
 }
 // d += W B, W 64 x 64 in registers, B 64 rows x D.
@@ -176,6 +186,7 @@ attention_gradient_keys(const __grid_constant__ Call c, const __grid_constant__ 
                 hold(dp);
                 hold(dk_acc);
                 hold(dv_acc);
+                __syncwarp();
                 if (lane == 0) barrier_arrive(free + stage);
             };
             for (int t = 0; t + 1 < count; t++) step(t, Yes());
@@ -237,7 +248,6 @@ attention_gradient_queries(const __grid_constant__ Call c, const __grid_constant
     } else {
         take_registers<240>();
         const int me = warpgroup - 1, lane = threadIdx.x % 32, row_0 = row + 64 * me, mine = row_0 + threadIdx.x % 128 / 32 * 16 + lane / 4;
-        const unsigned q = shared_address(q_tile) + me * 64 * 128, dy = shared_address(dy_tile) + me * 64 * 128;
         const float unit = (float)LOG2E * (CAP ? (float)c.softcap : (float)c.scale);
         const long long at = ((long long)b * c.Hq + h) * padded + mine;  // `padded` covers the whole tile
         const float shift[2] = {lse2[at], lse2[at + 8]}, more[2] = {across[at], across[at + 8]};
@@ -246,12 +256,15 @@ attention_gradient_queries(const __grid_constant__ Call c, const __grid_constant
 #pragma unroll
         for (int x = 0; x < D / 2; x++) acc[x] = 0;
         if (count > 0) {
+            unsigned q[D / 16][4], dy[D / 16][4];  // own rows, as left operands in registers: shared memory has enough to do with K and V
             barrier_wait(own_full, 0);
+            read_operand<D>(q, shared_address(q_tile), OWN_PANEL, row_0 - row + threadIdx.x % 128 / 32 * 16);
+            read_operand<D>(dy, shared_address(dy_tile), OWN_PANEL, row_0 - row + threadIdx.x % 128 / 32 * 16);
             barrier_wait(full, 0);
             hold(acc);  // zero before any product is under way
             products_begin();
-            multiply_rows<T, D, PASSING>(s, q, OWN_PANEL, shared_address(tiles), PANEL);
-            multiply_rows<T, D, PASSING>(dp, dy, OWN_PANEL, shared_address(tiles) + TILE, PANEL);
+            multiply_rows<T, D, PASSING>(s, q, shared_address(tiles), PANEL);
+            multiply_rows<T, D, PASSING>(dp, dy, shared_address(tiles) + TILE, PANEL);
             products_wait<0>();
             hold(s);
             hold(dp);
@@ -275,14 +288,15 @@ attention_gradient_queries(const __grid_constant__ Call c, const __grid_constant
                 if constexpr (decltype(more_to_come)::value) {
                     const int next = (t + 1) % STAGES;
                     barrier_wait(full + next, (t + 1) / STAGES % 2);
-                    multiply_rows<T, D, PASSING>(s, q, OWN_PANEL, shared_address(tiles) + next * 2 * TILE, PANEL);
-                    multiply_rows<T, D, PASSING>(dp, dy, OWN_PANEL, shared_address(tiles) + next * 2 * TILE + TILE, PANEL);
+                    multiply_rows<T, D, PASSING>(s, q, shared_address(tiles) + next * 2 * TILE, PANEL);
+                    multiply_rows<T, D, PASSING>(dp, dy, shared_address(tiles) + next * 2 * TILE + TILE, PANEL);
                 }
                 if (!(me == 1 && t == count - 1)) pass(2 - me, 256);  // the other's
                 products_wait<0>();
                 hold(s);
                 hold(dp);
                 hold(acc);
+                __syncwarp();
                 if (lane == 0) barrier_arrive(free + stage);
             };
             for (int t = 0; t + 1 < count; t++) step(t, Yes());
