@@ -8,6 +8,7 @@
     long       many steps; more than ten thousand rows
     strides    the same values behind other strides: transposed, every other element, reversed, repeated with stride 0
     scaled     inputs in which the operator is linear, times powers of two
+    integers   small integers throughout, where every partial sum is exact
     random     sizes, options and hard inputs drawn together
 """
 
@@ -190,7 +191,7 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
     turn = itertools.cycle(rich)
     seen: set[tuple] = set()
 
-    def case(klass: str, sizes: dict, combo: dict, *, hard: str = "", view: str = "contiguous", label: str = "", scale=None):
+    def case(klass: str, sizes: dict, combo: dict, *, hard: str = "", view: str = "contiguous", label: str = "", scale=None, whole: bool = False):
         sizes = domain.fit({**default_sizes(op), **sizes})
         if sizes is None or not _affordable(op, sizes, level):
             return
@@ -207,6 +208,8 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
             return
         if scale is not None:
             call = {n: _scaled(v, scale[1]) if n in scale[0] else v for n, v in call.items()}
+        if whole:
+            call = {n: np.sign(np.rint(v)) if isinstance(v, np.ndarray) and v.dtype.kind == "f" else v for n, v in call.items()}
         name = ", ".join(filter(None, [hard or label, described(op, sizes, call)]))
         yield Case(op.name, klass, name, call, sizes, view, {"sizes": sizes, "combo": combo, "hard": hard})
 
@@ -245,6 +248,9 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
         if law.name == "linear" and level != "quick":
             for power in (-20, -12, 9, 16):
                 yield from case("scaled", middle, plain, label=f"{', '.join(law.arguments)} times 2^{power}", scale=(law.arguments, power))
+    if any(law.name == "linear" for law in op.laws):
+        for sizes in ({letter: 9 for letter in op.lengths}, {letter: 33 for letter in op.lengths}):
+            yield from case("integers", {**sizes, **({"d": 4} if "d" in default_sizes(op) else {})}, combos[0], label="small integers", whole=True)
     for number in range({"quick": 12, "standard": 90, "exhaustive": 900}[level]):
         sizes, combo, hard = _at_random(op, rng, chosen)
         yield from case("random", sizes, combo, hard=hard, label=f"#{number}")

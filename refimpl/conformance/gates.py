@@ -4,6 +4,8 @@
     G1  every element within its bound of the truth
     G2  per slice, the RMS error is no more than a few times that of right algorithms in the same precision
     G3  no common factor: the regression of the error on the truth is as small as rounding makes it
+    G4  how far results are off in units in the last place; this only reports
+    G5  where nothing rounds, small integers in a half precision, nothing may be off: G1 with a bound of 0 (`truth.certain`)
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,96 @@
+"""What the kit is to see or to forgive by a mechanism of its own, shown by candidates that no mutant covers."""
+
+import numpy as np
+import pytest
+
+import refimpl
+
+
+def check(op, candidate, **settings):
+    return refimpl.check(op, candidate, **{"dtypes": ["float32"], "level": "quick"} | settings)
+
+
+def test_small_integers_come_out_exactly_in_half_precision():
+    def one_unit_off(q, k, v):
+        o = refimpl.linear_attention(q, k, v, scale=1.0)
+        return np.where(abs(o) == 1, o + (o.dtype.type(2.0**-7) if o.dtype.itemsize == 2 else 0), o).astype(o.dtype)
+
+    domain = refimpl.Domain(options={"scale": [1.0]})
+    assert any(f.klass == "integers" for f in check("linear_attention", one_unit_off, dtypes=["bfloat16"], domain=domain).failures)
+
+
+def test_more_results_than_the_contract_has_are_wrong():
+    def with_a_state(q, k, v):
+        return refimpl.linear_attention(q, k, v, return_state=True)
+
+    assert check("linear_attention", with_a_state).verdict == "wrong"
+
+
+def test_ties_that_go_elsewhere_are_a_deviation():
+    def higher_index(logits, k):
+        weights, experts = refimpl.route(logits[..., ::-1], k)
+        return weights, logits.shape[-1] - 1 - experts
+
+    report = check("route", higher_index)
+    assert report.verdict == "deviates" and "ties" in " ".join(report.diagnosis)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_sequence_of_no_steps_may_be_refused_but_not_got_wrong(wrong):
+    def needs_a_step(a, b, *, state=None, return_state=False):
+        h = refimpl.linear_recurrence(a, b, state=state, return_state=return_state)
+        if b.shape[-2] == 0 and wrong:
+            return (h[0] if return_state else h, np.ones(b.shape[:-2] + b.shape[-1:], b.dtype)) if return_state else h
+        if b.shape[-2] == 0:
+            raise IndexError("needs at least one step")
+        return h
+
+    report = check("linear_recurrence", needs_a_step)
+    assert report.verdict == ("wrong" if wrong else "conforms")
+    assert wrong or "T = 0" in report.not_checked
+
+
+def test_a_candidate_that_always_raises_passes_nothing():
+    def broken(q, k, v):
+        raise ZeroDivisionError
+
+    report = check("attention", broken)
+    assert not any(c.status == "PASS" for c in report.cases) and not report.ok
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.001])
+def test_a_kernel_for_equal_heads_and_sizes_is_judged_on_those(factor):
+    def kernel(q, k, v, *, causal=False):
+        if q.ndim != 4 or q.shape[1] != k.shape[1] or q.shape[-1] != v.shape[-1]:
+            raise RuntimeError("unsupported shapes")
+        return refimpl.attention(q, k, v, causal=causal) * q.dtype.type(factor)
+
+    report = check("attention", kernel)
+    assert report.verdict == ("conforms" if factor == 1 else "wrong")
+    assert any("Hq other than Hkv" in n for n in report.not_checked) and any("e other than d" in n for n in report.not_checked)
+
+
+def test_the_gradient_of_a_legitimate_variant_is_its_own():
+    def top_left(q, k, v, *, causal=False):
+        n, m = q.shape[-2], k.shape[-2]
+        return refimpl.attention(q, k, v, mask=np.tri(n, m, dtype=bool)[None] if causal else None)
+
+    def its_gradient(dy, q, k, v, *, causal=False):
+        n, m = q.shape[-2], k.shape[-2]
+        return refimpl.attention_vjp(dy, q, k, v, mask=np.tri(n, m, dtype=bool)[None] if causal else None)
+
+    report = check("attention", top_left, gradients=True, candidate_vjp=its_gradient)
+    assert report.verdict == "deviates" and report.variant == "causal_top_left"
+
+
+def test_half_precision_code_that_is_written_out_is_right():
+    import ml_dtypes
+
+    def rounded(x):
+        return x.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+    def silu(x):
+        wide = x.astype(np.float32)
+        return (wide * rounded(1 / (1 + np.exp(-wide)))).astype(x.dtype)
+
+    assert check("silu", silu, dtypes=["bfloat16"], level="standard").ok
