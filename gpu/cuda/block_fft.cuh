@@ -40,9 +40,7 @@ __device__ __forceinline__ constexpr float cosine32(int k) {
 
 // The order in which a transform of 2^r points in place wants them: reversed bits.
 __device__ __forceinline__ constexpr int reversed(int i, int r) {
-    int out = 0;
-    for (int bit = 0; bit < r; ++bit) out |= ((i >> bit) & 1) << (r - 1 - bit);
-    return out;
+    return ((i & 1) << 4 | (i & 2) << 2 | (i & 4) | (i & 8) >> 2 | (i & 16) >> 4) >> (5 - r);  // no loop: it must be a constant
 }
 
 // The transform of 2^r points in registers, in place, natural order on both sides (renaming registers costs nothing). With HALF the
@@ -132,20 +130,18 @@ struct BlockFFT {
         return (i << (REST - radix(REST))) + ((i << (REST - radix(REST))) >> LOGE) + ((i << (REST - radix(REST))) >> (LOG - LOGE));
     }
 
-    template <int REST, bool INVERSE, bool HALF>
+    template <int REST, bool INVERSE, bool HALF, int B = 0>
     static __device__ __forceinline__ void pass(Complex* x, int j) {
         constexpr int r = radix(REST), m = REST - r;
-#pragma unroll
-        for (int b = 0; b < E >> r; ++b) {
-            Complex w1 = {1, 0};
-            if (m > 0) {
-                const int offset = butterfly<REST>(j, b) & ((1 << m) - 1);
-                sincospif((INVERSE ? 2.0f : -2.0f) * offset / (1 << REST), &w1.y, &w1.x);
-            }
-            if (INVERSE && m > 0) turn<1 << r>(x + (b << r), w1);
-            transform_registers<r, INVERSE, HALF>(x + (b << r));
-            if (!INVERSE && m > 0) turn<1 << r>(x + (b << r), w1);
+        Complex w1 = {1, 0};
+        if (m > 0) {
+            const int offset = butterfly<REST>(j, B) & ((1 << m) - 1);
+            sincospif((INVERSE ? 2.0f : -2.0f) * offset / (1 << REST), &w1.y, &w1.x);
         }
+        if (INVERSE && m > 0) turn<1 << r>(x + (B << r), w1);
+        transform_registers<r, INVERSE, HALF>(x + (B << r));
+        if (!INVERSE && m > 0) turn<1 << r>(x + (B << r), w1);
+        if constexpr (B + 1 < E >> r) pass<REST, INVERSE, HALF, B + 1>(x, j);
     }
 
     // x_i <- w^i x_i. Powers by fours, so that none is the product of more than a few.
@@ -199,28 +195,26 @@ struct BlockFFT {
     // From Z to 2 X, of frequencies k and M - k at a time, or from Y to 2 Z (INVERSE):
     //     X[k] = E + P,  X[M-k] = conj(E - P),  E = (Z[k] + conj Z[M-k]) / 2,  P = -i w^k (Z[k] - conj Z[M-k]) / 2,  w = e^(-2 pi i / 2M).
     // X[0] and X[M] are real: they are kept as one number, register 0 of thread 0.
-    template <bool INVERSE>
+    template <bool INVERSE, int PAIR = 0>
     static __device__ __forceinline__ void unpack(Complex* x, int j) {
+        Complex *a = x + 2 * PAIR * R, *b = a + R, base;
+        const int f = frequency(j, PAIR);
+        sincospif(-float(f) / M, &base.y, &base.x);
+        if (PAIR > 0 || f > 0) {
 #pragma unroll
-        for (int pair = 0; pair < PAIRS; ++pair) {
-            Complex *a = x + 2 * pair * R, *b = a + R, base;
-            const int f = frequency(j, pair);
-            sincospif(-float(f) / M, &base.y, &base.x);
-            if (pair > 0 || f > 0) {
+            for (int i = 0; i < R; ++i) both<INVERSE>(a[i], b[R - 1 - i], root(base, i));
+        } else {
+            a[0] = {a[0].x + a[0].y, a[0].x - a[0].y};
+            if (!INVERSE) a[0] = {2 * a[0].x, 2 * a[0].y};
+            const Complex half = {0.0f, -1.0f};
+            both<INVERSE>(a[R / 2], a[R / 2], half);
 #pragma unroll
-                for (int i = 0; i < R; ++i) both<INVERSE>(a[i], b[R - 1 - i], root(base, i));
-            } else {
-                a[0] = {a[0].x + a[0].y, a[0].x - a[0].y};
-                if (!INVERSE) a[0] = {2 * a[0].x, 2 * a[0].y};
-                const Complex half = {0.0f, -1.0f};
-                both<INVERSE>(a[R / 2], a[R / 2], half);
+            for (int i = 1; i < R / 2; ++i) both<INVERSE>(a[i], a[R - i], root({1.0f, 0.0f}, i));
+            sincospif(-0.5f / R, &base.y, &base.x);
 #pragma unroll
-                for (int i = 1; i < R / 2; ++i) both<INVERSE>(a[i], a[R - i], root({1.0f, 0.0f}, i));
-                sincospif(-0.5f / R, &base.y, &base.x);
-#pragma unroll
-                for (int i = 0; i < R / 2; ++i) both<INVERSE>(b[i], b[R - 1 - i], root(base, i));
-            }
+            for (int i = 0; i < R / 2; ++i) both<INVERSE>(b[i], b[R - 1 - i], root(base, i));
         }
+        if constexpr (PAIR + 1 < PAIRS) unpack<INVERSE, PAIR + 1>(x, j);
     }
 
     // base e^(-2 pi i index / 2R)

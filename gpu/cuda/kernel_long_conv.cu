@@ -90,6 +90,15 @@ __device__ __forceinline__ void load(Complex* x, const float* in, i64 length, in
     }
 }
 
+// The thread's number, as if it were another one each time: what follows from it (twiddle factors, addresses) is computed again where
+// it is needed, and not kept in registers that there are not.
+__device__ __forceinline__ int afresh(int j) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+r"(j));
+#endif
+    return j;
+}
+
 // Spectra, 2 X, of every segment of every row: of a kernel's windows (WINDOW: rows i S ... (i+1) S, then those from (i-1) S on, times
 // 1/8M), or of segments padded with zeros.
 template <int LOG, int LOGE, bool WINDOW>
@@ -131,16 +140,17 @@ long_conv_convolve(const float* u, i64 batch_stride, i64 channel_stride, float* 
     constexpr int S = F::M, E = F::E, AHEAD = E / 2 < 8 ? E / 2 : 8, SIZE = F::M / 2;
     extern __shared__ float4 memory[];
     Complex* shared = reinterpret_cast<Complex*>(memory) + threadIdx.y * F::SHARED;
-    const int j = threadIdx.x;
-    float4* ring = memory + blockDim.y * (F::SHARED / 2) + threadIdx.y * 8 * F::THREADS + j;
+    float4* const rings = memory + blockDim.y * (F::SHARED / 2) + threadIdx.y * 8 * F::THREADS;
     const i64 count = channels * batch, lanes = gridDim.x * i64(blockDim.y);
     for (i64 first = blockIdx.x * i64(blockDim.y); first < count; first += lanes) {
         const i64 work = first + threadIdx.y, c = work / batch, b = work % batch;
         const bool here = work < count;
-        float4* mine = kept ? kept + (keep_all ? work : blockIdx.x * i64(blockDim.y) + threadIdx.y) * segments * SIZE + j : nullptr;
-        const float4* spectrum = kernel + c * windows * SIZE + j;
+        float4* const room = kept ? kept + (keep_all ? work : blockIdx.x * i64(blockDim.y) + threadIdx.y) * segments * SIZE : nullptr;
+        const float4* const spectra = kernel + c * windows * SIZE;
         for (int step = 0; step < segments; ++step) {
-            const int i = ADJOINT ? segments - 1 - step : step;
+            const int i = ADJOINT ? segments - 1 - step : step, j = afresh(threadIdx.x);
+            float4 *const ring = rings + j, *const mine = room + j;
+            const float4* const spectrum = spectra + j;
             const i64 start = i64(i) * S;
             const int length = here ? int(min(i64(S), T - start)) : 0;
             const float* in = u + (here ? b * batch_stride + c * channel_stride + start : 0);
@@ -155,7 +165,7 @@ long_conv_convolve(const float* u, i64 batch_stride, i64 channel_stride, float* 
             close_copy_group();
             F::template forward<LOG, true>(x, shared, j);
             F::template unpack<false>(x, j);
-            if (here && mine && (keep_all || step + 1 < segments)) store_spectrum<E>(x, mine + i * SIZE, F::THREADS);
+            if (here && kept && (keep_all || step + 1 < segments)) store_spectrum<E>(x, mine + i * SIZE, F::THREADS);
             wait_for_copies<0>();
             if (here) {
                 multiply<E, AHEAD, ADJOINT>(x, spectrum, ring, F::THREADS, j);
@@ -163,8 +173,9 @@ long_conv_convolve(const float* u, i64 batch_stride, i64 channel_stride, float* 
                 const i64 to_next = (ADJOINT ? 1 : -1) * SIZE;
                 if (others > 0) accumulate<E, F::THREADS, ADJOINT>(x, spectrum, SIZE, mine + i * SIZE, to_next, others, ring, j);
             }
-            F::template unpack<true>(x, j);
-            F::inverse(x, shared, j);
+            const int back = afresh(j);
+            F::template unpack<true>(x, back);
+            F::inverse(x, shared, back);
             const float direct = here && skip ? skip[c] : 0.0f;
             float* out = y + (here ? (b * channels + c) * T + start : 0);
             const bool pairs = (reinterpret_cast<unsigned long long>(out) & 7) == 0;
