@@ -113,7 +113,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("-o", type=Path, help="write the table as JSON")
     parser.add_argument("only", nargs="*", help="parts of names of kernels or files")
     chosen = parser.parse_args(arguments)
-    named = [k for found in kernels().values() for k in found if not chosen.only or any(part in k.name or part in k.file for part in chosen.only)]
+    named = [
+        k for found in kernels().values() for k in found if not chosen.only or any(part in k.name or part in k.file for part in chosen.only)
+    ]
     rows = table(named)
     for row in rows:
         print(

@@ -2,11 +2,11 @@
 
 import cupy as cp
 import numpy as np
-
 from refimpl.gpu import mirror
 from refimpl.gpu.arrays import arithmetic, cast, cpp, flat, strides
 from refimpl.gpu.launch import Kernel
 from refimpl.gpu.recurrence.linear_recurrence import empty_like_layout, time_is_contiguous
+
 from refimpl.ops.recurrence.causal_conv1d import CONTRACT
 
 FILE = "kernel_causal_conv1d.cu"
@@ -115,7 +115,12 @@ def causal_conv1d_vjp(dy, x, weight, bias=None, *, activation=None, state=None, 
     dx, before = empty_like_layout(p.x), cp.zeros((N, p.taps - 1, c), p.number)
     if not dx.size:
         dweight = cp.zeros((c, p.taps), p.number)
-        return {"x": dx.reshape(*p.batch, T, c), "weight": dweight, "bias": dweight[:, 0], "state": (before if dlast is None else dlast).reshape(*p.batch, p.taps - 1, c)}
+        return {
+            "x": dx.reshape(*p.batch, T, c),
+            "weight": dweight,
+            "bias": dweight[:, 0],
+            "state": (before if dlast is None else dlast).reshape(*p.batch, p.taps - 1, c),
+        }
     kernel = _kernel("causal_conv1d_gradient", p.dtype, p.taps, p.length)
     if activation == "silu" and ", 0, " in kernel.name:
         z = cp.empty((N, T, c), p.dtype)

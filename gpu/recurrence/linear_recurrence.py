@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import cupy as cp
 import numpy as np
-
 from refimpl.gpu import mirror
 from refimpl.gpu.arrays import aligned, arithmetic, cast, cpp, flat, strides
 from refimpl.gpu.launch import Kernel, multiprocessors
+
 from refimpl.ops.recurrence.linear_recurrence import CONTRACT
 
 FILE = "kernel_linear_recurrence.cu"
@@ -56,9 +56,10 @@ def splitting(policy: str, dtype) -> Tiles:
 
 
 def along_lines(policy: str, dtype) -> tuple[Tiles, Tiles]:
-    """Of `walk_lines`: steps a lane, in one access; for many lines a warp each, for few a block."""
+    """Of `walk_lines`: steps a lane; for many lines a warp each, for few a block."""
     size = np.dtype(dtype).itemsize
-    return Tiles(1, 16 // size, 1, 16), Tiles(1, 16 // size, 8, 1)
+    steps = 8 if size <= 4 else 16 // size
+    return Tiles(1, steps, 1, 32 if policy == "Forward" and size == 4 else 16), Tiles(1, steps, 8, 1)
 
 
 def _walk(policy, dtype, tiles: Tiles) -> Kernel:
@@ -114,7 +115,7 @@ def scan(policy: str, inputs: tuple, outputs: tuple, state=None, extra=None, las
 
     plans = [t for t in walking(policy, dtype) if t.channels == 1 or all(aligned(x, 2, t.channels) for x in everything)]
     tiles = next((t for t in plans if columns(t) >= enough), plans[-1])
-    if columns(tiles) < enough and T > 4 * tiles.steps * tiles.warps:
+    if columns(tiles) < enough and 4 * tiles.steps * tiles.warps < T:
         tiles = splitting(policy, dtype)
         chunks = -(-T // (tiles.steps * tiles.warps))
         board = cp.zeros(1 + 2 * columns(tiles) * chunks, np.uint32)
@@ -231,7 +232,11 @@ def linear_recurrence_vjp(dy, a, b, *, state=None, reverse=False, dstate=None):
         first = cast(first, arithmetic(dtype))
     if not b.size:
         entering = cp.zeros((N, c), arithmetic(dtype)) if last is None else last
-        return {"a": cp.zeros_like(b).reshape(*batch, T, c), "b": cp.zeros_like(b).reshape(*batch, T, c), "state": entering.reshape(*batch, c)}
+        return {
+            "a": cp.zeros_like(b).reshape(*batch, T, c),
+            "b": cp.zeros_like(b).reshape(*batch, T, c),
+            "state": entering.reshape(*batch, c),
+        }
     h, _ = _forward(a, b, first, False)
     dy = dy[:, ::-1] if reverse else dy
     da, db, g = empty_like_layout(b), empty_like_layout(b), cp.empty((N, c), arithmetic(dtype))

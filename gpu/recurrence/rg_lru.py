@@ -2,10 +2,10 @@
 
 import cupy as cp
 import numpy as np
-
 from refimpl.gpu import mirror
 from refimpl.gpu.arrays import arithmetic, cast, flat
 from refimpl.gpu.recurrence.linear_recurrence import empty_like_layout, instances, linear_recurrence, linear_recurrence_vjp, scan
+
 from refimpl.ops.recurrence.rg_lru import CONTRACT
 
 KERNELS = instances("Gated", ("float32", "float64", "float16", "bfloat16"))

@@ -9,10 +9,10 @@ import math
 import cupy as cp
 import cupyx
 import numpy as np
-
-from refimpl.core.contract import one_of
 from refimpl.gpu import mirror
 from refimpl.gpu.precision import widened
+
+from refimpl.core.contract import one_of
 from refimpl.ops.state_space.discretize import CONTRACT, IMPLICITNESS, METHODS
 
 KERNELS = ()

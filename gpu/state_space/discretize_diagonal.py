@@ -1,10 +1,10 @@
 """`discretize_diagonal` on the device, elementwise."""
 
 import cupy as cp
-
-from refimpl.core.contract import one_of
 from refimpl.gpu import mirror
 from refimpl.gpu.precision import widened
+
+from refimpl.core.contract import one_of
 from refimpl.ops.state_space.discretize_diagonal import CONTRACT, IMPLICITNESS, METHODS
 
 KERNELS = ()

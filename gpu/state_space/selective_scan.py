@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import cupy as cp
 import numpy as np
-
 from refimpl.gpu import mirror
 from refimpl.gpu.arrays import aligned, arithmetic, cast, cpp, flat, strides
 from refimpl.gpu.launch import Kernel, multiprocessors
+
 from refimpl.ops.state_space.selective_scan import CONTRACT
 
 FILE, FILE_GRADIENT = "kernel_selective_scan.cu", "kernel_selective_scan_gradient.cu"
@@ -76,7 +76,10 @@ def _instances() -> tuple[Kernel, ...]:
                 found += [_kernel("RESULTS", types, tiles), _kernel("STATES", types, tiles)]
                 for gradient in gradients:
                     if size in gradient:
-                        found += [_kernel("CHECKPOINTS", types, _checkpoint_tiles(tiles, gradient[size])), _gradient_kernel(types, gradient[size])]
+                        found += [
+                            _kernel("CHECKPOINTS", types, _checkpoint_tiles(tiles, gradient[size])),
+                            _gradient_kernel(types, gradient[size]),
+                        ]
     return tuple(dict.fromkeys(found))
 
 
@@ -89,13 +92,14 @@ class _Prepared:
     def __init__(self, u, delta, A, B, C, D, z, delta_bias, state):
         (self.T, self.c), (self.n, G) = u.shape[-2:], (A.shape[1], 1)
         complex_rates = A.dtype.kind == "c"
-        self.grouped = {"B": CONTRACT.axis("G", u=u, A=A, B=B).get("B") is not None, "C": CONTRACT.axis("G", u=u, A=A, B=C).get("B") is not None}
+        self.grouped = {
+            "B": CONTRACT.axis("G", u=u, A=A, B=B).get("B") is not None,
+            "C": CONTRACT.axis("G", u=u, A=A, B=C).get("B") is not None,
+        }
         B, C = (x if self.grouped[name] else x[..., None, :] for name, x in (("B", B), ("C", C)))
         G = max(B.shape[-2], C.shape[-2])
         self.G = G
-        self.batch = np.broadcast_shapes(
-            *(x.shape[:-2] for x in (u, delta, z, state) if x is not None), *(x.shape[:-3] for x in (B, C))
-        )
+        self.batch = np.broadcast_shapes(*(x.shape[:-2] for x in (u, delta, z, state) if x is not None), *(x.shape[:-3] for x in (B, C)))
         self.N = int(np.prod(self.batch, dtype=np.int64))
         store = np.dtype(np.float64) if u.dtype == np.float64 else np.dtype(np.float32) if complex_rates else u.dtype
         maps = np.result_type(store, np.complex64) if complex_rates else store
@@ -109,7 +113,9 @@ class _Prepared:
         self.fast = self.types in FAST_TYPES
         sizes = FAST if self.fast else SLOW
         if self.n > max(sizes):
-            raise NotImplementedError(f"selective_scan: in {self.number.name} the kernels hold at most {max(sizes)} states a channel, got n = {self.n}")
+            raise NotImplementedError(
+                f"selective_scan: in {self.number.name} the kernels hold at most {max(sizes)} states a channel, got n = {self.n}"
+            )
         self.size = min(size for size in sizes if self.n <= size)
 
     def states(self, x):
@@ -118,8 +124,7 @@ class _Prepared:
 
     def _channels(self, x, dtype):
         x = cast(x, dtype)
-        x = flat(x if x.strides[-1] == dtype.itemsize or x.shape[-1] == 1 else cp.ascontiguousarray(x), self.batch, 2)
-        return x
+        return flat(x if x.strides[-1] == dtype.itemsize or x.shape[-1] == 1 else cp.ascontiguousarray(x), self.batch, 2)
 
     def _maps(self, x, dtype):
         x = cast(x, dtype)

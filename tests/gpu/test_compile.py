@@ -8,7 +8,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "gpu_resources.json"
-MISSING = [name for name in ("cupy", "cuda", "cuda.core") if importlib.util.find_spec(name.partition(".")[0]) is None or importlib.util.find_spec(name) is None]
+MISSING = [
+    name
+    for name in ("cupy", "cuda", "cuda.core")
+    if importlib.util.find_spec(name.partition(".")[0]) is None or importlib.util.find_spec(name) is None
+]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not run: {', '.join(MISSING)} not installed; pip install 'refimpl[compile]'")
 
 
@@ -34,7 +38,11 @@ def test_every_instance_compiles_without_spills_and_as_the_table_says(chapter):
     instances = kernels()[chapter]
     rows = table(instances)  # raises with the compiler's message if one does not compile
     allowed = {kernel.name for kernel in instances if kernel.spills}
-    spilling = [f"{r['kernel']} for {r['architecture']}: {r['spilled bytes']} bytes" for r in rows if r["spilled bytes"] and r["kernel"] not in allowed]
+    spilling = [
+        f"{r['kernel']} for {r['architecture']}: {r['spilled bytes']} bytes"
+        for r in rows
+        if r["spilled bytes"] and r["kernel"] not in allowed
+    ]
     assert not spilling, "kernels keep registers in local memory:\n" + "\n".join(spilling)
     kept = json.loads(TABLE.read_text(encoding="utf-8"))
     known = {_key(r): r for r in kept["kernels"]}

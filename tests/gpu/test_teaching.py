@@ -50,7 +50,9 @@ def test_scan_is_the_linear_recurrence():
 @needs_numba
 def test_a_scan_that_swaps_the_order_of_steps_is_caught():
     """The test above would see the classic mistake: operands of the down-sweep the other way round."""
-    wrong = SCAN.replace("from refimpl.gpu.teaching.scan import", "import importlib.util, inspect, sys, types\n" + SWAPPED + "\nfrom swapped import")
+    wrong = SCAN.replace(
+        "from refimpl.gpu.teaching.scan import", "import importlib.util, inspect, sys, types\n" + SWAPPED + "\nfrom swapped import"
+    )
     lines = run(wrong)
     assert any(" False " in line for line in lines), lines
 
