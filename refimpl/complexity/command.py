@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from refimpl.complexity.growth import MEASURES
+from refimpl.complexity.growth import BLOCKS, MEASURES
 from refimpl.complexity.picture import save
 from refimpl.complexity.runs import find, letters
 from refimpl.complexity.table import FormCosts, costs, usual_sizes
@@ -82,7 +82,7 @@ def print_costs(
     for form in forms:
         find(op, form)
     axis, lengths, sizes = _axis(op, given)
-    found = costs(op, forms, axis, lengths, **sizes)
+    found = costs(op, forms, axis, lengths, growing=axis not in BLOCKS, **sizes)
     letter = axis.split()[0]
     usual = ", ".join(f"{k} = {v}" for k, v in usual_sizes(op, axis, sizes).items())
     title = f"{op.name}: {op.summary}"
@@ -92,9 +92,9 @@ def print_costs(
     for one in found:
         console.print(_table(one, letter))
     console.print(
-        "=  the formula's number   ·  would take too long   work: operations   depth: the longest chain of dependent ones", highlight=False
+        "=  the formula's number   ·  would take too long\nwork: operations   depth: the longest chain of dependent ones", highlight=False
     )
-    console.print("peak: bytes alive at once, arguments excepted   traffic: bytes that array operations read and write", highlight=False)
+    console.print("peak: bytes alive at once, arguments excepted   traffic: bytes read and written, as counted", highlight=False)
     if json is not None:
         text = {
             "operator": op.name,
@@ -119,7 +119,7 @@ def _axis(op: Op, given: dict[str, list[Any]]) -> tuple[str, list[int], dict[str
 
 def _table(costs: FormCosts, letter: str) -> Table:
     table = Table(title=costs.form, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for name in (letter, "work", "counted", "depth", "counted", "peak", "counted", "traffic counted"):
+    for name in (letter, "work", "counted", "depth", "counted", "peak", "counted", "traffic"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in costs.rows:
         cells = [f"{row.length}"]

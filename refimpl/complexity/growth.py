@@ -145,7 +145,7 @@ def axes(op: Op, axis: str) -> tuple[str, ...]:
         return op.lengths
     named = tuple(axis.split())
     for letter in named:
-        if letter not in letters(op):
+        if letter not in letters(op) and letter not in BLOCKS:
             raise ValueError(
                 f"{op.name}: there is no size {letter!r}, only {', '.join(letters(op))}" + ("" if op.lengths else "; it has no length")
             )
