@@ -44,8 +44,9 @@ slstm(const X* z, const X* i, const X* f, const X* o, const X* R, const X* bias,
       X* h_out, X* c_last, X* n_last, X* h_last, X* m_last, X* saved_a, X* saved_c, X* saved_n, X* saved_m, i64 T, int heads, int d,
       int exponential, int staged) {
     extern __shared__ double memory[];
-    X* h_s = reinterpret_cast<X*>(memory);  // d rounded up to D, then a (4 d), then R if staged
-    X *a_s = h_s + (D > 0 ? D : d), *R_s = a_s + 4 * d;
+    const int padded = D > 0 ? D : (d + 3) / 4 * 4;  // whole accesses of four numbers
+    X* h_s = reinterpret_cast<X*>(memory);            // d rounded up, then a (4 d), then R if staged
+    X *a_s = h_s + padded, *R_s = a_s + 4 * d;
     const i64 s = blockIdx.x;
     const int head = int(s % heads), me = threadIdx.x, rows = 4 * d;
     R += i64(head) * d * rows;
@@ -57,7 +58,7 @@ slstm(const X* z, const X* i, const X* f, const X* o, const X* R, const X* bias,
         for (int at = me; at < d * rows; at += blockDim.x) R_s[at] = R[at];
         R = R_s;
     }
-    for (int j = me; j < (D > 0 ? D : d); j += blockDim.x) h_s[j] = j < d && h0 ? h0[s * d + j] : X(0);
+    for (int j = me; j < padded; j += blockDim.x) h_s[j] = j < d && h0 ? h0[s * d + j] : X(0);
     X c = X(0), n = X(0), m = -infinity<X>();
     if (me < d && c0) c = c0[s * d + me], n = n0[s * d + me], m = m0[s * d + me];
     const X* inputs[4] = {z, i, f, o};
@@ -110,8 +111,8 @@ __global__ void __launch_bounds__(D > 0 ? 4 * D : 1024)
 slstm_vjp(const X* R, const X* c0, const X* n0, const X* m0, const X* h, const X* saved_a, const X* saved_c, const X* saved_n,
           const X* saved_m, const X* dy, X* da, X* dc_io, X* dn_io, X* dh_io, X* dm_io, i64 T, int heads, int d, int exponential, int staged) {
     extern __shared__ double memory[];
-    X* part_s = reinterpret_cast<X*>(memory);  // (4, d), then da (4, d rounded up to D), then R if staged
-    const int padded = D > 0 ? D : d, rows = 4 * d;
+    X* part_s = reinterpret_cast<X*>(memory);  // (4, d), then da (4, d rounded up), then R if staged
+    const int padded = D > 0 ? D : (d + 3) / 4 * 4, rows = 4 * d;
     X *da_s = part_s + rows, *R_s = da_s + 4 * padded;
     const i64 s = blockIdx.x;
     const int head = int(s % heads), me = threadIdx.x;

@@ -96,7 +96,7 @@ class _Call:
     def _launch(self, kernels, pointers):
         d, size = self.d, self.kind.itemsize
         D = next((D for D in (16, 64) if d <= D), 0)
-        padded = D or d
+        padded = D or -(-d // 4) * 4
         words = 8 * padded + 4 * d
         staged = D == 0 and (words + 4 * d * d) * size <= _SHARED
         threads = 4 * D if D else min(1024, -(-4 * d // 32) * 32)
