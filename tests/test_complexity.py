@@ -203,6 +203,21 @@ def test_nothing_stays_behind():
     assert type(scipy.fft.fft(np.arange(4.0))) is np.ndarray
 
 
+def test_other_threads_see_nothing_of_it():
+    import threading
+
+    seen = []
+
+    def function(x):
+        other = threading.Thread(target=lambda: seen.append(type(np.zeros(3) + np.arange(3))))
+        other.start()
+        other.join()
+        return x + np.zeros(8)
+
+    assert counts(function, x=filled(8)).work == 8
+    assert seen == [np.ndarray]
+
+
 def test_bad_calls_are_refused():
     with pytest.raises(ValueError, match="attention"):
         measure("atention")
@@ -366,6 +381,12 @@ def test_most_work_formulas_are_exact():
 def test_growth_that_is_known(name, form, measured, order):
     """What the literature says, not the chapter: Blelloch 1990, Hillis and Steele 1986, Dao and Gu 2024, Beck et al. 2025 ..."""
     assert getattr(fitted(name, form), measured).order == order
+
+
+def test_tiled_attention_keeps_n_times_d():
+    assert fit("attention", "tiled", "d e", n=64, m=64, Hq=1, Hkv=1).peak.order == (1, 0)
+    assert fit("attention", "tiled", "n", m=64, Hq=1, Hkv=1).peak.order == (1, 0)
+    assert fit("attention", "tiled", "m", n=64, Hq=1, Hkv=1, lengths=(64, 128, 256, 512, 1024)).peak.order == (0, 0)
 
 
 def test_experts_cost_by_those_that_are_chosen():
