@@ -49,7 +49,9 @@ def draw(form: str, dtype: str, length: int, batch: tuple[int, ...] = ()) -> dic
     at = sizes(op, length, batch)
     says = predict(op, form, **at)
     if says.work > WORK or says.depth > DEPTH or says.peak > PEAK:
-        raise NotImplementedError(f"{op.name}.{form}: {says.work:.1g} operations in a chain of {says.depth:.1g} at a length of {length}")
+        raise NotImplementedError(
+            f"{op.name}.{form}: {says.work:.1g} operations in a chain of {says.depth:.1g}, {says.peak:.1g} elements alive, at a length of {length}"
+        )
     call = arguments(op, form, **at)
     if refused(op, form, call):
         kinds = (k for k in op.hard if not _raises(lambda k=k: arguments(op, form, hard=k, **at)))

@@ -1,8 +1,8 @@
 """Our fastest form over public implementations: both on the same call, taking turns in one process. Below 1: ours is faster."""
 
 import numpy as np
-
 import peers
+
 from refimpl.conformance.candidate import given
 from refimpl.conformance.cases import parameters
 from refimpl.conformance.frameworks import framework
