@@ -10,6 +10,12 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE / "extension"), str(HERE.pa
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
 
+# Kernels say nothing on the terminal about their transport, which is this machine alone.
+profile = HERE / "_build" / "ipython" / "profile_default"
+profile.mkdir(parents=True, exist_ok=True)
+(profile / "ipython_kernel_config.py").write_text("c = get_config()\nc.IPKernelApp.log_level = 40\n", encoding="utf-8")
+os.environ["IPYTHONDIR"] = str(profile.parent)
+
 import refimpl  # noqa: E402
 
 project = "refimpl"
