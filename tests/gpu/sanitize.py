@@ -77,7 +77,7 @@ def sanitize(job: tuple[str, str]) -> dict:
     clean = True if code == 0 else False if code == 9 else None  # None: it did not run to its end
     found = {"operator": op, "tool": tool, "clean": clean, "summary": lines[-1].strip("= ") if lines else output[-300:]}
     if code:
-        found["output"] = output[-3000:]
+        found["output"] = "\n".join(line for line in output.splitlines() if "[0x" not in line)[:6000]  # without foreign frames
     print(f"{op:20} {tool:10} { {True: 'clean', False: 'NOT CLEAN', None: 'not run'}[clean]:9}  {found['summary'][:120]}", flush=True)
     return found
 
