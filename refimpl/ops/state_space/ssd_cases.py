@@ -67,7 +67,8 @@ def _holds(f, call, bound, rng):
     for name in ("x", "B", "C", "z"):
         if call.get(name) is not None:
             longer[name] = np.insert(call[name], at, call[name][..., at, :], axis=-2)
-    longer["dt"] = np.insert(call["dt"], at, -1e4 if call.get("dt_softplus") else 0.0, axis=-1)  # 0 after softplus
+    none = 0.0 if call.get("dt_bias") is None else -call["dt_bias"]
+    longer["dt"] = np.insert(call["dt"], at, -1e4 if call.get("dt_softplus") else none, axis=-1)  # 0 after the bias, or after softplus
     without_state = {"return_state": False}
     y, limit, other = f(**(call | without_state)), bound(**(call | without_state)), f(**(longer | without_state))
     yield "y without the step of 0", np.delete(other, at, axis=-2), y, 2 * limit
