@@ -136,7 +136,10 @@ class _Plan:
     def spectra_of_kernel(self, kernel):
         shape = (*self.batch_shape, self.K, self.c) if self.own_kernels else (self.K, self.c)
         kernel = cp.broadcast_to(kernel, shape) if self.own_kernels else kernel.reshape(shape)
-        rows = transposed(kernel[..., : self.T, :], cp.float32).reshape(self.channels, -1)
+        kernel = kernel[..., : self.T, :]
+        rows = kernel.swapaxes(-1, -2) if _time_is_contiguous(kernel) else transposed(kernel, cp.float32)
+        rows = rows.reshape(self.channels, -1)
+        rows = rows if rows.strides[-1] == rows.itemsize else cp.ascontiguousarray(rows)
         out = cp.empty((self.channels, self.windows, self.S // 2, 4), cp.float32)
         self._spectra(rows[None], out, self.windows, True)
         return out
