@@ -37,16 +37,20 @@ def section(function):
 
 
 def compile_all(chosen):
-    cp.RawModule(code="extern \"C\" __global__ void f() {}").get_function("f")
+    cp.RawModule(code='extern "C" __global__ void f() {}').get_function("f")
+
     def one(kernel):
         try:
             _function(kernel, 0)
         except Exception as error:
             print("DOES NOT COMPILE", kernel.name, str(error)[:2000], flush=True)
+
     device = cp.cuda.Device()
+
     def with_device(kernel):
         with device:
             one(kernel)
+
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(with_device, chosen))
 
@@ -72,8 +76,10 @@ CASES = [  # B, Hq, Hkv, n, m, d, e, options
 def draw(case, dtype, rng):
     B, Hq, Hkv, n, m, d, e, options = case
     options = dict(options)
+
     def array(*shape):
         return rng.standard_normal(shape).astype(np.float32).astype(DTYPES[dtype])
+
     call = {"q": array(B, Hq, n, d), "k": array(B, Hkv, m, d), "v": array(B, Hkv, m, e)}
     if options.pop("mask", False):
         mask = rng.random((B, 1, n, m)) < 0.5
@@ -113,12 +119,18 @@ def check(dtypes=KINDS, cases=CASES, gradients=True):
                     both = np.isneginf(w) & np.isneginf(g)
                     w, g = np.where(both, 0, w), np.where(both, 0, g)
                     off = abs(g - w)
-                    out.append(f"{np.linalg.norm(off) / np.linalg.norm(w):.1e} ({np.max(off / (b + ROUNDOFF[dtype] * abs(w) + 1e-300)):.2f})")
+                    out.append(
+                        f"{np.linalg.norm(off) / np.linalg.norm(w):.1e} ({np.max(off / (b + ROUNDOFF[dtype] * abs(w) + 1e-300)):.2f})"
+                    )
                 line = f"{dtype:9} {case!s:110} {' '.join(out)}"
                 if gradients:
                     names = ("q", "k", "v", "bias", "sink")
-                    dy = tuple(rng.standard_normal(np.shape(w)).astype(np.float32).astype(DTYPES[dtype]) for w in (want if several else (want,)))
-                    right = refimpl.OPS["attention"].gradient(tuple(x.astype(np.float64) for x in dy) if several else dy[0].astype(np.float64), **wide, **options)
+                    dy = tuple(
+                        rng.standard_normal(np.shape(w)).astype(np.float32).astype(DTYPES[dtype]) for w in (want if several else (want,))
+                    )
+                    right = refimpl.OPS["attention"].gradient(
+                        tuple(x.astype(np.float64) for x in dy) if several else dy[0].astype(np.float64), **wide, **options
+                    )
                     mine = mirror.attention_vjp(tuple(map(cp.asarray, dy)) if several else cp.asarray(dy[0]), **on_device(call), **options)
                     for name in names:
                         if name in right:
@@ -135,7 +147,9 @@ def times(function, sets, inner=8, repeat=7, events=cp.cuda):
         function(*sets[i % len(sets)])
     found = []
     for _ in range(repeat):
-        start, stop = ((events.Event(), events.Event()) if events is cp.cuda else (events.Event(enable_timing=True), events.Event(enable_timing=True)))
+        start, stop = (
+            (events.Event(), events.Event()) if events is cp.cuda else (events.Event(enable_timing=True), events.Event(enable_timing=True))
+        )
         start.record()
         for i in range(inner):
             function(*sets[i % len(sets)])
@@ -204,7 +218,11 @@ def torch_times(arrays, causal, group, gradient=False):
                     continue
                 q, k, v = (x.clone().requires_grad_() for x in sets[0][:3])
                 o = sdpa(q, k, v)
-                found[name] = times(lambda o, q, k, v, do: torch.autograd.grad(o, (q, k, v), do, retain_graph=True), [(o, q, k, v, sets[0][3])], events=torch.cuda)
+                found[name] = times(
+                    lambda o, q, k, v, do: torch.autograd.grad(o, (q, k, v), do, retain_graph=True),
+                    [(o, q, k, v, sets[0][3])],
+                    events=torch.cuda,
+                )
         except Exception as error:
             print(name, str(error)[:300])
     torch.cuda.synchronize()
@@ -224,7 +242,9 @@ def problem(q, k, v, causal):
 
 def time_forward(results, only=None):
     for name, B, Hq, Hkv, n, m, d, causal, target in WORK[:only]:
-        arrays = [tuple(normal((B, H, s, d), "bfloat16", 3 * i + j) for j, (H, s) in enumerate(((Hq, n), (Hkv, m), (Hkv, m)))) for i in range(2)]
+        arrays = [
+            tuple(normal((B, H, s, d), "bfloat16", 3 * i + j) for j, (H, s) in enumerate(((Hq, n), (Hkv, m), (Hkv, m)))) for i in range(2)
+        ]
         flops = 4 * B * Hq * n * m * d / (2 if causal else 1)
         problems = [(problem(*s, causal),) for s in arrays]
         found = {"refimpl": device_times(mirror.hopper, problems)}
@@ -243,7 +263,14 @@ def time_backward(results):
         flops = 10 * B * Hq * n * n * d / (2 if causal else 1)
         found = {"refimpl": device_times(mirror.hopper_backward, [(p, do, o, lse, None)], inner=4)}
         found |= torch_times(arrays, causal, False, gradient=True)
-        results.add("attention", f"attention bwd {'causal' if causal else 'full'} bf16", f"B{B} H{Hq} T{n} d{d}", measure.floor_ms(bf16=flops), found, target=target)
+        results.add(
+            "attention",
+            f"attention bwd {'causal' if causal else 'full'} bf16",
+            f"B{B} H{Hq} T{n} d{d}",
+            measure.floor_ms(bf16=flops),
+            found,
+            target=target,
+        )
 
 
 def time_decode(results):
@@ -262,7 +289,9 @@ def time_float32(results):
     sets = [tuple(normal((B, Hq, n, d), "float32", j) for j in range(3))]
     found = {"refimpl": device_times(mirror.tiled, [(problem(*sets[0], True),)], inner=2, repeat=5)}
     found |= torch_times(sets, True, False)
-    results.add("attention", "attention fwd causal fp32", f"B{B} H{Hq} T{n} d{d}", measure.floor_ms(fp32=2 * B * Hq * n * n * d), found, target=6.0)
+    results.add(
+        "attention", "attention fwd causal fp32", f"B{B} H{Hq} T{n} d{d}", measure.floor_ms(fp32=2 * B * Hq * n * n * d), found, target=6.0
+    )
 
 
 def main(arguments):

@@ -133,7 +133,14 @@ def rows_of(x, batch):
 def forward(p: Problem):
     """o (B, Hq, n, e), in a half where tensor cores made it, and lse (B, Hq, n)."""
     call = p.call[0]
-    if p.q.dtype.name in HALVES and not p.maps and call["d"] == call["e"] and call["d"] in (64, 128) and call["vectors"]:
+    if (
+        p.q.dtype.name in HALVES
+        and not p.maps
+        and call["d"] == call["e"]
+        and call["d"] in (64, 128)
+        and call["vectors"]
+        and call["B"] < 2**16
+    ):
         if call["m"] >= 256 and 0 < call["Hq"] // call["Hkv"] * call["n"] <= 16 and call["scale"] > 0:
             return decode(p)
     return hopper(p) if takes_tensor_cores(p) else tiled(p)
@@ -175,7 +182,9 @@ def tiled(p: Problem):
 
 
 def _gradient(name: str, of: str) -> Kernel:
-    return Kernel(TILED, f"attention_gradient<{TYPES[name]}, {'double' if name == 'float64' else 'float'}, {of}, {2 if name == 'float64' else 4}>")
+    return Kernel(
+        TILED, f"attention_gradient<{TYPES[name]}, {'double' if name == 'float64' else 'float'}, {of}, {2 if name == 'float64' else 4}>"
+    )
 
 
 def backward(p: Problem, do, lse, across):
@@ -193,7 +202,9 @@ def backward(p: Problem, do, lse, across):
         out = cp.empty(like.shape, A)
         grid = like.shape[0] * like.shape[1] * -(-like.shape[2] // 64) * -(-int(c[columns]) // columns_of)
         maps = p.options[:2]
-        _gradient(name, of)((grid,), (256,), (call.view(RAW), p.q, p.k, p.v, do, *maps, lse, across, out, NOTHING if dbias is None else dbias), shared)
+        _gradient(name, of)(
+            (grid,), (256,), (call.view(RAW), p.q, p.k, p.v, do, *maps, lse, across, out, NOTHING if dbias is None else dbias), shared
+        )
         found.append(out)
     return (*found, dbias)
 
@@ -225,7 +236,12 @@ def hopper(p: Problem, warpgroups: int | None = None, keys: int | None = None):
     maps = (tensor_map.panels(q, 64 * W), tensor_map.panels(k, keys), tensor_map.panels(v, keys))
     shared = 1024 + (64 * W + 4 * keys) * D * 2 + 256
     kernel = _hopper(name, D, W, keys, bool(c["softcap"] > 0), p.maps)
-    kernel((min(heads * tiles, multiprocessors()),), (128 * (W + 1),), (call.view(RAW), *maps, *p.options, o, lse, cp.zeros(1, np.int32)), shared)
+    kernel(
+        (min(heads * tiles, multiprocessors()),),
+        (128 * (W + 1),),
+        (call.view(RAW), *maps, *p.options, o, lse, cp.zeros(1, np.int32)),
+        shared,
+    )
     return o, lse
 
 
@@ -292,7 +308,13 @@ KERNELS = (
     *(_hopper(name, 64, 3, 128, False, False) for name in HALVES),
     *(_hopper(name, 128, 2, 176, False, False) for name in HALVES),
     *(_hopper_gradient(name, "across") for name in HALVES),
-    *(_hopper_gradient(name, f"gradient_{of}", D, capped) for name in HALVES for of in ("queries", "keys") for D in (64, 128) for capped in ("false", "true")),
+    *(
+        _hopper_gradient(name, f"gradient_{of}", D, capped)
+        for name in HALVES
+        for of in ("queries", "keys")
+        for D in (64, 128)
+        for capped in ("false", "true")
+    ),
     *(_portions(name, D, halves) for name in HALVES for D in (64, 128) for halves in (1, 2)),
     *(_merge(name) for name in HALVES),
 )

@@ -61,7 +61,8 @@ template <int N> __device__ inline void hold(float (&d)[N]) {
 
 // Where an operand lies: panels of 128-byte rows; `panel` bytes from one panel to the next (read by columns only).
 __device__ inline unsigned long long operand(unsigned address, int panel) {
-    return (unsigned long long)(address >> 4 & 0x3fff) | (unsigned long long)(panel >> 4) << 16 | (unsigned long long)(1024 >> 4) << 32 | 1ull << 62;
+    const unsigned long long start = address >> 4 & 0x3fff, next_panel = panel >> 4, eight_rows = 1024 >> 4, swizzle = 1;
+    return start | next_panel << 16 | eight_rows << 32 | swizzle << 62;
 }
 
 // D (64 x N) = A (64 x 16) B (16 x N) + (add ? D : 0). A in shared memory by rows, or in registers; B by rows of B^T
@@ -145,7 +146,8 @@ template <int D> __device__ inline void read_operand(unsigned (&a)[D / 16][4], u
 // ---- results ---------------------------------------------------------------------------------------------------------
 // 64 x D of a warpgroup to memory, rounded: this thread's rows are `row` and `row` + 8 of `rows`, scaled by its factors.
 // Neighbouring lanes swap halves of two groups of 8 columns, so that each writes 4 neighbouring numbers.
-template <class T, int N> __device__ inline void write_rows(const float (&d)[N], const float (&factor)[2], T* out, int row, int rows, int columns) {
+template <class T, int N>
+__device__ inline void write_rows(const float (&d)[N], const float (&factor)[2], T* out, int row, int rows, int columns) {
     const int lane = threadIdx.x % 32, odd = lane % 2;
 #pragma unroll
     for (int r = 0; r < 2; r++)
@@ -156,7 +158,8 @@ template <class T, int N> __device__ inline void write_rows(const float (&d)[N],
             const unsigned other = __shfl_xor_sync(0xffffffff, odd ? even_group : odd_group, 1);
             const int column = 8 * (x + odd) + 2 * (lane % 4 - odd);
             if (row + 8 * r < rows && column < columns)
-                *(uint2*)(out + (long long)(row + 8 * r) * columns + column) = odd ? make_uint2(other, odd_group) : make_uint2(even_group, other);
+                *(uint2*)(out + (long long)(row + 8 * r) * columns + column) =
+                    odd ? make_uint2(other, odd_group) : make_uint2(even_group, other);
         }
 }
 

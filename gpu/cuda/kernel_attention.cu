@@ -85,7 +85,8 @@ __device__ inline bool mask_shows(const Call& c, const unsigned char* mask, int 
     return __syncthreads_or(shows);
 }
 
-// MAPS: with mask, bias or softcap. RESIDENT: the tile's queries stay in shared memory; otherwise their slices come along with those of the keys.
+// MAPS: with mask, bias or softcap. RESIDENT: the tile's queries stay in shared memory; otherwise their slices come along with
+// those of the keys.
 // Grid: (batch, head, tile of rows, tile of columns), the last fastest, rows from the last tile to the first (with a
 // causal mask the longest work first). Shared memory: Q (if resident), P, three buffers.
 template <class T, class A, int R, int C, int E, bool RESIDENT, bool MAPS>
@@ -276,8 +277,8 @@ attention_gradient(const Call c, const T* q, const T* k, const T* v, const T* dy
                         y2s = BY_KEY ? c.dy[2] : c.v[2], thirds = OF == VALUES ? c.dy[2] : y1s;
         for (int t = from; t < until; t++) {
             const int column = t * TILE;
-            if (mask_h != nullptr && !(BY_KEY ? mask_shows(c, mask_h, column, TILE, row, TILE) : mask_shows(c, mask_h, row, TILE, column, TILE)))
-                continue;
+            const int i0 = BY_KEY ? column : row, j0 = BY_KEY ? row : column;
+            if (mask_h != nullptr && !mask_shows(c, mask_h, i0, TILE, j0, TILE)) continue;
             auto fetch = [&](int at) {
                 A* to = buffers + at % 3 * BUFFER;
                 int x = at;

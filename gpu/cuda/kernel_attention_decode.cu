@@ -34,7 +34,8 @@ constexpr int WARPS = 4, KEYS = 16;  // a block's warps; the keys of one step of
 template <class T, int D, int R>
 __global__ void __launch_bounds__(32 * WARPS, 2)
 attention_portions(const Call c, const T* q, const T* k, const T* v, float* part_o, float* part_lse) {
-    const int portion = blockIdx.x, kv = blockIdx.y, b = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int portion = blockIdx.x, kv = blockIdx.y, b = blockIdx.z;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int group = c.Hq / c.Hkv, rows = group * c.n;
     k += b * c.k[0] + kv * c.k[1], v += b * c.v[0] + kv * c.v[1];
     const int first = max(0, c.below), end = min(c.m, c.n + c.above);  // what some query sees
@@ -48,7 +49,8 @@ attention_portions(const Call c, const T* q, const T* k, const T* v, float* part
         for (int r = 0; r < 2; r++) {
             const int row = g + 8 * r;
             uint4 y = make_uint4(0, 0, 0, 0);
-            if (r < R && row < rows) y = *(const uint4*)(q + b * c.q[0] + (kv * group + row / c.n) * c.q[1] + row % c.n * c.q[2] + 32 * x + 8 * t);
+            if (r < R && row < rows)
+                y = *(const uint4*)(q + b * c.q[0] + (kv * group + row / c.n) * c.q[1] + row % c.n * c.q[2] + 32 * x + 8 * t);
             a[2 * x][r] = y.x, a[2 * x][r + 2] = y.y, a[2 * x + 1][r] = y.z, a[2 * x + 1][r + 2] = y.w;
         }
     const float unit = (float)(LOG2E * (c.softcap > 0 ? 1.0 : c.scale));

@@ -20,7 +20,8 @@ constexpr int STAGES = 2;  // tiles of K, and of V, in shared memory
 template <class T, int D, int W, int KEYS, bool CAP, bool MAPS>
 __global__ void __launch_bounds__(128 * (W + 1), 1)
 attention_forward(const __grid_constant__ Call c, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-                  const __grid_constant__ TensorMap v_map, const unsigned char* mask, const T* bias, const float* sink, T* o, float* lse, int* counter) {
+                  const __grid_constant__ TensorMap v_map, const unsigned char* mask, const T* bias, const float* sink, T* o, float* lse,
+                  int* counter) {
     constexpr int ROWS = 64 * W, PANELS = D / 64, Q_PANEL = ROWS * 128, KV_PANEL = KEYS * 128, KV_TILE = PANELS * KV_PANEL;
     extern __shared__ unsigned char memory[];
     unsigned char* const base = memory + (1024 - shared_address(memory) % 1024) % 1024;
@@ -107,10 +108,12 @@ attention_forward(const __grid_constant__ Call c, const __grid_constant__ Tensor
             for (int x = 0; x < D / 2; x++) acc[x] = 0;
 
             auto multiply_keys = [&](int stage) {
-                const unsigned long long a = operand(shared_address(q_tile) + me * 64 * 128, 0), k = operand(shared_address(k_tiles) + stage * KV_TILE, 0);
+                const unsigned long long a = operand(shared_address(q_tile) + me * 64 * 128, 0);
+                const unsigned long long k = operand(shared_address(k_tiles) + stage * KV_TILE, 0);
 #pragma unroll
                 for (int x = 0; x < D / 16; x++)
-                    Product<T, KEYS, false>::add(s, a + ((x / 4 * Q_PANEL + x % 4 * 32) >> 4), k + ((x / 4 * KV_PANEL + x % 4 * 32) >> 4), x > 0);
+                    Product<T, KEYS, false>::add(s, a + ((x / 4 * Q_PANEL + x % 4 * 32) >> 4),
+                                                 k + ((x / 4 * KV_PANEL + x % 4 * 32) >> 4), x > 0);
                 products_commit();
             };
             auto multiply_values = [&](int stage) {
@@ -133,7 +136,8 @@ attention_forward(const __grid_constant__ Call c, const __grid_constant__ Tensor
                 if (edge) {
 #pragma unroll
                     for (int r = 0; r < 2; r++) {  // columns first ... last of this thread's are allowed
-                        const int column = key + lane % 4 * 2, first = mine + 8 * r + c.below - column, last = min(mine + 8 * r + c.above, c.m - 1) - column;
+                        const int column = key + lane % 4 * 2, i = mine + 8 * r;
+                        const int first = i + c.below - column, last = min(i + c.above, c.m - 1) - column;
 #pragma unroll
                         for (int x = 0; x < KEYS / 4; x++) {
                             const int j = x / 2 * 8 + x % 2;
@@ -205,7 +209,7 @@ attention_forward(const __grid_constant__ Call c, const __grid_constant__ Tensor
                     hold(s);
                     release(k_free + stage);
                     softmax((until - 1 - t) * KEYS, keep);
-                    if (total[0] + total[1] < -1.0f) __trap();  // never: all of the softmax stays above the wait for P V, under which it falls
+                    if (total[0] + total[1] < -1.0f) __trap();  // never; it keeps all of the softmax above the wait for P V
                     products_wait<0>();
                     hold(acc);
                     release(v_free + before);
@@ -232,7 +236,8 @@ attention_forward(const __grid_constant__ Call c, const __grid_constant__ Tensor
                 total[r] += __shfl_xor_sync(0xffffffff, total[r], 2);
                 const int i = mine + 8 * r;
                 if (lane % 4 == 0 && i < c.n)
-                    lse[((long long)b * c.Hq + h) * c.n + i] = (top[r] == NOTHING_SEEN ? 0.0f : top[r] * (unit / (float)LOG2E)) + logf(total[r]);
+                    lse[((long long)b * c.Hq + h) * c.n + i] =
+                        (top[r] == NOTHING_SEEN ? 0.0f : top[r] * (unit / (float)LOG2E)) + logf(total[r]);
                 factor[r] = total[r] == 0 ? 1.0f : 1.0f / total[r];
             }
             write_rows<T, D / 2>(acc, factor, o + ((long long)b * c.Hq + h) * c.n * c.e, mine, c.n, c.e);

@@ -50,8 +50,8 @@ attention_across(const Call c, const T* o, const T* dy, const float* lse, const 
 
 // Contiguous bytes, a multiple of 16, by the copy engine.
 __device__ inline void copy_bytes(void* to, const void* from, int bytes, Barrier* b) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)), "l"(from),
-                 "r"(bytes), "r"(shared_address(b))
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(b))
                  : "memory");
 }
 
@@ -84,8 +84,8 @@ __device__ inline void multiply_columns(float (&d)[D / 2], const unsigned (&w)[P
 template <class T, int D, bool CAP>
 __global__ void __launch_bounds__(384, 1)
 attention_gradient_keys(const __grid_constant__ Call c, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-                        const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap dy_map, const float* lse2, const float* across,
-                        int padded, T* dk, T* dv) {
+                        const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap dy_map, const float* lse2,
+                        const float* across, int padded, T* dk, T* dv) {
     constexpr int PANELS = D / 64, OWN_PANEL = ROWS * 128, OWN = PANELS * OWN_PANEL, PANEL = PASSING * 128, TILE = PANELS * PANEL;
     constexpr int STAT = PASSING * 4, STAGE = 2 * TILE + 2 * STAT;
     extern __shared__ unsigned char memory[];
