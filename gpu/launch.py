@@ -89,11 +89,16 @@ def capability() -> str:
     return _properties(cp.cuda.Device().id)[1]
 
 
+def shared_memory() -> int:
+    """Bytes of shared memory that a block may ask for on the current device."""
+    return _properties(cp.cuda.Device().id)[2]
+
+
 @functools.cache
-def _properties(device: int) -> tuple[int, str]:
+def _properties(device: int) -> tuple[int, str, int]:
     """Asked once: the driver takes its time."""
     found = cp.cuda.Device(device)
-    return found.attributes["MultiProcessorCount"], found.compute_capability
+    return found.attributes["MultiProcessorCount"], found.compute_capability, found.attributes["MaxSharedMemoryPerBlockOptin"]
 
 
 def kernels() -> dict[str, tuple[Kernel, ...]]:

@@ -11,12 +11,11 @@ from typing import NamedTuple
 
 import cupy as cp
 import numpy as np
-from refimpl.gpu.launch import Kernel, multiprocessors
+from refimpl.gpu.launch import Kernel, multiprocessors, shared_memory
 
 WIDEST = 1024  # features of a key that the kernels hold
 _FORWARD = {32: (8, 4, 2), 64: (16, 4, 2), 128: (16, 8, 2), 256: (16, 16, 2), 512: (16, 32, 2), 1024: (32, 32, 1)}
 _BACKWARD = {32: (1, 8, 8), 64: (2, 8, 8), 128: (4, 8, 8), 256: (8, 4, 4), 512: (16, 2, 2), 1024: (32, 1, 1)}  # rows, columns, warps
-_EVERY = 8  # steps between two states that the forward pass keeps for the gradient
 _C = {"float32": "float", "float64": "double"}
 
 
@@ -62,7 +61,8 @@ def read(q, k, v, w=None, a=None, b=None, state=None, *, sequences, before=False
     T, d, e = q.shape[1], q.shape[2], v.shape[2]
     o = cp.empty((sequences, T, e), q.dtype)
     last = cp.empty((len(v), d, e), q.dtype)
-    kept = cp.empty((sequences, -(-T // _EVERY), d, e), q.dtype) if keep else None
+    every = _layout(d, e, q.itemsize, a is not None)[1]
+    kept = cp.empty((sequences, -(-T // every), d, e), q.dtype) if keep else None
     if not (sequences and T and d and e):
         o[...] = 0
         last[...] = 0 if state is None else state
@@ -74,7 +74,7 @@ def read(q, k, v, w=None, a=None, b=None, state=None, *, sequences, before=False
     step = ((5 if a is not None else 3) * width + across) * q.itemsize
     tile = max(1, min(16, T, 64 * 1024 // step))
     shares = _shares(sequences, q, k, v)
-    sizes = (np.int64(T), np.int32(d), np.int32(e), *shares, np.int32(w is not None and w.ndim == 3), np.int32(tile), np.int32(_EVERY))
+    sizes = (np.int64(T), np.int32(d), np.int32(e), *shares, np.int32(w is not None and w.ndim == 3), np.int32(tile), np.int32(every))
     kernel = _forward(q.dtype.name, width, a is not None, before)
     pointers = (q, k, v, *map(_or_null, (w, a, b, state)), o, last, _or_null(kept))
     kernel((sequences, -(-e // across)), (threads,), (*pointers, *sizes), tile * step)
@@ -91,22 +91,35 @@ def read_vjp(do, q, k, v, w=None, a=None, b=None, *, kept, dlast=None, sequences
         rows = [cp.zeros((sequences, T, d), q.dtype) for _ in range(5)]
         return Gradients(rows[0], rows[1], cp.zeros_like(dv), rows[2], rows[3] if low_rank else None, rows[4] if low_rank else None, dstate)
     width = _width(d)
-    rows, columns, most = _BACKWARD[width]
-    warps = max(1, min(most if q.itemsize == 4 else max(1, most // 2), -(-e // columns)))
+    rows, columns, _ = _BACKWARD[width]
+    warps, every, size = _layout(d, e, q.itemsize, low_rank)
     parts = -(-e // (warps * columns))
     partial = [cp.empty((parts, sequences, T, d), q.dtype) for _ in range(5 if low_rank else 3)]
     grid = (max(1, min(sequences, 4 * multiprocessors() // parts)), parts)
-    scratch = cp.empty((grid[0] * parts, _EVERY, rows * columns * warps * 32), q.dtype)
-    size = _EVERY * (len(partial) * width + 2 * warps * columns) + 2 * warps * len(partial) * width
+    scratch = cp.empty((grid[0] * parts, every, rows * columns * warps * 32), q.dtype)
     nothing = np.uint64(0)
     more = partial[3:] if low_rank else (nothing, nothing)
     pointers = (q, k, v, *map(_or_null, (w, a, b)), kept, do, _or_null(dlast), *partial[:2], dv, partial[2], *more, dstate, scratch)
     sizes = (np.int64(sequences), np.int64(T), np.int32(d), np.int32(e), *_shares(sequences, q, k, v))
-    sizes = (*sizes, np.int32(w is not None and w.ndim == 3), np.int32(_EVERY))
+    sizes = (*sizes, np.int32(w is not None and w.ndim == 3), np.int32(every))
     kernel = _backward(q.dtype.name, width, low_rank, before)
-    kernel(grid, (32 * warps,), (*pointers, *sizes), size * q.itemsize)
+    kernel(grid, (32 * warps,), (*pointers, *sizes), size)
     dq, dk, dw, *da_db = (x[0] if parts == 1 else x.sum(axis=0) for x in partial)
     return Gradients(dq, dk, dv, dw, *(da_db or (None, None)), dstate)
+
+
+def _layout(d: int, e: int, itemsize: int, low_rank: bool) -> tuple[int, int, int]:
+    """Of the gradient: warps of a block, steps between two states that the forward pass keeps, bytes of shared memory."""
+    if not (d and e):
+        return 1, 8, 0
+    width, inputs = _width(d), 5 if low_rank else 3
+    _, columns, most = _BACKWARD[width]
+    warps = max(1, min(most if itemsize == 4 else max(1, most // 2), -(-e // columns)))
+    for every in (8, 4, 2, 1):
+        size = (every * (inputs * width + 2 * warps * columns) + 2 * warps * inputs * width) * itemsize
+        if size <= shared_memory() - 1024:
+            break
+    return warps, every, size
 
 
 def _width(d: int) -> int:

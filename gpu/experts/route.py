@@ -3,7 +3,7 @@
 import cupy as cp
 import numpy as np
 from refimpl.gpu import mirror
-from refimpl.gpu.launch import Kernel
+from refimpl.gpu.launch import Kernel, shared_memory
 from refimpl.gpu.precision import widened
 
 from refimpl.core.numerics import sigmoid, softmax
@@ -12,7 +12,6 @@ from refimpl.ops.experts.route import CONTRACT
 
 _KERNELS = {x: Kernel("kernel_route.cu", f"route<{c}>") for x, c in (("float32", "float"), ("float64", "double"))}
 KERNELS = tuple(_KERNELS.values())
-_SHARED = 220 * 1024
 
 
 @mirror.form(CONTRACT)
@@ -35,10 +34,10 @@ def choose(logits, k, order, renormalize):
     """`route` without noise, of float32 or float64."""
     *rows, E = logits.shape
     weights, experts = cp.empty((*rows, k), logits.dtype), cp.empty((*rows, k), np.int64)
-    need = (E + k) * logits.itemsize
-    if need > _SHARED:
-        raise NotImplementedError(f"route: at most {_SHARED // logits.itemsize} experts and choices of a token fit into a block, got {E} + {k}")
-    warps = max(1, min(4, _SHARED // need))
+    need, room = (E + k) * logits.itemsize, shared_memory() - 1024
+    if need > room:
+        raise NotImplementedError(f"route: at most {room // logits.itemsize} experts and choices of a token fit into a block, got {E} + {k}")
+    warps = max(1, min(4, room // need))
     count = weights.size // k
     sizes = (np.int64(count), np.int32(E), np.int32(k), np.int32(ORDERS.index(order)), np.int32(bool(renormalize)))
     arguments = (cp.ascontiguousarray(logits), weights, experts, *sizes)

@@ -3,14 +3,13 @@
 import cupy as cp
 import numpy as np
 from refimpl.gpu import mirror
-from refimpl.gpu.launch import Kernel
+from refimpl.gpu.launch import Kernel, shared_memory
 from refimpl.gpu.matrix_memory import flat
 from refimpl.gpu.precision import widened
 
 from refimpl.ops.gated_rnn import slstm as chapter
 
 _WIDEST = 1024  # a thread has one unit of a head
-_SHARED = 220 * 1024
 _FORWARD, _BACKWARD = (
     {(x, D): Kernel("kernel_slstm.cu", f"{name}<{c}, {D}>") for x, c in (("float32", "float"), ("float64", "double")) for D in (16, 64, 0)}
     for name in ("slstm", "slstm_vjp")
@@ -98,7 +97,7 @@ class _Call:
         D = next((D for D in (16, 64) if d <= D), 0)
         padded = D or -(-d // 4) * 4
         words = 8 * padded + 4 * d
-        staged = D == 0 and (words + 4 * d * d) * size <= _SHARED
+        staged = D == 0 and (words + 4 * d * d) * size <= shared_memory() - 1024
         threads = 4 * D if D else min(1024, -(-4 * d // 32) * 32)
         sizes = (np.int64(self.T), np.int32(self.R.shape[1]), np.int32(d), self.exponential, np.int32(staged))
         kernels[self.kind.name, D]((self.count,), (threads,), (*pointers, *sizes), (words + (4 * d * d if staged else 0)) * size)

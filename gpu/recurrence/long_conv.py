@@ -7,13 +7,13 @@ import cupy as cp
 import numpy as np
 import scipy.fft
 from refimpl.gpu import mirror
-from refimpl.gpu.launch import Kernel, multiprocessors
+from refimpl.gpu.launch import Kernel, multiprocessors, shared_memory
 from refimpl.gpu.transpose import INSTANCES, transposed
 
 from refimpl.ops.recurrence.long_conv import CONTRACT
 
 _POINTS = {6: 3, 8: 4, 10: 4, 11: 4, 12: 5, 13: 5, 14: 5}  # log2 of half a transform's length: log2 of the complex points of a thread
-LONGEST = 14  # half transforms that fit into shared memory; longer sequences are cut into segments
+LONGEST = 14  # half transforms that fit into Hopper's shared memory; longer sequences are cut into segments
 _FILE = "kernel_long_conv.cu"
 _MOST = 320  # products of spectra a row, beyond which one long transform by cuFFT is less work
 
@@ -87,16 +87,19 @@ class _Plan:
         self.own_kernels = kernel.size != self.K * self.c  # of each batch element: then they are all channels
         batch = math.prod(self.batch_shape)
         self.batch, self.channels = (1, batch * self.c) if self.own_kernels else (batch, self.c)
-        self.log = next((log for log in _POINTS if 2**log >= self.T), LONGEST)
-        self.log = min(self.log, LONGEST)
+        for log in _POINTS:
+            self.S, held = 2**log, 2 ** _POINTS[log]
+            threads = self.S // held
+            block = (threads, max(1, 256 // threads))
+            shared, ring = block[1] * (self.S + threads + held) * 8, block[1] * threads * 8 * 16
+            if shared + ring > shared_memory() - 1024 or log > LONGEST:
+                break
+            self.log, self.block, self.shared, self.ring = log, block, shared, ring
+            if self.S >= self.T:
+                break
         self.S = 2**self.log
         self.segments = -(-self.T // self.S)
         self.windows = min(self.segments, -(-self.K // self.S) + 1)
-        held = 2 ** _POINTS[self.log]
-        threads = self.S // held
-        self.block = (threads, max(1, 256 // threads))
-        self.shared = self.block[1] * (self.S + threads + held) * 8
-        self.ring = self.block[1] * threads * 8 * 16
 
     def rows(self, x):
         x = cp.broadcast_to(x, (*self.batch_shape, self.T, self.c))
