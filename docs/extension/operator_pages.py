@@ -152,7 +152,7 @@ def _forms(op: Op, about: Page, say: Callable, line: Callable) -> Iterator[str]:
 def _cost(op: Op, about: Page) -> str:
     if all(f.cost is None for f in about.forms):
         return ""
-    sizes = ", ".join(f"{k} = {v}" for k, v in about.sizes.items())
+    sizes = ", ".join(f"{k} = {v}" for k, v in about.sizes.items() if v)
     rows = []
     for row in about.forms:
         if row.cost is None:
