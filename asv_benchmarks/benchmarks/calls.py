@@ -37,7 +37,7 @@ def sizes(op: Op, length: int, batch: tuple[int, ...] = ()) -> dict[str, Any]:
     return usual | dict.fromkeys(op.lengths, length) | more | rows
 
 
-def draw(form: str, dtype: str, length: int, batch: tuple[int, ...] = ()) -> dict[str, Any]:
+def draw(form: str, dtype: str, length: int, batch: tuple[int, ...] = (), work: float = WORK) -> dict[str, Any]:
     """The arguments of a call by name.
 
     Raises
@@ -48,7 +48,7 @@ def draw(form: str, dtype: str, length: int, batch: tuple[int, ...] = ()) -> dic
     op, form = split(form)
     at = sizes(op, length, batch)
     says = predict(op, form, **at)
-    if says.work > WORK or says.depth > DEPTH or says.peak > PEAK:
+    if says.work > work or says.depth > DEPTH or says.peak > PEAK:
         raise NotImplementedError(
             f"{op.name}.{form}: {says.work:.1g} operations in a chain of {says.depth:.1g}, {says.peak:.1g} elements alive, at a length of {length}"
         )

@@ -87,9 +87,10 @@ def public_file(folder: Path = RESULTS) -> dict:
 
 
 def gpu_files(folder: Path = RESULTS) -> list[dict]:
-    """The kept runs on GPUs, as `asv_benchmarks/device/measure.py` writes them."""
+    """The kept runs on GPUs, as `asv_benchmarks/device/measure.py` writes them; of other data beside times, nothing."""
     found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "device").glob("*.json")))
-    return [data for data in found if isinstance(data, dict) and "measured_on" in data and "rows" in data]
+    runs = [data for data in found if isinstance(data, dict) and "measured_on" in data]
+    return [data | {"rows": [row for row in data.get("rows", ()) if row.get("operator") and row.get("ms")]} for data in runs]
 
 
 def points(folder: Path = RESULTS) -> list[Point]:
@@ -173,7 +174,7 @@ def pictures(part: str, folder: Path = RESULTS):
     everything = points(folder)
     columns = 3
     rows = math.ceil(len(names) / columns)
-    figure, panels = axes(rows, columns, width=9.2, height=2.75 * rows + 0.4, squeeze=False, sharex=True)
+    figure, panels = axes(rows, columns, width=9.2, height=2.75 * rows + 0.4, squeeze=False)
     for panel, name in zip(panels.flat, names):
         draw(panel, name, [p for p in everything if p.operator == name])
     for panel in panels.flat[len(names) :]:
@@ -182,7 +183,6 @@ def pictures(part: str, folder: Path = RESULTS):
         below = [panels[r, column] for r in range(rows) if r * columns + column < len(names)]
         if below:
             below[-1].set_xlabel("length T")
-            below[-1].tick_params(labelbottom=True)
     for row in panels[:, 0]:
         row.set_ylabel("ns per element")
     return figure
@@ -210,7 +210,7 @@ def draw(panel, name: str, kept: Sequence[Point]) -> None:
     panel.set(xscale="log", yscale="log", title=name)
     panel.set_xscale("log", base=2)
     low, high = panel.get_ylim()
-    panel.set_ylim(low / 1.5, high * 8)  # room for the legend
+    panel.set_ylim(low / 1.5, high * (high / low) ** 0.35)  # room for the legend
     panel.legend(loc="upper left", fontsize=6.8, handlelength=1.2, borderaxespad=0.1, labelspacing=0.25)
     panel.grid(True, which="major", color="#eef1f4", lw=0.8)
     panel.set_axisbelow(True)
@@ -249,7 +249,7 @@ def overtaking(machine: str = "h100", folder: Path = RESULTS):
     if right.lines:
         right.set_xscale("log", base=2)
         right.set_yscale("log")
-        right.legend(fontsize=7.5)
+        right.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     else:
         right.text(0.5, 0.5, "nothing kept", ha="center", transform=right.transAxes)
     return figure
