@@ -15,9 +15,9 @@ import cupy as cp
 import measure
 import ml_dtypes
 import numpy as np
+from refimpl.gpu.launch import Kernel, _function
 
 import refimpl
-from refimpl.gpu.launch import Kernel, _function
 
 mirror = importlib.import_module("refimpl.gpu.attention.attention")
 chapter = importlib.import_module("refimpl.ops.attention.attention")

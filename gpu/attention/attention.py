@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import cupy as cp
 import numpy as np
-
 from refimpl.gpu import mirror, tensor_map
 from refimpl.gpu.arrays import arithmetic, flat
 from refimpl.gpu.launch import Kernel, capability, multiprocessors
+
 from refimpl.ops.attention.attention import CONTRACT
 
 TILED, DECODE = "kernel_attention.cu", "kernel_attention_decode.cu"
@@ -163,7 +163,7 @@ def results(p: Problem, dtype=None):
 
 def _tiled(name: str, fast: bool) -> Kernel:
     A = "double" if name == "float64" else "float"
-    return Kernel(TILED, f"attention_tiled<{TYPES[name]}, {A}, {'8, 8, 8, true, false' if fast else '4, 4, 4, false, true'}>", spills=fast)
+    return Kernel(TILED, f"attention_tiled<{TYPES[name]}, {A}, {'8, 8, 8, true, false' if fast else '4, 4, 4, false, true'}>", spills=fast or name == "float64")
 
 
 def tiled(p: Problem):
@@ -182,9 +182,8 @@ def tiled(p: Problem):
 
 
 def _gradient(name: str, of: str) -> Kernel:
-    return Kernel(
-        TILED, f"attention_gradient<{TYPES[name]}, {'double' if name == 'float64' else 'float'}, {of}, {2 if name == 'float64' else 4}>"
-    )
+    A, columns = ("double", 2) if name == "float64" else ("float", 4)
+    return Kernel(TILED, f"attention_gradient<{TYPES[name]}, {A}, {of}, {columns}>", spills=name == "float64")
 
 
 def backward(p: Problem, do, lse, across):
