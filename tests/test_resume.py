@@ -44,7 +44,7 @@ def calls():
 
 def same(a, b):
     def plain(report):
-        return [{k: v for k, v in c.to_dict().items() if k != "seconds"} for c in report.cases]
+        return [{k: v for k, v in c.to_dict().items() if k not in ("seconds", "picture")} for c in report.cases]  # few are asked again and drawn
 
     return plain(a) == plain(b) and (a.verdict, a.diagnosis, a.not_checked) == (b.verdict, b.diagnosis, b.not_checked)
 

@@ -27,7 +27,7 @@ from refimpl.conformance.shapes import reshaped
 from refimpl.op import Op
 
 LEVELS = ("quick", "standard", "exhaustive")
-CLASSES = ("sizes", "options", "shapes", "broadcast", "hard", "strides", "scaled", "random", "long", "hygiene", "laws", "gradients")
+CLASSES = ("sizes", "options", "shapes", "broadcast", "hard", "strides", "scaled", "random", "long", "integers", "hygiene", "laws", "gradients")
 VIEWS = ("transposed", "strided", "reversed", "repeated")
 
 
