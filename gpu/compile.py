@@ -94,12 +94,15 @@ def _headers() -> Iterable[Path]:
         yield Path(found) / "cccl"
 
 
-def table(wanted: Iterable[Kernel] | None = None, each: int = 8) -> list[dict]:
+TABLED = ("sm_90", "sm_90a")  # of which docs/gpu_resources.json tells
+
+
+def table(wanted: Iterable[Kernel] | None = None, architectures: Iterable[str] = TABLED, each: int = 8) -> list[dict]:
     """`resources` of the instances wanted, by default all of the mirror's, `each` at a time, on all cores."""
     everything = (kernel for instances in kernels().values() for kernel in instances)
     groups: dict[tuple, list[Kernel]] = {}
     for kernel in dict.fromkeys(everything if wanted is None else wanted):
-        for architecture in kernel.architectures:
+        for architecture in set(kernel.architectures) & set(architectures):
             groups.setdefault((kernel.file, kernel.options, architecture), []).append(kernel)
     jobs = [(members[i : i + each], key[-1]) for key, members in groups.items() for i in range(0, len(members), each)]
     from cuda.core import Program  # noqa: F401  before the threads: its import is not safe in several at once
