@@ -53,7 +53,7 @@ bench-gpu: $(VENV)/.bench
 
 bench-site: $(VENV)/.bench
 	$(ASV) publish
-	$(VENV)/bin/python asv_benchmarks/site.py
+	$(VENV)/bin/python asv_benchmarks/site_of_asv.py
 
 docs: $(VENV)/.docs
 	$(ONE_THREAD) $(VENV)/bin/sphinx-build --quiet --fail-on-warning --keep-going $(SPHINXOPTS) docs docs/_build/html

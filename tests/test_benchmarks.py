@@ -25,7 +25,7 @@ def paths():
     yield
     for path in added:
         sys.path.remove(path)
-    for name in [n for n in sys.modules if n.partition(".")[0] in ("benchmarks", "peers", "cpu", "benchmark_data")]:
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("benchmarks", "peers", "cpu", "benchmark_data", "site_of_asv")]:
         del sys.modules[name]
 
 
@@ -135,8 +135,9 @@ def data():
     return load("benchmark_data")
 
 
-def test_examples(data):
-    result = doctest.testmod(data)
+@pytest.mark.parametrize("module", ["benchmark_data", "site_of_asv"])
+def test_examples(module):
+    result = doctest.testmod(load(module))
     assert result.attempted and not result.failed
 
 

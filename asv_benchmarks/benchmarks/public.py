@@ -66,7 +66,8 @@ def contenders(theirs) -> tuple[dict, object]:
     fixed = {name: value for name, value in domain.items() if isinstance(value, int)}
     at = calls.sizes(op, LENGTH) | fixed
     also = [name for name, value in options.items() if value is True and name not in op.options]
-    chosen = {name: value for name, value in options.items() if name in op.options}
+    defaults = parameters(op)[2]
+    chosen = {name: value for name, value in options.items() if name in op.options and value != defaults.get(name)}
     ours = {}
     for form in op.forms:
         try:

@@ -210,6 +210,8 @@ def draw(panel, name: str, kept: Sequence[Point]) -> None:
     panel.set(xscale="log", yscale="log", title=name)
     panel.set_xscale("log", base=2)
     low, high = panel.get_ylim()
+    wide = max(math.sqrt(20 / (high / low)), 1.0)  # noise within a factor is no slope
+    low, high = low / wide, high * wide
     panel.set_ylim(low / 1.5, high * (high / low) ** 0.35)  # room for the legend
     panel.legend(loc="upper left", fontsize=6.8, handlelength=1.2, borderaxespad=0.1, labelspacing=0.25)
     panel.grid(True, which="major", color="#eef1f4", lw=0.8)
@@ -389,7 +391,7 @@ def kept_on_device(folder: Path = RESULTS) -> Table:
 
 def measured_on(folder: Path = RESULTS) -> Table:
     """On what, with which versions, and when."""
-    rows = [(about.get("device", ""), about_text(about)) for about in (data["measured_on"] for data in gpu_files(folder))]
+    rows = [(about.get("device", ""), about_text(about)) for about in (data["measured_on"] for data in gpu_files(folder) if data["rows"])]
     rows = list(dict.fromkeys(rows))
     for data in (cpu_file(folder), public_file(folder)):
         if about := data.get("machine"):
@@ -398,7 +400,9 @@ def measured_on(folder: Path = RESULTS) -> Table:
 
 
 def about_text(about: dict) -> str:
-    return ", ".join(f"{name} {text}" for name, text in about.items() if name not in ("device", "processor", "commit"))
+    """Versions and dates that every file names; remarks of single files stay with these."""
+    names = ("driver", "cuda", "cupy", "torch", "cores", "threads", "system", "python", "numpy", "scipy", "date")
+    return ", ".join(f"{name} {about[name]}" for name in names if about.get(name))
 
 
 def public_ratios(folder: Path = RESULTS) -> Table:

@@ -1,4 +1,4 @@
-"""The pages of asv, with the scripts that they would fetch when opened beside them: ``python asv_benchmarks/site.py``, after ``asv publish``.
+"""The pages of asv, with the scripts that they would fetch when opened beside them: ``python asv_benchmarks/site_of_asv.py``, after ``asv publish``.
 
 The scripts come from the npm registry by npm's own client, once, and stay in ``.asv/scripts``. Without npm or a network the pages
 are as asv made them, and need a network when they are opened.
