@@ -90,15 +90,6 @@ __device__ __forceinline__ void load(Complex* x, const float* in, i64 length, in
     }
 }
 
-// The thread's number, as if it were another one each time: what follows from it (twiddle factors, addresses) is computed again where
-// it is needed, and not kept in registers that there are not.
-__device__ __forceinline__ int afresh(int j) {
-#ifdef __CUDA_ARCH__
-    asm volatile("" : "+r"(j));
-#endif
-    return j;
-}
-
 // Spectra, 2 X, of every segment of every row: of a kernel's windows (WINDOW: rows i S ... (i+1) S, then those from (i-1) S on, times
 // 1/8M), or of segments padded with zeros.
 template <int LOG, int LOGE, bool WINDOW>
@@ -148,7 +139,7 @@ long_conv_convolve(const float* u, i64 batch_stride, i64 channel_stride, float* 
         float4* const room = kept ? kept + (keep_all ? work : blockIdx.x * i64(blockDim.y) + threadIdx.y) * segments * SIZE : nullptr;
         const float4* const spectra = kernel + c * windows * SIZE;
         for (int step = 0; step < segments; ++step) {
-            const int i = ADJOINT ? segments - 1 - step : step, j = afresh(threadIdx.x);
+            const int i = ADJOINT ? segments - 1 - step : step, j = threadIdx.x;
             float4 *const ring = rings + j, *const mine = room + j;
             const float4* const spectrum = spectra + j;
             const i64 start = i64(i) * S;
@@ -173,9 +164,8 @@ long_conv_convolve(const float* u, i64 batch_stride, i64 channel_stride, float* 
                 const i64 to_next = (ADJOINT ? 1 : -1) * SIZE;
                 if (others > 0) accumulate<E, F::THREADS, ADJOINT>(x, spectrum, SIZE, mine + i * SIZE, to_next, others, ring, j);
             }
-            const int back = afresh(j);
-            F::template unpack<true>(x, back);
-            F::inverse(x, shared, back);
+            F::template unpack<true>(x, j);
+            F::inverse(x, shared, j);
             const float direct = here && skip ? skip[c] : 0.0f;
             float* out = y + (here ? (b * channels + c) * T + start : 0);
             const bool pairs = (reinterpret_cast<unsigned long long>(out) & 7) == 0;

@@ -11,7 +11,11 @@ from refimpl.ops.gated_rnn import slstm as chapter
 
 _WIDEST = 1024  # a thread has one unit of a head
 _FORWARD, _BACKWARD = (
-    {(x, D): Kernel("kernel_slstm.cu", f"{name}<{c}, {D}>") for x, c in (("float32", "float"), ("float64", "double")) for D in (16, 64, 0)}
+    {
+        (x, D): Kernel("kernel_slstm.cu", f"{name}<{c}, {D}>", spills=(x, D) == ("float64", 0))
+        for x, c in (("float32", "float"), ("float64", "double"))
+        for D in (16, 64, 0)
+    }
     for name in ("slstm", "slstm_vjp")
 )
 KERNELS = (*_FORWARD.values(), *_BACKWARD.values())

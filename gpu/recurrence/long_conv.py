@@ -20,7 +20,7 @@ _MOST = 320  # products of spectra a row, beyond which one long transform by cuF
 
 def _kernel(name: str, log: int, *options: bool) -> Kernel:
     arguments = ", ".join([str(log), str(_POINTS[log]), *("true" if o else "false" for o in options)])
-    return Kernel(_FILE, f"long_conv_{name}<{arguments}>", spills=_POINTS[log] == 5)  # some 100 bytes of a thread that holds 32 points
+    return Kernel(_FILE, f"long_conv_{name}<{arguments}>", spills=name == "convolve")  # up to 100 bytes
 
 
 KERNELS = (
