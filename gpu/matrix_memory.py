@@ -25,7 +25,8 @@ def _flags(*flags: bool) -> str:
 
 def _forward(dtype, width, low_rank, before) -> Kernel:
     rows, lanes, columns = _FORWARD[width]
-    return Kernel("kernel_matrix_memory.cu", f"matrix_memory<{_C[dtype]}, {rows}, {lanes}, {columns}, {_flags(low_rank, before)}>")
+    name = f"matrix_memory<{_C[dtype]}, {rows}, {lanes}, {columns}, {_flags(low_rank, before)}>"
+    return Kernel("kernel_matrix_memory.cu", name, spills=low_rank and width == 512)
 
 
 def _backward(dtype, width, low_rank, before) -> Kernel:
