@@ -5,7 +5,7 @@
 #   make test-peers  what compares with torch, JAX and public CPU implementations, in .venv-peers
 #   make lint        ruff and mypy
 #   make bench       the benchmarks on the CPU, once over: minutes (bench-full: all lengths, repeated)
-#   make bench-gpu   those that need a device
+#   make bench-gpu   those that need a device (and CuPy: .venv/bin/python -m pip install -e '.[cuda12]', or cuda13)
 #   make bench-site  what was measured so far as pages, in asv_benchmarks/.asv/html
 #   make docs        the documentation, in docs/_build/html
 #
