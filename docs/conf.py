@@ -25,10 +25,13 @@ release = version = refimpl.__version__
 
 extensions = ["myst_nb", "sphinx_design", "sphinx.ext.autodoc", "numpydoc", "refimpl_docs"]
 exclude_patterns = ["_build", "extension", "examples", "static", "**/.ipynb_checkpoints"]
+# A page that shows kept data is left out of a checkout that has no such data (tools and commands that make them are named on the pages).
+without_data = [name for name in ("survey", "calibration") if not (HERE / f"{name}.json").exists()]
+exclude_patterns += [f"{name}.md" for name in without_data]
 source_suffix = {".md": "myst-nb"}
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!refimpl\.).*")]  # types of the standard library and NumPy have no inventory without a network
-suppress_warnings = ["config.cache"]
+suppress_warnings = ["config.cache", *(["toc.excluded"] if without_data else [])]
 
 myst_enable_extensions = ["colon_fence", "attrs_inline", "deflist"]
 myst_heading_anchors = 3
