@@ -84,8 +84,9 @@ class Candidate:
             other = self._request(second)
             request.second = dict(zip(other.names, other.positional, strict=True)) | other.keywords
         answer = self._ask(request)
-        answer.result = self._back(answer.result)
-        answer.again = [self._back(r) for r in answer.again]
+        nested = not call.get("return_state")
+        answer.result = self._back(answer.result, nested)
+        answer.again = [self._back(r, nested) for r in answer.again]
         return answer
 
     def gradient(self, call: dict, dy, dstate, *, view="contiguous") -> Answer:
@@ -108,11 +109,16 @@ class Candidate:
 
     def _request(self, call: dict, **more) -> Request:
         required, _, _ = parameters(self.op)
+        arrays = {a.name for a in self.op.contract.arrays}
+        call = {n: np.asarray(v) if n in arrays and isinstance(v, np.generic) else v for n, v in call.items()}  # 0-d arithmetic gives scalars
         if self.layout:
             call = {n: self.layout.argument_in(n, v, call) for n, v in call.items()}
         return Request([call[n] for n in required], {n: call[n] for n in self.passed(call)}, required, **more)
 
-    def _back(self, result):
+    def _back(self, result, nested: bool):
+        """A result in the contract's form; without a state, (y, (a, b)) is taken for (y, a, b)."""
+        if nested and type(result) is tuple:
+            result = tuple(part for parts in result for part in (parts if type(parts) is tuple else (parts,)))
         return self.layout.results_back(result) if self.layout and result is not None else result
 
 

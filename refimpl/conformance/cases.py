@@ -209,7 +209,7 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
         if scale is not None:
             call = {n: _scaled(v, scale[1]) if n in scale[0] else v for n, v in call.items()}
         if whole:
-            call = {n: np.sign(np.rint(v)) if isinstance(v, np.ndarray) and v.dtype.kind == "f" else v for n, v in call.items()}
+            call = {n: np.asarray(np.sign(np.rint(v))) if isinstance(v, np.ndarray) and v.dtype.kind == "f" else v for n, v in call.items()}
         name = ", ".join(filter(None, [hard or label, described(op, sizes, call)]))
         yield Case(op.name, klass, name, call, sizes, view, {"sizes": sizes, "combo": combo, "hard": hard})
 
@@ -219,6 +219,11 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
         yield from case("sizes", sizes, next(turn))
         if level == "exhaustive":
             yield from case("sizes", sizes, next(turn))
+    for steps in (1, 2) if op.lengths and level != "quick" else ():  # a single step, and the first that follows another, with everything
+        for combo in combos:
+            yield from case("sizes", dict.fromkeys(op.lengths, steps), combo)
+        for sizes in op.sizes:
+            yield from case("sizes", {**dict.fromkeys(op.lengths, steps), **sizes}, next(turn))
     middle = {letter: n for letter, n in zip(op.lengths, (19, 37, 23), strict=False)}
     for combo in combos:
         yield from case("options", middle, combo)
@@ -227,13 +232,16 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
     for sizes in op.sizes:
         yield from case("shapes", dict(sizes), plain)
         yield from case("shapes", {**middle, **sizes}, next(turn))
-    for batch in ((), (2,), (2, 3)) if level != "quick" else ((), (3,)):
+    for batch in ((), (2,), (2, 3), (2, 1, 2), (33,)) if level != "quick" else ((), (3,)):
         yield from case("shapes", {**middle, "batch": batch}, next(turn))
         yield from case("shapes", {"batch": batch}, plain)
     if level != "quick":
         for sizes in _features(op):
             yield from case("shapes", sizes, plain)
             yield from case("shapes", {**middle, **sizes}, next(turn))
+        for sizes in _wide(op):
+            yield from case("shapes", {**dict.fromkeys(op.lengths, 5), **sizes}, next(turn))
+    yield from _without_heads(op, seed, combos, domain)
     yield from _broadcast(op, seed, middle, rich, domain)
     for hard in op.hard:
         yield from case("hard", {}, plain, hard=hard)
@@ -287,6 +295,42 @@ def _features(op: Op) -> Iterator[dict[str, int]]:
     if len(letters) + len(op.lengths) > 1:
         yield dict.fromkeys(letters, 3)
         yield dict.fromkeys((*op.lengths, *letters), 4)
+
+
+def _without_heads(op: Op, seed: int, combos: list[dict], domain: Domain) -> Iterator[Case]:
+    """One head, without the axis that would say so: two-dimensional inputs."""
+    letters = {axis.rstrip("?") for array in op.contract.arrays for shape in array.shapes for axis in shape.axes if axis.endswith("?")}
+    heads = {letter: 1 for letter in letters & default_sizes(op).keys()}
+    if not heads:
+        return
+    for number, combo in enumerate(combos):
+        sizes = domain.fit({**default_sizes(op), **heads, **dict.fromkeys(op.lengths, 11), "batch": ()})
+        if sizes is None or any(sizes[letter] != 1 for letter in heads) or sizes["batch"] != ():
+            return
+        try:
+            call = draw(op, np.random.default_rng([seed, number, 31]), sizes, combo)
+        except (Refused, ValueError, IndexError, ZeroDivisionError):
+            continue
+        for array in op.contract.arrays:
+            axis = array.shapes[0].heads
+            name, dot, _ = array.name.partition(".")
+            if axis is None or call.get(name) is None:
+                continue
+            if dot:
+                state = list(call[name])
+                place = op.contract.states.index(array)
+                state[place] = np.squeeze(state[place], axis)
+                call[name] = type(call[name])(*state) if hasattr(call[name], "_fields") else tuple(state)
+            else:
+                call[name] = np.squeeze(call[name], axis)
+        yield Case(op.name, "shapes", f"one head without its axis, {described(op, sizes, call)}", call, sizes, recipe={"sizes": sizes, "combo": combo, "hard": ""})
+
+
+def _wide(op: Op) -> Iterator[dict[str, Any]]:
+    """Many features, heads or experts: beyond what a block of threads, or two, or a tile, may have been written for."""
+    for letter, usual in default_sizes(op).items():
+        if type(usual) is int and letter not in op.lengths:
+            yield from ({letter: size, "batch": ()} for size in (66, 130, 260, 520, 1030))
 
 
 def _broadcast(op: Op, seed: int, middle: dict, combos: list[dict], domain: Domain) -> Iterator[Case]:

@@ -69,6 +69,10 @@ def weigh(report: Report) -> None:
             rules.setdefault(" with ".join(sorted(rule, key=lambda f: (f.startswith("no "), f))), []).append(dtype)
         if left:
             stray[dtype] = left, len(telling)
+    gradients = [c for c in report.cases if c.klass == "gradients"]
+    if gradients and all(c.status == "NOT_APPLICABLE" for c in gradients):
+        report.not_checked.append("gradients (it refuses)")
+        report.reason = report.reason or f"gradients were asked for, and none was given: {gradients[0].message}"
     known = ", ".join(report.not_checked)
     for rule, where in rules.items():
         if rule not in known:

@@ -32,6 +32,8 @@ def gradient_jobs(trial: Trial, to: Precision) -> Iterator[tuple[str, Callable[[
     middle = dict(zip(op.lengths, (13, 19, 17), strict=False))
     plans += [(middle, combo, "", "") for combo in combos]
     plans += [({**middle, **sizes}, combos[i % len(combos)] | full, "", "") for i, sizes in enumerate(op.sizes)]
+    if not op.lengths and "batch" in default_sizes(op):  # sums over many rows, which kernels do in blocks
+        plans += [({"batch": (rows,)}, combos[rows % len(combos)] | full, "", "") for rows in (17, 65, 300)]
     plans += [(middle, full, "", kind) for kind in ("needle", "zero but state", "strided")]
     if trial.level != "quick":
         plans += [(middle, full, hard, "") for hard in op.hard]

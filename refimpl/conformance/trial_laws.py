@@ -48,8 +48,8 @@ class _NoAnswer(Exception):
 
 def _law(trial: Trial, law: Law, to: Precision, T: int, combo: dict, label: str) -> None:
     def f(**call):
-        if call.get("return_state") is False:  # the default, which a law may spell out
-            del call["return_state"]
+        defaults = parameters(trial.op)[2] | {"return_state": False}
+        call = {n: v for n, v in call.items() if n not in defaults or v is not defaults[n]}  # a law may spell them out
         outside = _outside(trial, call)
         if outside:  # a law may choose options of its own
             raise _NoAnswer("NOT_APPLICABLE", f"the law speaks of {outside}, which the candidate does not take")

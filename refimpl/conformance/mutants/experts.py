@@ -18,6 +18,17 @@ def _ties(logits, k, queues=False):
     return np.maximum.accumulate(tied, axis=-1) if queues else tied
 
 
+def _one_balance(logits, experts):
+    batch = np.broadcast_shapes(logits.shape[:-1], experts.shape[:-1])
+    logits, experts = (np.broadcast_to(x, (*batch, x.shape[-1])).reshape(-1, x.shape[-1]) for x in (logits, experts))
+    return lo.load_balance_loss(logits, experts) if len(logits) else np.asarray(np.nan, logits.dtype)  # a mean over nothing
+
+
+def _one_z(logits):
+    logits = logits.reshape(-1, logits.shape[-1])
+    return lo.router_z_loss(logits) if len(logits) else np.asarray(np.nan, logits.dtype)
+
+
 _CHOICE = "    experts = np.argsort(-logits, axis=-1, kind=\"stable\")[..., :k]  # (..., T, k)\n"
 _OVER_CHOSEN = "    if order == \"topk_softmax\" or renormalize:\n        return softmax(chosen)\n    return np.take"
 
@@ -283,6 +294,20 @@ _MOE = (
 _BALANCE = "    return np.asanyarray(logits.shape[-1] * np.sum(f * P, axis=-1))\n"
 
 _LOSSES = (
+    Mutant(
+        "load_balance_loss",
+        "one_for_the_batch",
+        "one loss for the tokens of the whole batch: here every batch entry has its own",
+        lambda: _one_balance,
+        variant=True,
+    ),
+    Mutant(
+        "router_z_loss",
+        "one_for_the_batch",
+        "one loss for the tokens of the whole batch: here every batch entry has its own",
+        lambda: _one_z,
+        variant=True,
+    ),
     Mutant(
         "load_balance_loss",
         "factor_of_experts_missing",

@@ -339,6 +339,8 @@ OPS = (
         sample=_sample,
         hard={
             "keys of -80 and +80": _with(k=lambda rng, k: k + rng.choice([-80.0, 0.0, 80.0], k.shape)),
+            "keys of 200 after the first": _with(k=lambda rng, k: k + 200 * (np.arange(k.shape[-2]) > 0)[:, None]),
+            "bonuses of -150 and +150": _with(u=lambda rng, u: u + 150 * np.where(np.arange(u.shape[-1]) % 2, 1, -1)),
             "huge common offset": _with(k=lambda rng, k: k + 300, state=_raised(300)),
             "all far below": _with(k=lambda rng, k: k - 100, state=_raised(-100)),
             "an old state outweighs all": _with(state=_raised(60), w=lambda rng, w: w / 16),

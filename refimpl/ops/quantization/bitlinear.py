@@ -220,10 +220,10 @@ def _sample(rng, *, c=6, e=5, batch=(7,)):
     }
 
 
-def _with(**changes):
+def _with(options=None, **changes):
     def draw(rng, **sizes):
         call = _sample(rng, **sizes)
-        return call | {n: change(rng, call[n]) for n, change in changes.items()}
+        return call | {n: change(rng, call[n]) for n, change in changes.items()} | (options or {})
 
     return draw
 
@@ -306,6 +306,9 @@ OPS = (
             "tiny weights": _with(w=lambda rng, w: w * 2.0**-40),
             "one outlier": _with(x=lambda rng, x: np.where(np.arange(x.shape[-1]) == 0, 512.0, x / 64)),
             "exactly half": _with(x=_exactly_half),
+            "weights at their mean": _with(
+                options={"weights": "binary"}, w=lambda rng, w: np.sign(np.trunc(np.arange(w.size).reshape(w.shape) - (w.size - 1) / 2))
+            ),
             "weights of one size": _with(w=lambda rng, w: np.where(np.arange(w.size).reshape(w.shape) % 3 == 0, 1.0, -1.0)),
         },
         error_bound=error_bound,

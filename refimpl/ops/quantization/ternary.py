@@ -222,6 +222,12 @@ def _with(sample, change):
     return draw
 
 
+def _at_the_mean(rng, w):
+    """-1, 0 or two of them, 1, in balance: the mean is 0 in any order of the sum."""
+    number = np.arange(w.size).reshape(w.shape) - (w.size - 1) / 2
+    return np.sign(np.trunc(number))
+
+
 def _times_two(f, call, bound, rng):
     """Twice the numbers have the same integers and exactly twice the scale."""
     (q, scale), (q2, scale2) = f(**call), f(**{n: 2 * v if isinstance(v, np.ndarray) else v for n, v in call.items()})
@@ -300,7 +306,7 @@ OPS = (
         forms={"sign": Form(binary_quantize, _cost(3, 2), exact=("work", "depth"))},
         gradient=None,
         sample=_weights,
-        hard=_HARD | {"a common offset": _with(_weights, lambda rng, w: np.rint(4 * w) / 4 + 8 + 4 * np.sign(w))},
+        hard=_HARD | {"at the mean": _with(_weights, _at_the_mean), "a common offset": _with(_weights, lambda rng, w: np.rint(4 * w) / 4 + 8 + 4 * np.sign(w))},
         error_bound=ternary_bound,
         references=("wang2023, section 2.1, equations 1-3",),
         lengths=(),

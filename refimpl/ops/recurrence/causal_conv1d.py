@@ -168,7 +168,7 @@ def error_bound(x, weight, bias=None, *, unit, store=0.0, activation=None, state
     A sum of W + 1 terms in any order: (W + 3) u of the sum of absolute values [3, section 3.1]. silu passes an error on
     at most 1.1 times, and rounds a few times itself; an exponential of -z, done as a power of 2, is |z| u off. Where
     e^-z overflows a right silu may be 0. Operands and z kept in a half precision add `store` three times. The state is
-    copied, not computed, but may be kept in the precision of the inputs.
+    copied, not computed.
     """
     W = weight.shape[-1]
     absolute = [None if a is None else abs(a) for a in (bias, state)]
@@ -181,7 +181,7 @@ def error_bound(x, weight, bias=None, *, unit, store=0.0, activation=None, state
     if not return_state:
         return E
     last = causal_conv1d(x, weight, state=state, return_state=True)[1]
-    return E, store * abs(last)
+    return E, 0 * abs(last)
 
 
 # -- what the forms share --------------------------------------------------------------------------------------------

@@ -385,7 +385,7 @@ OPS = (
             "complex decay": _with(
                 a=lambda rng, a: a * np.exp(1j * rng.uniform(-3, 3, a.shape)),
                 b=lambda rng, b: b + 1j * rng.standard_normal(b.shape),
-                state=lambda rng, s: s + 0j,
+                state=lambda rng, s: s + 1j * rng.standard_normal(s.shape),
             ),
         },
         error_bound=error_bound,

@@ -60,6 +60,7 @@ HARD = {
     "decay slightly above 1": _with(A=lambda rng, A: -A * 2.0**-8),
     "steps of zero": _with(delta=_sometimes(0.0, 0.4), delta_bias=lambda rng, b: 0 * b),
     "steps of a thousand": _with(delta=_sometimes(1e3, 0.2)),
+    "softplus where it bends": _with(options={"delta_softplus": True}, delta=lambda rng, d: rng.uniform(-4, 12, d.shape)),
     "softplus in both tails": _with(
         options={"delta_softplus": True},
         delta=lambda rng, d: np.where(rng.random(d.shape) < 0.3, rng.choice([-1e3, 50.0], d.shape), d),

@@ -47,6 +47,7 @@ HARD = {
     "decay slightly above 1": _with(A=lambda rng, A: -A * 2.0**-8),
     "negative steps, which are clipped": _with(dt=_sometimes(-2.0, 0.4), options={"dt_limit": (0.0, np.inf)}),
     "steps of a thousand": _with(dt=_sometimes(1e3, 0.2)),
+    "softplus where it bends": _with(options={"dt_softplus": True}, dt=lambda rng, d: rng.uniform(-4, 12, d.shape)),
     "softplus in both tails": _with(
         options={"dt_softplus": True}, dt=lambda rng, d: np.where(rng.random(d.shape) < 0.3, rng.choice([-1e3, 50.0], d.shape), d)
     ),
