@@ -312,17 +312,17 @@ def _without_heads(op: Op, seed: int, combos: list[dict], domain: Domain) -> Ite
         except (Refused, ValueError, IndexError, ZeroDivisionError):
             continue
         for array in op.contract.arrays:
-            axis = array.shapes[0].heads
-            name, dot, _ = array.name.partition(".")
-            if axis is None or call.get(name) is None:
+            axis, name = array.shapes[0].heads, array.name.partition(".")[0]
+            value = call.get(name)
+            if axis is None or value is None:
                 continue
-            if dot:
-                state = list(call[name])
+            if array in op.contract.states and isinstance(value, tuple):
+                parts = list(value)
                 place = op.contract.states.index(array)
-                state[place] = np.squeeze(state[place], axis)
-                call[name] = type(call[name])(*state) if hasattr(call[name], "_fields") else tuple(state)
-            else:
-                call[name] = np.squeeze(call[name], axis)
+                parts[place] = np.squeeze(parts[place], axis)
+                call[name] = type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+            elif "." not in array.name:
+                call[name] = np.squeeze(value, axis)
         yield Case(op.name, "shapes", f"one head without its axis, {described(op, sizes, call)}", call, sizes, recipe={"sizes": sizes, "combo": combo, "hard": ""})
 
 
