@@ -35,8 +35,8 @@ def rg_lru(x, r, i, log_a, *, exponent=8.0, reset=None, state=None, return_state
         a, m = _decay_and_factor(r, log_a, exponent, reset)
         return linear_recurrence(a, m * (i * x), state=state, return_state=return_state)
     if reset is not None:
-        r = cp.broadcast_to(r, np.broadcast_shapes(r.shape, (*reset.shape, 1))).copy()
-        r[cp.broadcast_to(reset[..., None], r.shape)] = np.inf  # how the kernel is told that a segment starts
+        number = arithmetic(r.dtype)  # `where`, for writing through a mask would wait for the device to count it
+        r = cast(cp.where(reset[..., None], number.type(np.inf), cast(r, number)), r.dtype)  # how the kernel is told that a segment starts
     batch = np.broadcast_shapes(*(v.shape[:-2] for v in (x, r, i)), () if state is None else state.shape[:-1])
     dtype, number = x.dtype, arithmetic(x.dtype)
     x, r, i = (flat(v, batch, 2) for v in (x, r, i))
