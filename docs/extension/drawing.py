@@ -40,12 +40,6 @@ def grid(ax, values, *, colours=None, numbers: bool = False, title: str = "", si
     ax.axis("off")
 
 
-def blank(ax, width: float, height: float) -> None:
-    """An empty page of a given size for boxes and arrows."""
-    ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
-    ax.axis("off")
-
-
 def box(ax, x: float, y: float, text: str, *, w: float = 1.6, h: float = 0.8, colour: str = "#e8eef5", fontsize: float = 8.5) -> None:
     """A rectangle with words, its centre at x, y."""
     ax.add_patch(Rectangle((x - w / 2, y - h / 2), w, h, facecolor=colour, edgecolor=INK, lw=0.8))

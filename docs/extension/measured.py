@@ -1,7 +1,6 @@
 """What the build measures for an operator's page: the error of every form, the kit's report, the docstring's example."""
 
 import contextlib
-import doctest
 import inspect
 import io
 import re
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import refimpl
 from refimpl.conformance.cases import parameters
 from refimpl.conformance.precision import precision, rounded
 from refimpl.conformance.truth import tolerance, truth
@@ -94,18 +92,3 @@ def run(code: str) -> str:
     with contextlib.redirect_stdout(out):
         exec(compile(code, "<documentation>", "exec"), {"__name__": "documentation"})
     return re.sub(r"\d+\.\d s\b", "0.3 s", out.getvalue()).rstrip()
-
-
-def check_example(op: Op, example: str) -> None:
-    """Run an operator's docstring example.
-
-    Raises
-    ------
-    ValueError
-        If it prints something else than it says.
-    """
-    namespace = {**vars(__import__(op.definition.__module__, fromlist=["_"])), "np": np, "refimpl": refimpl}
-    test = doctest.DocTestParser().get_doctest(example, namespace, op.name, None, 0)
-    out = io.StringIO()
-    if doctest.DocTestRunner(verbose=False).run(test, out=out.write).failed:
-        raise ValueError(f"example of {op.name}: {out.getvalue()}")

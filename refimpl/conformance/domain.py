@@ -18,6 +18,8 @@ class multiple_of:
     def nearest(self, size: int) -> int:
         return max(self.factor, -(-size // self.factor) * self.factor)
 
+ALIKE = (("e", "d"), ("Hq", "Hkv"))  # sizes that a kernel may want to be the same
+
 
 class Domain:
     """What a candidate supports.

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.conformance.cases import Case, default_sizes, parameters
+from refimpl.conformance.domain import ALIKE
 from refimpl.conformance.report import Report, Result
 from refimpl.conformance.traits import COMPLEX
 from refimpl.op import Op
@@ -22,7 +23,6 @@ FEW = 0.1  # of all calls that no rule sets aside
 EXCEPTIONS = 0.15  # of the refused calls that a rule of one feature covers
 _PAIRS_NEED = 4  # refused calls that a rule of two must cover, lest it be found by chance
 _RULES = 8  # rules of two, likewise
-_ALIKE = (("e", "d"), ("Hq", "Hkv"))
 
 
 def features(op: Op, case: Case, call: dict[str, Any], unusual: tuple[str, ...]) -> tuple[str, ...]:
@@ -44,7 +44,7 @@ def features(op: Op, case: Case, call: dict[str, Any], unusual: tuple[str, ...])
     for a, b in itertools.combinations(op.lengths, 2):
         if sizes.get(a) != sizes.get(b):
             found.append(f"{a} {'<' if sizes[a] < sizes[b] else '>'} {b}")
-    found += [f"{a} other than {b}" for a, b in _ALIKE if a in sizes and b in sizes and sizes[a] != sizes[b]]
+    found += [f"{a} other than {b}" for a, b in ALIKE if a in sizes and b in sizes and sizes[a] != sizes[b]]
     return tuple(dict.fromkeys([*found, *(["strides"] if case.view != "contiguous" else [])]))
 
 

@@ -4,6 +4,7 @@
 what is expected of it. A deviation that its authors document is expected, with the reason; anything else is news.
 """
 
+import datetime
 import functools
 import importlib
 import importlib.metadata
@@ -114,7 +115,7 @@ class Row:
         return self.verdict in (self.expected, "not installed")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"as_expected": self.as_expected}
+        return asdict(self) | {"as_expected": self.as_expected, "date": datetime.date.today().isoformat()}
 
 
 def survey(

@@ -11,6 +11,7 @@ import numpy as np
 from refimpl.conformance import gates, truth
 from refimpl.conformance.cases import Case, cases, default_sizes, repeated
 from refimpl.conformance.diagnosis import Evidence
+from refimpl.conformance.domain import ALIKE
 from refimpl.conformance.invoke import Answer
 from refimpl.conformance.pictures import ulps
 from refimpl.conformance.precision import Precision, rounded
@@ -21,7 +22,6 @@ from refimpl.conformance.traits import COMPLEX, empty, real_parts, traits
 from refimpl.conformance.trial import Trial, trouble
 
 Job = tuple[str, Callable[[], Any]]
-_PAIRS = (("e", "d"), ("Hq", "Hkv"))  # sizes that a kernel may want to be the same
 
 
 def settle(trial: Trial, to: Precision) -> None:
@@ -30,7 +30,7 @@ def settle(trial: Trial, to: Precision) -> None:
     if layout is not None and "b" in layout.order:
         domain.batch_rank = 1
     ranks = (0, 1, 2) if domain.batch is None and domain.batch_rank is None and "batch" in sizes else (None,)
-    pairs = [pair for pair in _PAIRS if set(pair) <= set(sizes) and pair[0] not in domain.sizes]
+    pairs = [pair for pair in ALIKE if set(pair) <= set(sizes) and pair[0] not in domain.sizes]
     equalities = [some for count in range(len(pairs) + 1) for some in itertools.combinations(pairs, count)]
     combo = {name: values[0] for name, values in trial.factors().items()}
     for equal, rank in itertools.product(equalities, ranks):
