@@ -30,9 +30,9 @@ def _key(row):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chapter", _chapters())
-def test_every_instance_compiles_without_spills_and_as_the_table_says(chapter):
-    """`python -m refimpl.gpu.compile -o docs/gpu_resources.json` writes the table; its numbers hold for the compiler that it names."""
-    from refimpl.gpu.compile import compiler, table
+def test_every_instance_compiles_without_spills_and_about_as_the_table_says(chapter):
+    """`python -m refimpl.gpu.compile -o docs/gpu_resources.json` writes the table; its numbers are one machine's."""
+    from refimpl.gpu.compile import table
     from refimpl.gpu.launch import kernels
 
     instances = kernels()[chapter]
@@ -44,14 +44,14 @@ def test_every_instance_compiles_without_spills_and_as_the_table_says(chapter):
         if r["spilled bytes"] and r["kernel"] not in allowed
     ]
     assert not spilling, "kernels keep registers in local memory:\n" + "\n".join(spilling)
-    kept = json.loads(TABLE.read_text(encoding="utf-8"))
-    known = {_key(r): r for r in kept["kernels"]}
+    known = {_key(r): r for r in json.loads(TABLE.read_text(encoding="utf-8"))["kernels"]}
     assert {_key(r) for r in rows} <= set(known), "write docs/gpu_resources.json anew"
-    if kept["compiler"] == compiler():
-        for row in rows:  # the compiler pads shared memory now one way, now another
-            was = known[_key(row)]
-            assert abs(row["registers"] - was["registers"]) <= 2, f"write docs/gpu_resources.json anew: {row}, was {was}"
-            assert abs(row["static shared bytes"] - was["static shared bytes"]) <= 64, f"write docs/gpu_resources.json anew: {row}, was {was}"
+    # The same compiler allots a few registers more or less on another machine, and pads shared memory now one way, now another:
+    # only what would cost a block of a multiprocessor is a change.
+    for row in rows:
+        was = known[_key(row)]
+        assert row["registers"] <= max(was["registers"] * 9 / 8, was["registers"] + 8), f"write docs/gpu_resources.json anew: {row}, was {was}"
+        assert row["static shared bytes"] <= was["static shared bytes"] * 9 / 8 + 256, f"write docs/gpu_resources.json anew: {row}, was {was}"
 
 
 @pytest.mark.thorough
