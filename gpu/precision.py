@@ -2,7 +2,7 @@
 
 import cupy as cp
 
-from refimpl.core.contract import HALF
+from refimpl.core.dtypes import HALF
 
 
 def widened(*arrays):

@@ -7,7 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import broadcastable_shapes, mutually_broadcastable_shapes
 
-from refimpl.core.contract import Contract, Shape, one_of, positive_int, tuple_of, unbroadcast
+from refimpl.core.contract import Contract, tuple_of
+from refimpl.core.dtypes import unbroadcast
+from refimpl.core.options import one_of, positive_int
+from refimpl.core.shapes import Shape
 
 FAST = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 SUM = Contract(

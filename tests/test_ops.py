@@ -24,7 +24,7 @@ from refimpl.catalogue import chapter_of, chapters, public_names
 from refimpl.conformance.cases import Support, choose, draw, factors, pairwise, parameters
 from refimpl.conformance.domain import Domain
 from refimpl.conformance.precision import precision, rounded, widened
-from refimpl.core.contract import HALF
+from refimpl.core.dtypes import HALF
 
 OPS = refimpl.OPS
 FORMS = [(name, form) for name, op in OPS.items() for form in op.forms]

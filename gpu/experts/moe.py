@@ -11,7 +11,7 @@ from refimpl.gpu.grouped import KERNELS as _GROUPED
 from refimpl.gpu.grouped import Groups, places
 from refimpl.gpu.precision import widened
 
-from refimpl.core.contract import HALF
+from refimpl.core.dtypes import HALF
 from refimpl.ops.experts.moe import ACTIVATIONS, CONTRACT
 
 KERNELS = (*_ROUTE, *_GROUPED)

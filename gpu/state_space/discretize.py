@@ -12,7 +12,7 @@ import numpy as np
 from refimpl.gpu import mirror
 from refimpl.gpu.precision import widened
 
-from refimpl.core.contract import one_of
+from refimpl.core.options import one_of
 from refimpl.ops.state_space.discretize import CONTRACT, IMPLICITNESS, METHODS
 
 KERNELS = ()

@@ -4,7 +4,7 @@ import cupy as cp
 from refimpl.gpu import mirror
 from refimpl.gpu.precision import widened
 
-from refimpl.core.contract import one_of
+from refimpl.core.options import one_of
 from refimpl.ops.state_space.discretize_diagonal import CONTRACT, IMPLICITNESS, METHODS
 
 KERNELS = ()

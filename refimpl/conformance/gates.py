@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.conformance.precision import Precision
-from refimpl.core.contract import real_dtype
+from refimpl.core.dtypes import real_dtype
 
 PEERS_FACTOR = 4.0  # G2: RMS error of a slice over the worst of the ensemble's
 BIAS_FLOOR = 0.3  # G3: in roundoffs of the result; a factor of 1.002 is 0.51 of bfloat16's

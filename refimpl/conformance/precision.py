@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refimpl.core.contract import HALF, Contract
+from refimpl.core.contract import Contract
+from refimpl.core.dtypes import HALF
 
 
 @dataclass(frozen=True)

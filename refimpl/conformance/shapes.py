@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.core.contract import Array, Shape
+from refimpl.core.shapes import Array, Shape
 from refimpl.op import Op
 
 

@@ -38,71 +38,10 @@ from typing import Any
 
 import numpy as np
 
-HALF = frozenset(
-    {"float16", "bfloat16", "float8_e4m3", "float8_e4m3fn", "float8_e4m3b11fnuz", "float8_e4m3fnuz", "float8_e5m2"}
-    | {"float8_e5m2fnuz", "float8_e3m4", "float8_e8m0fnu", "float6_e2m3fn", "float6_e3m2fn", "float4_e2m1fn"}
-)
+from refimpl.core.dtypes import HALF, cast, common, is_array, like_argument, owned, real_dtype, rounded
+from refimpl.core.shapes import Array, Shape, lengths_of, misfit
+
 _PYTHON_SCALARS = (bool, int, float, complex)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One alternative of an argument's shape: ``(..., H?, T, d)``."""
-
-    axes: tuple[str, ...]
-    batched: bool
-
-    @classmethod
-    def parse(cls, text: str) -> "Shape":
-        axes = tuple(a.strip() for a in text.strip().removeprefix("(").removesuffix(")").split(",") if a.strip())
-        batched = bool(axes) and axes[0] == "..."
-        return cls(axes[1:] if batched else axes, batched)
-
-    @property
-    def heads(self) -> int | None:
-        """Position from the end of the optional head axis, or None."""
-        marked = [i - len(self.axes) for i, a in enumerate(self.axes) if a.endswith("?")]
-        return marked[0] if marked else None
-
-    @property
-    def letters(self) -> set[str]:
-        """The sizes that it speaks of."""
-        return {a.rstrip("?").partition("-")[0] for a in self.axes} - {a for a in self.axes if a.isdigit()}
-
-    def __str__(self) -> str:
-        names = [a.rstrip("?") for a in self.axes]
-        return "(" + ", ".join((["..."] if self.batched else []) + names) + ("," if len(names) == 1 and not self.batched else "") + ")"
-
-
-@dataclass(frozen=True)
-class Array:
-    """An argument or a result: name, kind, and the alternatives of its shape; of a tuple of arrays, the letter of their number."""
-
-    name: str
-    kind: str
-    shapes: tuple[Shape, ...]
-    count: str = ""
-
-    @classmethod
-    def parse(cls, text: str) -> "Array":
-        match = re.fullmatch(r"\s*([\w.]+)(?:\[(\w+)\])?(?::(\w+))?\s*(\(.*\))\s*", text)
-        if match is None:
-            raise ValueError(f"contract: cannot read {text!r}")
-        name, count, kind, shapes = match.groups()
-        return cls(name, kind or "number", tuple(Shape.parse(s) for s in shapes.split("|")), count or "")
-
-    @property
-    def argument(self) -> str:
-        """The argument that it is, or is a part of: ``gates`` of ``gates[0]``, ``state`` of ``state.C``."""
-        return re.split(r"[.\[]", self.name)[0]
-
-    def part(self, i: int) -> "Array":
-        """One array of a tuple."""
-        return Array(f"{self.name}[{i}]", self.kind, self.shapes)
-
-    def __str__(self) -> str:
-        many = f"{self.count} arrays " if self.count else ""
-        return f"{self.name} {many}{' or '.join(map(str, self.shapes))}"
 
 
 @dataclass
@@ -201,7 +140,7 @@ class Contract:
     def result_shapes(self, sizes: Mapping[str, int], batch: tuple[int, ...], one_head=False) -> list[tuple[int, ...]]:
         """Shapes of the results (states excepted) for given sizes: of alternatives, the first whose letters all have one."""
         chosen = [next((s for s in r.shapes if s.letters <= sizes.keys()), r.shapes[0]) for r in self.results]
-        return [_expected(shape, sizes, batch, drop_heads=one_head) for shape in chosen]
+        return [lengths_of(shape, sizes, batch, drop_heads=one_head) for shape in chosen]
 
     def entries(self, call: Mapping[str, Any]) -> Iterator[tuple[Array, np.ndarray, Callable[[Any], dict]]]:
         """Every array of a call that is no state, the parts of a tuple each; with a function that puts another in its place."""
@@ -283,7 +222,7 @@ class Contract:
         arguments = {k: (v.item() if isinstance(v, np.generic) and not isinstance(v, np.longdouble) else v) for k, v in bound.items()}
         given = self._given(arguments)
         strong = [a for name, (array, a, weak) in given.items() if not weak and array.kind in ("number", "real") and array.argument != "state"]
-        compute, out = _precision(strong)
+        compute, out = common(strong)
         work = out if half and out is not None and out.name in HALF else compute
         sizes: dict[str, tuple[int, str]] = {}
         normal, batches, one_head = {}, {}, False
@@ -298,7 +237,7 @@ class Contract:
             layout[name.partition("[")[0]] = tuple(a.rstrip("?") for a in shape.axes if not (inserted and a.endswith("?")))
             if shape.batched:
                 batches[name] = value.shape[: value.ndim - len(shape.axes)]
-            normal[name] = value if partial else _cast(value, array, compute if array in self.states else work)
+            normal[name] = value if partial else cast(value, array, compute if array in self.states else work)
         batch = self._broadcast(batches)
         plain = {k: v[0] for k, v in sizes.items()}
         self._apply_rules(plain)
@@ -356,7 +295,7 @@ class Contract:
 
     def _array(self, array: Array, value) -> np.ndarray:
         try:
-            value = value if _is_array(value) else np.asarray(value)
+            value = value if is_array(value) else np.asarray(value)
         except Exception as error:
             raise TypeError(f"{self.name}: {array.name} must be an array, got {type(value).__name__} ({error})") from None
         kind = value.dtype.kind
@@ -380,7 +319,7 @@ class Contract:
             k, inserted = len(shape.axes), False
             if shape.heads is not None and (one_head or first_rank is None) and value.ndim == k - 1:
                 value, inserted = np.expand_dims(value, value.ndim + 1 + shape.heads), True
-            mismatch = _match(shape, value.shape[value.ndim - k :], sizes, array.name)
+            mismatch = misfit(shape, value.shape[value.ndim - k :], sizes, array.name)
             if mismatch is None:
                 return value, shape, inserted
             reasons.append(mismatch)
@@ -429,8 +368,8 @@ class Contract:
         several = isinstance(result, tuple) and not hasattr(result, "_fields")
         outputs = list(result) if several else [result]
         state: Any = outputs.pop() if has_state else None
-        outputs = [self._squeeze(_round(o, seen.out), r, seen) for o, r in zip(outputs, self.results, strict=False)] + [
-            _round(o, seen.out) for o in outputs[len(self.results) :]
+        outputs = [self._squeeze(rounded(o, seen.out), r, seen) for o, r in zip(outputs, self.results, strict=False)] + [
+            rounded(o, seen.out) for o in outputs[len(self.results) :]
         ]
         if has_state:
             if hasattr(state, "_fields"):
@@ -438,13 +377,13 @@ class Contract:
             elif self.states:
                 state = self._squeeze(state, self.states[0], seen)
             outputs.append(state)
-        outputs = [_own(o, seen.original.values()) for o in outputs]
+        outputs = [owned(o, seen.original.values()) for o in outputs]
         return tuple(outputs) if several else outputs[0]
 
     @staticmethod
     def _squeeze(value, array: Array, seen: _Call):
         heads = array.shapes[0].heads
-        return np.squeeze(value, heads) if seen.one_head and heads is not None and _is_array(value) else value
+        return np.squeeze(value, heads) if seen.one_head and heads is not None and is_array(value) else value
 
     def _cotangent(self, dy, seen: _Call):
         several = isinstance(dy, tuple)
@@ -463,7 +402,7 @@ class Contract:
                 raise ValueError(f"{self.name}: {name} must have the result's shape {shape}, got {part.shape}")
             if seen.one_head and array.shapes[0].heads is not None:
                 part = np.expand_dims(part, part.ndim + 1 + array.shapes[0].heads)
-            out.append(_cast(part, array, seen.work))
+            out.append(cast(part, array, seen.work))
         return tuple(out) if several else out[0]
 
     def _cotangent_state(self, dstate, seen: _Call):
@@ -477,15 +416,15 @@ class Contract:
             shape = array.shapes[0]
             if value is None:
                 like = next(iter(seen.original.values()))
-                value = np.zeros_like(like, shape=_expected(shape, seen.sizes, seen.batch), dtype=seen.compute or object)
+                value = np.zeros_like(like, shape=lengths_of(shape, seen.sizes, seen.batch), dtype=seen.compute or object)
             else:
                 value = self._array(Array(f"d{array.name}", "number", array.shapes), value)
-                expected = _expected(shape, seen.sizes, seen.batch, drop_heads=seen.one_head)
+                expected = lengths_of(shape, seen.sizes, seen.batch, drop_heads=seen.one_head)
                 if value.shape != expected:
                     raise ValueError(f"{self.name}: d{array.name} must have the state's shape {expected}, got {value.shape}")
                 if seen.one_head and shape.heads is not None:
                     value = np.expand_dims(value, value.ndim + 1 + shape.heads)
-            out.append(_cast(value, array, seen.compute))
+            out.append(cast(value, array, seen.compute))
         if not isinstance(dstate, tuple):
             return out[0]
         return type(dstate)(*out) if hasattr(dstate, "_fields") else tuple(out)
@@ -497,117 +436,15 @@ class Contract:
                 continue
             if name == "state" and isinstance(g, tuple):
                 normal, original = seen.arguments["state"], [seen.original[s.name] for s in self.states]
-                given[name] = _tuple_like(normal, [_like(v, n, o) for v, n, o in zip(g, normal, original, strict=True)])
+                given[name] = _tuple_like(normal, [like_argument(v, n, o) for v, n, o in zip(g, normal, original, strict=True)])
             elif name in seen.original:
-                given[name] = _like(g, seen.arguments[name], seen.original[name])
+                given[name] = like_argument(g, seen.arguments[name], seen.original[name])
             elif isinstance(seen.arguments[name], tuple):
                 normal, original = seen.arguments[name], [seen.original[f"{name}[{i}]"] for i in range(len(g))]
-                given[name] = _tuple_like(normal, [_like(v, n, o) for v, n, o in zip(g, normal, original, strict=True)])
+                given[name] = _tuple_like(normal, [like_argument(v, n, o) for v, n, o in zip(g, normal, original, strict=True)])
             else:
                 given[name] = g
         return given
-
-
-def _is_array(value) -> bool:
-    """Whether a value is an array of NumPy, or one that answers to NumPy's functions (CuPy's)."""
-    return isinstance(value, np.ndarray) or (hasattr(value, "__array_function__") and hasattr(value, "dtype"))
-
-
-def real_dtype(dtype) -> np.dtype:
-    """The real counterpart of a dtype: float32 of complex64."""
-    dtype = np.dtype(dtype)
-    return np.empty(0, dtype).real.dtype if dtype.kind == "c" else dtype
-
-
-def unbroadcast(gradient: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Sum a gradient over the axes along which its argument, of `shape`, was broadcast (or spread a smaller one)."""
-    if gradient.shape == shape:
-        return gradient
-    extra = gradient.ndim - len(shape)
-    if extra > 0:
-        gradient = gradient.sum(axis=tuple(range(extra)))
-    axes = tuple(i for i, (g, s) in enumerate(zip(gradient.shape, shape, strict=True)) if s == 1 and g != 1)
-    return gradient.sum(axis=axes, keepdims=True) if axes else gradient
-
-
-def _precision(arrays: list[np.ndarray]) -> tuple[np.dtype | None, np.dtype | None]:
-    """(compute, out) dtypes: halves compute in float32, and are given back only if there is one kind of them."""
-    if any(a.dtype.kind == "O" for a in arrays):
-        return None, None
-    dtypes = {a.dtype for a in arrays if a.dtype.kind in "fc" or a.dtype.name in HALF}
-    if not dtypes:
-        return np.dtype(np.float64), np.dtype(np.float64)
-    wide = [np.dtype(np.float32) if d.name in HALF else d for d in dtypes]
-    compute = np.result_type(*wide)
-    only_half = len(dtypes) == 1 and next(iter(dtypes)).name in HALF
-    return compute, next(iter(dtypes)) if only_half else compute
-
-
-def _cast(value: np.ndarray, array: Array, compute: np.dtype | None) -> np.ndarray:
-    if compute is None or array.kind not in ("number", "real", "free") or value.dtype.kind == "O":
-        return value
-    if array.kind == "free" and value.dtype.kind in "iu":
-        return value
-    complex_value = value.dtype.kind == "c"
-    target = np.result_type(compute, np.complex64) if complex_value else real_dtype(compute)
-    return value if value.dtype == target else value.astype(target, copy=False)  # CuPy copies bfloat16 to bfloat16
-
-
-def _round(value, out: np.dtype | None):
-    if out is None or out.name not in HALF or not _is_array(value) or value.dtype.kind != "f":
-        return value
-    return value.astype(out)
-
-
-def _own(value, given):
-    """The result itself, or a copy where it is (part of) an argument: a state handed through must not be the caller's."""
-    if isinstance(value, tuple):
-        return type(value)(*(_own(v, given) for v in value)) if hasattr(value, "_fields") else tuple(_own(v, given) for v in value)
-    on_host = isinstance(value, np.ndarray)
-    shared = _is_array(value) and any(isinstance(g, np.ndarray) == on_host and np.may_share_memory(value, g) for g in given)
-    return value.copy() if shared else value
-
-
-def _like(gradient, normal: np.ndarray, original: np.ndarray) -> np.ndarray:
-    gradient = unbroadcast(np.broadcast_to(gradient, np.broadcast_shapes(np.shape(gradient), normal.shape)), normal.shape)
-    gradient = gradient.reshape(original.shape)
-    if original.dtype.kind == "O" or gradient.dtype.kind == "O":
-        return gradient.real if np.iscomplexobj(gradient) and not np.iscomplexobj(original) else gradient
-    if original.dtype.kind != "c" and gradient.dtype.kind == "c":
-        gradient = gradient.real
-    floating = original.dtype.kind in "fc" or original.dtype.name in HALF
-    if isinstance(gradient, np.ndarray) or gradient.dtype != original.dtype:  # a copy on the host; on a device it costs as much as the work
-        return gradient.astype(original.dtype) if floating else gradient
-    return gradient
-
-
-def _match(shape: Shape, actual: tuple[int, ...], sizes: dict, name: str) -> str | None:
-    """None if sizes agree (and are then recorded), else the reason."""
-    found: dict[str, tuple[int, str]] = {}
-    for axis, size in zip(shape.axes, actual, strict=True):
-        axis = axis.rstrip("?")
-        letter, _, less = axis.partition("-")
-        if axis.isdigit():
-            if size != int(axis):
-                return f"an axis of {axis} is {size}"
-            continue
-        value = size + int(less or 0)
-        known, origin = found.get(letter) or sizes.get(letter) or (value, name)
-        if known != value:
-            return f"{axis} = {known - int(less or 0)} from {origin}, got {size}"
-        found[letter] = (value, origin)
-    sizes.update({k: v for k, v in found.items() if k not in sizes})
-    return None
-
-
-def _expected(shape: Shape, sizes: Mapping[str, int], batch: tuple[int, ...], drop_heads=False) -> tuple[int, ...]:
-    axes = []
-    for axis in shape.axes:
-        if axis.endswith("?") and drop_heads:
-            continue
-        letter, _, less = axis.rstrip("?").partition("-")
-        axes.append(int(letter) if letter.isdigit() else sizes[letter] - int(less or 0))
-    return (*(batch if shape.batched else ()), *axes)
 
 
 def _tuple_like(state: tuple, parts: list) -> tuple:
@@ -627,23 +464,4 @@ def tuple_of(name: str, arrays) -> tuple:
 
 
 def _describe(value) -> str:
-    return f"shape {value.shape}" if _is_array(value) else type(value).__name__
-
-
-def one_of(operator: str, argument: str, value, choices):
-    """Raise ValueError unless an option has one of its values."""
-    if value not in choices:
-        raise ValueError(f"{operator}: {argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def positive_int(operator: str, argument: str, value):
-    """Raise ValueError unless an option (a block size, say) is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{operator}: {argument} must be an integer of at least 1, got {value!r}")
-
-
-def at_least_zero(operator: str, argument: str, value):
-    """Raise ValueError unless an option (an epsilon, say) is a finite real number of at least 0."""
-    real = isinstance(value, int | float | np.floating | np.integer) and not isinstance(value, bool)
-    if not real or not 0 <= value < np.inf:
-        raise ValueError(f"{operator}: {argument} must be a finite number of at least 0, got {value!r}")
+    return f"shape {value.shape}" if is_array(value) else type(value).__name__

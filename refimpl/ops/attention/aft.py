@@ -29,9 +29,10 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import Contract, positive_int
+from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import finite_or_zero, masked_matmul, sigmoid
+from refimpl.core.options import positive_int
 from refimpl.op import Cost, Form, Op
 from refimpl.ops.attention.aft_shared import as_data, bound, checked, hard, laws, mean, sample_qkv, scores, vjp
 from refimpl.ops.attention.weighted_mean import weights

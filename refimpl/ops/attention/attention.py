@@ -45,9 +45,11 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import Contract, positive_int, unbroadcast
+from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
+from refimpl.core.dtypes import unbroadcast
 from refimpl.core.numerics import finite_or_zero, masked_matmul, tanh_derivative
+from refimpl.core.options import positive_int
 from refimpl.core.parallel import over_threads
 from refimpl.op import Cost, Form, Op
 from refimpl.ops.attention.attention_bound import bound
@@ -56,9 +58,7 @@ from refimpl.ops.attention.attention_laws import attention_laws
 from refimpl.ops.attention.attention_pairs import blocks, check_options, cotangents, join, prepare, products, scores, seen_blocks, tile
 
 __all__ = ["attention_tiled_vjp", "merge_by_lse"]
-
 _MAP = "(..., Hq?, n, m) | (..., 1, n, m) | (..., Hq, 1, m) | (..., 1, 1, m) | (..., Hq, n, 1) | (..., 1, n, 1) | (n, m) | (1, m) | (n, 1)"
-
 
 CONTRACT = Contract(
     "attention",

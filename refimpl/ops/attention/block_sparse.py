@@ -22,9 +22,9 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import positive_int
 from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import masked_matmul
+from refimpl.core.options import positive_int
 from refimpl.op import Cost, Form
 from refimpl.ops.attention import attention as chapter
 from refimpl.ops.attention.masks import block_map

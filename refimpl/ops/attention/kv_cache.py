@@ -34,7 +34,7 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import positive_int
+from refimpl.core.options import positive_int
 
 __all__ = ["KVCache"]
 

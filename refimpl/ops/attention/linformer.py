@@ -25,9 +25,10 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import Contract, positive_int
+from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import constant, sqrt_of
+from refimpl.core.options import positive_int
 from refimpl.laws import linear
 from refimpl.op import Cost, Form, Law, Op
 from refimpl.ops.attention.weighted_mean import growth, mean_error, weights, weights_vjp

@@ -31,9 +31,10 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import Contract, one_of, positive_int
+from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import constant, finite_or_zero, masked_matmul, sqrt_of
+from refimpl.core.options import one_of, positive_int
 from refimpl.op import Cost, Form, Law, Op
 from refimpl.ops.attention.attention import merge_by_lse
 from refimpl.ops.attention.weighted_mean import mean_error

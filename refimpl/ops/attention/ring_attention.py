@@ -26,8 +26,9 @@ import itertools
 
 import numpy as np
 
-from refimpl.core.contract import HALF, positive_int
 from refimpl.core.costs import log2_ceil
+from refimpl.core.dtypes import HALF
+from refimpl.core.options import positive_int
 from refimpl.op import Cost, Form
 from refimpl.ops.attention import attention as chapter
 

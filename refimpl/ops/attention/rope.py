@@ -31,9 +31,10 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import Contract, one_of
+from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import constant
+from refimpl.core.options import one_of
 from refimpl.laws import linear
 from refimpl.op import Cost, Form, Law, Op
 

@@ -26,8 +26,9 @@ References
 import numpy as np
 
 from refimpl.core import numerics
-from refimpl.core.contract import Contract, one_of
+from refimpl.core.contract import Contract
 from refimpl.core.numerics import pi_of, sigmoid, silu_derivative
+from refimpl.core.options import one_of
 from refimpl.op import Cost, Form, Law, Op
 
 _GELUS = ("none", "tanh")

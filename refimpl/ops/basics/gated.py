@@ -19,8 +19,9 @@ References
 import numpy as np
 
 from refimpl.core import numerics
-from refimpl.core.contract import Contract, one_of
+from refimpl.core.contract import Contract
 from refimpl.core.numerics import silu_derivative
+from refimpl.core.options import one_of
 from refimpl.op import Cost, Form, Law, Op
 from refimpl.ops.basics.activations import gelu, gelu_bound, gelu_vjp, silu_bound
 

@@ -23,9 +23,10 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import Contract, at_least_zero
+from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import constant, silu, silu_derivative
+from refimpl.core.options import at_least_zero
 from refimpl.op import Cost, Form, Law, Op
 
 CONTRACT = Contract(

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from refimpl.core.contract import one_of
+from refimpl.core.options import one_of
 
 ORDERS = ("topk_softmax", "softmax_topk", "sigmoid")
 

@@ -22,9 +22,10 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import Contract, positive_int
+from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import softmax
+from refimpl.core.options import positive_int
 from refimpl.op import Cost, Form, Law, Op
 from refimpl.ops.experts.choice import spread
 

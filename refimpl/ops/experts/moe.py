@@ -32,9 +32,10 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import Contract, one_of, positive_int
+from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import gelu, gelu_derivative, silu, silu_derivative
+from refimpl.core.options import one_of, positive_int
 from refimpl.core.parallel import over_threads
 from refimpl.op import Cost, Form, Op
 from refimpl.ops.experts.choice import ORDERS, check_choice

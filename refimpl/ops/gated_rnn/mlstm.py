@@ -40,9 +40,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refimpl.core.contract import Contract, one_of, positive_int
+from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import constant, finite_or_zero, gate_exponents, log_sigmoid, masked_matmul, sigmoid, sqrt_of
+from refimpl.core.options import one_of, positive_int
 from refimpl.core.parallel import over_threads
 from refimpl.laws import causal, hand_off
 from refimpl.op import Cost, Form, Op

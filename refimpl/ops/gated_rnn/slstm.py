@@ -33,9 +33,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refimpl.core.contract import Contract, one_of
+from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import finite_or_zero, log_sigmoid, sigmoid, tanh_derivative
+from refimpl.core.options import one_of
 from refimpl.core.propagation import Propagation
 from refimpl.laws import causal, hand_off
 from refimpl.op import Cost, Form, Law, Op

@@ -52,10 +52,10 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import positive_int
 from refimpl.core.costs import log2_ceil
 from refimpl.core.linalg import solve_unit_lower
 from refimpl.core.numerics import gate_exponents, masked_matmul, times_exp
+from refimpl.core.options import positive_int
 from refimpl.core.parallel import over_threads
 from refimpl.laws import causal, hand_off, linear
 from refimpl.op import Cost, Form, Op

@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from refimpl.core.contract import Contract, one_of
+from refimpl.core.contract import Contract
 from refimpl.core.numerics import constant, sqrt_of
+from refimpl.core.options import one_of
 from refimpl.ops.linear_attention.feature_maps import MAPS, feature_map_of, width
 
 

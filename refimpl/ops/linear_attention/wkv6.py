@@ -30,9 +30,10 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import Contract, positive_int
+from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import masked_matmul, times_exp
+from refimpl.core.options import positive_int
 from refimpl.laws import causal, hand_off, linear
 from refimpl.op import Cost, Form, Law, Op
 from refimpl.ops.linear_attention.channel_decay import aligned, chunks, fading, hidden, kept, matched

@@ -33,10 +33,11 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import Contract, positive_int
+from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
 from refimpl.core.linalg import solve_unit_lower
 from refimpl.core.numerics import masked_matmul, times_exp
+from refimpl.core.options import positive_int
 from refimpl.laws import causal, hand_off, linear
 from refimpl.op import Cost, Form, Law, Op
 from refimpl.ops.linear_attention.channel_decay import aligned, chunks, fading, hidden, kept, matched

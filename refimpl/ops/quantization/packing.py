@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refimpl.core.contract import one_of
+from refimpl.core.options import one_of
 from refimpl.ops.quantization.ternary import absmax_quantize, binary_quantize, ternary_quantize
 
 __all__ = ["PackedWeights", "bitlinear_packed", "pack_ternary", "pack_weights", "unpack_ternary"]

@@ -25,9 +25,10 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import Contract, one_of
+from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import silu, silu_derivative
+from refimpl.core.options import one_of
 from refimpl.laws import causal, hand_off
 from refimpl.op import Cost, Form, Law, Op
 

@@ -36,8 +36,9 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import Contract, one_of
+from refimpl.core.contract import Contract
 from refimpl.core.costs import fft_depth, fft_work, log2_ceil, taps
+from refimpl.core.options import one_of
 from refimpl.laws import causal, linear, time_invariant
 from refimpl.op import Cost, Form, Op
 from refimpl.ops.recurrence.long_conv import error_bound as convolution_bound

@@ -30,8 +30,9 @@ References
 import numpy as np
 import scipy.fft
 
-from refimpl.core.contract import Contract, positive_int
+from refimpl.core.contract import Contract
 from refimpl.core.costs import fft_depth, fft_work, log2_ceil
+from refimpl.core.options import positive_int
 from refimpl.laws import causal, hand_off, linear, time_invariant
 from refimpl.op import Cost, Form, Law, Op
 

@@ -33,8 +33,9 @@ import math
 
 import numpy as np
 
-from refimpl.core.contract import Contract, positive_int
+from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
+from refimpl.core.options import positive_int
 from refimpl.laws import linear
 from refimpl.op import Cost, Form, Op
 

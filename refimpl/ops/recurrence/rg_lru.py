@@ -28,7 +28,8 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import Contract, positive_int
+from refimpl.core.contract import Contract
+from refimpl.core.options import positive_int
 from refimpl.laws import causal, hand_off, linear
 from refimpl.op import Cost, Form, Law, Op
 from refimpl.ops.recurrence import linear_recurrence as lr

@@ -41,8 +41,9 @@ References
 import numpy as np
 
 from refimpl.core import linalg
-from refimpl.core.contract import Contract, one_of
+from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
+from refimpl.core.options import one_of
 from refimpl.op import Cost, Form, Op
 from refimpl.ops.state_space.discretization_laws import contraction, linear_in_b, semigroup, small_step, time_scale
 

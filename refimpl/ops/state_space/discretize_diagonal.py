@@ -30,9 +30,10 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import Contract, one_of
+from refimpl.core.contract import Contract
 from refimpl.core.linalg import exp_and_phi1, halved, squarings
 from refimpl.core.numerics import phi1, phi1_derivative
+from refimpl.core.options import one_of
 from refimpl.op import Cost, Form, Op
 from refimpl.ops.state_space.discretization_laws import contraction, linear_in_b, semigroup, small_step, time_scale
 from refimpl.ops.state_space.discretize import IMPLICITNESS, METHODS

@@ -54,7 +54,7 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import one_of, positive_int
+from refimpl.core.options import one_of, positive_int
 
 __all__ = ["hippo", "nplr"]
 

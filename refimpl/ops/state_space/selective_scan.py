@@ -41,9 +41,10 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import Contract, one_of, positive_int
+from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import sigmoid, silu, silu_derivative, softplus
+from refimpl.core.options import one_of, positive_int
 from refimpl.core.parallel import over_threads
 from refimpl.laws import causal, hand_off, linear
 from refimpl.op import Cost, Form, Op

@@ -44,9 +44,10 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import Contract, one_of, positive_int
+from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import constant, gate_exponents, masked_matmul, sigmoid, silu, silu_derivative, softplus
+from refimpl.core.options import one_of, positive_int
 from refimpl.core.parallel import over_threads
 from refimpl.laws import causal, hand_off, linear
 from refimpl.op import Cost, Form, Op

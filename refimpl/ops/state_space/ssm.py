@@ -40,8 +40,9 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import Contract, one_of
+from refimpl.core.contract import Contract
 from refimpl.core.costs import fft_depth, fft_work, log2_ceil
+from refimpl.core.options import one_of
 from refimpl.laws import causal, hand_off, linear, time_invariant
 from refimpl.op import Cost, Form, Law, Op
 from refimpl.ops.recurrence.long_conv import long_conv_fft

@@ -29,8 +29,9 @@ References
 
 import numpy as np
 
-from refimpl.core.contract import Contract, one_of
+from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
+from refimpl.core.options import one_of
 from refimpl.laws import linear
 from refimpl.op import Cost, Form, Law, Op
 from refimpl.ops.state_space import ssm_system
