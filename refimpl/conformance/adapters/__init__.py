@@ -1,0 +1,54 @@
+"""Well-known signatures, turned into the contract's.
+
+An adapter takes a function with a published signature and returns one that `refimpl.check` can call: it moves axes, says
+the contract's names, and translates conventions that both sides document (where a mask starts, how a state is scaled).
+It never repairs a result. What a signature cannot express, its adapter leaves out of its own, or refuses with
+NotImplementedError: not applicable, and counted as such.
+
+    refimpl.check("attention", refimpl.adapters.flash_attn(my_kernel), framework="torch", device="cuda", dtypes=["bfloat16"])
+
+`refimpl.conformance.survey` holds the public functions themselves against the reference by these.
+"""
+
+from refimpl.conformance.adapters.attention import eager_attention, flash_attn, jax_attention, onnx_attention, onnx_operator, torch_sdpa
+from refimpl.conformance.adapters.gated_rnn import mlstm_kernels, onnx_gru, onnx_lstm, torch_gru, torch_lstm, xlstm_cell, xlstm_slstm
+from refimpl.conformance.adapters.linear_attention import gated_delta_rule, onnx_linear_attention
+from refimpl.conformance.adapters.recurrence import (
+    associative_scan,
+    causal_conv1d_fn,
+    fftconvolve,
+    gates_and_tokens,
+    lfilter,
+    onnx_causal_conv,
+    pscan,
+)
+from refimpl.conformance.adapters.state_space import chunk_scan, cont2discrete, mamba_ssm, mambapy_scan
+
+__all__ = [
+    "associative_scan",
+    "causal_conv1d_fn",
+    "chunk_scan",
+    "cont2discrete",
+    "eager_attention",
+    "fftconvolve",
+    "flash_attn",
+    "gated_delta_rule",
+    "gates_and_tokens",
+    "jax_attention",
+    "lfilter",
+    "mamba_ssm",
+    "mambapy_scan",
+    "mlstm_kernels",
+    "onnx_attention",
+    "onnx_causal_conv",
+    "onnx_gru",
+    "onnx_linear_attention",
+    "onnx_lstm",
+    "onnx_operator",
+    "pscan",
+    "torch_gru",
+    "torch_lstm",
+    "torch_sdpa",
+    "xlstm_cell",
+    "xlstm_slstm",
+]
