@@ -5,6 +5,7 @@ import pytest
 import refimpl
 from refimpl.conformance import survey
 from refimpl.conformance.examples import wrong_attention
+from refimpl.conformance.public import IMPLEMENTATIONS, Implementation
 
 HERE = survey.selected()
 
@@ -32,7 +33,7 @@ def test_peers(implementation):
     assert row.cases > 20
 
 
-@pytest.mark.parametrize("implementation", survey.IMPLEMENTATIONS, ids=name)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=name)
 def test_records_are_complete(implementation):
     assert implementation.expected in ("conforms", "deviates", "wrong")
     assert bool(implementation.reason) == (implementation.expected != "conforms")
@@ -40,7 +41,7 @@ def test_records_are_complete(implementation):
 
 
 def test_what_is_missing_is_a_row():
-    absent = survey.Implementation(operator="linear_recurrence", package="nowhere", function="f", build=lambda: None, needs=("no_such_module",))
+    absent = Implementation(operator="linear_recurrence", package="nowhere", function="f", build=lambda: None, needs=("no_such_module",))
     row = survey.examine(absent)
     assert row.verdict == "not installed"
     assert row.as_expected
@@ -50,14 +51,14 @@ def test_what_does_not_import_is_a_row():
     def build():
         raise AttributeError("module 'nowhere' has no attribute 'f'")
 
-    row = survey.examine(survey.Implementation(operator="linear_recurrence", package="nowhere", function="f", build=build, framework="numpy"))
+    row = survey.examine(Implementation(operator="linear_recurrence", package="nowhere", function="f", build=build, framework="numpy"))
     assert row.verdict == "not run"
     assert not row.as_expected
     assert "no attribute" in row.worst
 
 
 def test_what_is_wrong_is_not_as_expected():
-    twice = survey.Implementation(operator="linear_recurrence", package="nowhere", function="f", build=lambda: lambda a, b: 2 * b, framework="numpy")
+    twice = Implementation(operator="linear_recurrence", package="nowhere", function="f", build=lambda: lambda a, b: 2 * b, framework="numpy")
     row = survey.examine(twice)
     assert row.verdict == "wrong"
     assert not row.as_expected

@@ -8,7 +8,7 @@ import peers
 from refimpl.conformance.candidate import given
 from refimpl.conformance.cases import parameters
 from refimpl.conformance.frameworks import framework
-from refimpl.conformance.survey import IMPLEMENTATIONS
+from refimpl.conformance.public import IMPLEMENTATIONS
 
 from . import calls
 

@@ -228,3 +228,18 @@ def onnx_operator(name: str) -> Callable:
 
     call.__name__ = name
     return call
+
+
+@like_operator("rope")
+def llama_rope(embedding: Callable, apply: Callable, config: Callable) -> Callable:
+    """LlamaRotaryEmbedding and apply_rotary_pos_emb of transformers, with their configuration's class: angles from positions, then the turn."""
+
+    def rope(x, positions, *, base=10000.0):
+        d = x.shape[-1]
+        settings = config(hidden_size=d, num_attention_heads=1, head_dim=d, rope_parameters={"rope_type": "default", "rope_theta": base})
+        cos, sin = embedding(settings)(x, positions.reshape(-1, positions.shape[-1]))
+        cos, sin = (t.reshape(*positions.shape, d) for t in (cos, sin))
+        one_head = x.unsqueeze(-3)
+        return apply(one_head, one_head, cos, sin, unsqueeze_dim=-3)[0].squeeze(-3)
+
+    return rope

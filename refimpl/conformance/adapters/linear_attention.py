@@ -79,3 +79,17 @@ def gated_delta_rule(f: Callable, *, alpha: bool = False) -> Callable:
         return (o, last) if return_state else o
 
     return linear_attention
+
+
+@like_operator("wkv")
+def rwkv_attention(f: Callable) -> Callable:
+    """rwkv_linear_attention_cpu of transformers: the decay is exp(-exp(time_decay)), of three-dimensional inputs."""
+
+    def wkv(k, v, w, u, *, state=None, return_state=False):
+        lead = leading((k, 2), (v, 2), *((x, 1) for x in state or ()))
+        first = None if state is None else [fold(x, 1, lead) for x in state]
+        y, last = f(w.log(), u, fold(k, 2, lead), fold(v, 2, lead), state=first, return_state=return_state)
+        y = unfold(y, lead)
+        return (y, tuple(unfold(x, lead) for x in last)) if return_state else y
+
+    return wkv

@@ -121,3 +121,19 @@ def onnx_causal_conv(f: Callable) -> Callable:
         return (y, unfold(last.swapaxes(-1, -2), lead)) if return_state else y
 
     return causal_conv1d
+
+
+@like_operator("linear_recurrence")
+def gemma_scan(f: Callable) -> Callable:
+    """RecurrentGemmaRglru._rnn_scan of transformers: three-dimensional inputs, and a mask of resets, here none."""
+
+    def linear_recurrence(a, b, *, state=None, return_state=False):
+        import torch
+
+        lead = leading((b, 2), (a, 2 if a.ndim > 1 else 1), *(((state, 1),) if state is not None else ()))
+        a, b = fold(spread(a, (*lead, *b.shape[-2:])), 2, lead), fold(b, 2, lead)
+        never = torch.zeros((*b.shape[:2], 1), dtype=torch.bool)
+        h, last = f(None, b, a, never, None if state is None else fold(state, 1, lead), b.dtype)
+        return (unfold(h, lead), unfold(last, lead)) if return_state else unfold(h, lead)
+
+    return linear_recurrence
