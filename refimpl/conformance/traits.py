@@ -1,9 +1,9 @@
 """What is unusual about a call, and whether a candidate that fails on it simply does not do such calls.
 
 A kernel may be written for real arrays, for one batch axis, for one of the shapes that an argument may have, for sequences
-of at least one step. Where every
-call of such a trait makes it raise, and others pass, the trait is not applicable and is said to be; a wrong number is
-never excused.
+of at least one step. Where every call of such a trait makes it raise, and others pass, the trait is not applicable and
+is said to be; of empty sequences, where some calls do (the state after the last step is the natural one). A wrong number
+is never excused.
 """
 
 from collections.abc import Callable
@@ -65,6 +65,8 @@ def excuse(report: Report) -> None:
     """Turn failures that share a trait, of which no call works, into "not applicable"."""
     for trait in dict.fromkeys(t for c in report.failures for t in c.traits):
         having = [c for c in report.cases if trait in c.traits and c.status != "NOT_APPLICABLE" and not (c.klass == "gradients" and c.status == "PASS")]
+        if trait.endswith(" = 0"):
+            having = [c for c in having if c.status != "PASS"]
         lacking = [c for c in report.cases if trait not in c.traits]
         if having and all(c.excusable for c in having) and any(c.status == "PASS" and c.klass != "laws" for c in lacking):
             for c in having:

@@ -35,13 +35,14 @@ def test_ties_that_go_elsewhere_are_a_deviation():
     assert report.verdict == "deviates" and "ties" in " ".join(report.diagnosis)
 
 
+@pytest.mark.parametrize("always", [False, True])
 @pytest.mark.parametrize("wrong", [False, True])
-def test_a_sequence_of_no_steps_may_be_refused_but_not_got_wrong(wrong):
+def test_a_sequence_of_no_steps_may_be_refused_but_not_got_wrong(wrong, always):
     def needs_a_step(a, b, *, state=None, return_state=False):
         h = refimpl.linear_recurrence(a, b, state=state, return_state=return_state)
         if b.shape[-2] == 0 and wrong:
             return (h[0] if return_state else h, np.ones(b.shape[:-2] + b.shape[-1:], b.dtype)) if return_state else h
-        if b.shape[-2] == 0:
+        if b.shape[-2] == 0 and (return_state or always):
             raise IndexError("needs at least one step")
         return h
 

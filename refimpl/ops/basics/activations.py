@@ -158,9 +158,9 @@ def silu_vjp(dy, x):
 def silu_bound(x, *, unit, store=0.0):
     """|computed - exact|: 8 roundings of y, and those of a fast exponential, 2 |x| times what its slope makes of them.
 
-    Relative to y, in the left tail as well. Half-precision code that is written out, x σ(x), rounds σ too.
+    Relative to y, in the left tail as well. Half-precision code that is written out rounds every step of σ too.
     """
-    return (unit * (8 + 2 * abs(x) * sigmoid(-x)) + store) * abs(numerics.silu(x))
+    return unit * (8 + 2 * abs(x) * sigmoid(-x)) * abs(numerics.silu(x)) + numerics.silu_rounding(x, store)
 
 
 # -- gelu ------------------------------------------------------------------------------------------------------------

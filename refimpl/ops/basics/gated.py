@@ -81,8 +81,8 @@ def swiglu_vjp(dy, gate, up):
 
 
 def swiglu_bound(gate, up, *, unit, store=0.0):
-    """|computed - exact|: silu's, times up, and a rounding; half-precision kernels may round silu before the product."""
-    return silu_bound(gate, unit=unit) * abs(up) + (2 * unit + store) * abs(numerics.silu(gate) * up)
+    """|computed - exact|: silu's, times up, and a rounding; half-precision kernels may round silu, and its steps, before the product."""
+    return silu_bound(gate, unit=unit, store=store) * abs(up) + (2 * unit + store) * abs(numerics.silu(gate) * up)
 
 
 @GEGLU.form

@@ -25,7 +25,7 @@ import numpy as np
 
 from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
-from refimpl.core.numerics import constant, silu, silu_derivative
+from refimpl.core.numerics import constant, silu, silu_derivative, silu_rounding
 from refimpl.core.options import at_least_zero
 from refimpl.op import Cost, Form, Law, Op
 
@@ -128,11 +128,11 @@ def error_bound(x, weight=None, *, unit, store=0.0, eps=1e-6, gate=None, gate_fi
 
     The mean of c squares is off by c + 2 roundings, its root by half of them; a silu by 8, and 4 |g| for a fast
     exponential, which a gate that comes first brings into the root as well. Half-precision kernels round before they
-    multiply by the weight, and keep the gate's silu.
+    multiply by the weight, and round the gate's silu and its steps.
     """
     relative = unit * (x.shape[-1] / 2 + 8) + store
     if gate is not None:
-        off = unit * (10 + 4 * abs(gate)) + store
+        off = unit * (10 + 4 * abs(gate)) + store + silu_rounding(gate, store) / np.maximum(abs(silu(gate)), np.finfo(gate.dtype).tiny)
         relative = relative + off + (np.max(off, axis=-1, keepdims=True, initial=0) if gate_first else 0)
     return abs(rms_norm(x, weight, eps=eps, gate=gate, gate_first=gate_first)) * relative
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
-from refimpl.core.numerics import silu, silu_derivative
+from refimpl.core.numerics import silu, silu_derivative, silu_rounding
 from refimpl.core.options import one_of
 from refimpl.laws import causal, hand_off
 from refimpl.op import Cost, Form, Law, Op
@@ -168,8 +168,8 @@ def error_bound(x, weight, bias=None, *, unit, store=0.0, activation=None, state
 
     A sum of W + 1 terms in any order: (W + 3) u of the sum of absolute values [3, section 3.1]. silu passes an error on
     at most 1.1 times, and rounds a few times itself; an exponential of -z, done as a power of 2, is |z| u off. Where
-    e^-z overflows a right silu may be 0. Operands and z kept in a half precision add `store` three times. The state is
-    copied, not computed.
+    e^-z overflows a right silu may be 0. Operands and z kept in a half precision add `store` three times, and silu its own steps. The
+    state is copied, not computed.
     """
     W = weight.shape[-1]
     absolute = [None if a is None else abs(a) for a in (bias, state)]
@@ -178,7 +178,7 @@ def error_bound(x, weight, bias=None, *, unit, store=0.0, activation=None, state
     if activation == "silu":
         z = causal_conv1d(x, weight, bias, state=state)
         y = abs(silu(z))
-        E = 1.1 * E + unit * (6 + abs(z)) * y + store * y + unit**4 * abs(z)
+        E = 1.1 * E + unit * (6 + abs(z)) * y + silu_rounding(z, store) + unit**4 * abs(z)
     if not return_state:
         return E
     last = causal_conv1d(x, weight, state=state, return_state=True)[1]

@@ -12,8 +12,9 @@ the operations does, to first order but for the exponential:
     |Δh|  <= E + 4 u |A| F_t |a_t| H_{t-1},      F_t = |dt_0| + ... + |dt_t|                                              (4)
              where elapsed times are formed as differences of running sums (that of a step to itself is 0)
     |Δy|  <= Σ_n |C| (|Δh| + (n + 4) u H + v H) + 3 u |D u| + u Y,      Y = Σ_n |C| H + |D u|                              (5)
-    gate:    |silu(z)| times that, and Y (u (8 + |z|) |silu(z)| + 2 u |z| + 2 v |silu(z)|)                                 (6)
-             e^-z errs by |z| units, and a sigmoid computed as (1 + tanh(z/2))/2 by a unit of 1
+    gate:    |silu(z)| times that, and Y (u (8 + |z|) |silu(z)| + 2 u |z| + v |silu(z)| + r(z))                          (6)
+             r the steps of silu in a half precision (`numerics.silu_rounding`); e^-z errs by |z| units,
+             and a sigmoid computed as (1 + tanh(z/2))/2 by a unit of 1
 
 This is running error analysis [1, section 3.3]; with decays below 1 it does not grow with T but for F.
 
@@ -23,7 +24,7 @@ References
 
 import numpy as np
 
-from refimpl.core.numerics import sigmoid, silu
+from refimpl.core.numerics import sigmoid, silu, silu_rounding
 
 
 def bound_of_steps(raw, dt, *, biased, softplus, unit, store):
@@ -60,5 +61,5 @@ def bound(u, dt, A, B, C, D, z, h, *, off_dt, unit, store):
     off_y = off_y + unit * Y
     if z is not None:
         gate = abs(silu(z))
-        off_y = gate * off_y + Y * (unit * ((8 + abs(z)) * gate + 2 * abs(z)) + 2 * store * gate)
+        off_y = gate * off_y + Y * (unit * ((8 + abs(z)) * gate + 2 * abs(z)) + store * gate + silu_rounding(z, store))
     return off_y, off_h

@@ -13,7 +13,8 @@ operations does, recurrent, in chunks or as an attention:
              where elapsed times are differences of running sums, and the state is a sum over many steps at once
     |Δy|  <= Σ_n |C| (|ΔS| + (u (4 + 4 √n) + 3 v) H) + 3 u |D x| + u Y,      Y = Σ_n |C| H + |D x|                         (5)
              weights C·B, their product with decays, and the values dt x may each be rounded before the last product
-    gate:    |silu(z)| times that, and Y (u (8 + |z|) |silu(z)| + 2 u |z| + 2 v |silu(z)|)                                 (6)
+    gate:    |silu(z)| times that, and Y (u (8 + |z|) |silu(z)| + 2 u |z| + v |silu(z)| + r(z))                          (6)
+             r the steps of silu in a half precision (`numerics.silu_rounding`)
 
 This is running error analysis [1, section 3.3]; sums of m terms in one go count 2 √m to 4 √m units and not m, as rounding
 errors have both signs. With decays below 1 the bound does not grow with T but for F and √t.
@@ -24,7 +25,7 @@ References
 
 import numpy as np
 
-from refimpl.core.numerics import sigmoid, silu, softplus
+from refimpl.core.numerics import sigmoid, silu, silu_rounding, softplus
 
 
 def bound_of_steps(raw, dt, limit, *, biased, softened, unit, store):
@@ -63,5 +64,5 @@ def bound(x, dt, A, B, C, D, z, S, *, off_dt, unit, store):
     off_y = off_y + unit * Y
     if z is not None:
         gate = abs(silu(z))
-        off_y = gate * off_y + Y * (unit * ((8 + abs(z)) * gate + 2 * abs(z)) + 2 * store * gate)
+        off_y = gate * off_y + Y * (unit * ((8 + abs(z)) * gate + 2 * abs(z)) + store * gate + silu_rounding(z, store))
     return off_y, off_S
