@@ -78,6 +78,10 @@ def _from(module: str, name: str) -> Any:
     return value
 
 
+def _adapted(adapter: Callable, module: str, name: str) -> Callable:
+    return adapter(_from(module, name))
+
+
 def _compiled(module: str, name: str, *options: str) -> Callable:
     """A JAX function, compiled as a whole for each shape rather than operation by operation."""
     import jax
@@ -525,18 +529,19 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
             operator=operator,
             package="torch",
             function=f"nn.functional.{operator}",
-            build=lambda adapter=adapter, operator=operator: adapter(_from("torch.nn.functional", operator)),
+            build=functools.partial(_adapted, adapter, "torch.nn.functional", operator),
             dtypes=("float64", "float32", "bfloat16"),
             gradients=True,
-            **more,
+            expected="deviates" if operator == "softplus" else "conforms",
+            reason=THRESHOLD if operator == "softplus" else "",
         )
-        for operator, adapter, more in (
-            ("rms_norm", adapters.torch_rms_norm, {}),
-            ("layer_norm", adapters.torch_layer_norm, {}),
-            ("group_norm", adapters.torch_group_norm, {}),
-            ("softplus", adapters.elementwise, {"expected": "deviates", "reason": THRESHOLD}),
-            ("silu", adapters.elementwise, {}),
-            ("gelu", adapters.torch_gelu, {}),
+        for operator, adapter in (
+            ("rms_norm", adapters.torch_rms_norm),
+            ("layer_norm", adapters.torch_layer_norm),
+            ("group_norm", adapters.torch_group_norm),
+            ("softplus", adapters.elementwise),
+            ("silu", adapters.elementwise),
+            ("gelu", adapters.torch_gelu),
         )
     ),
     *(
@@ -544,16 +549,12 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
             operator=operator,
             package="jax",
             function=f"nn.{operator}",
-            build=lambda adapter=adapter, operator=operator, options=options: adapter(_compiled("jax.nn", operator, *options)),
+            build=functools.partial(_adapted, adapter, "jax.nn", operator),
             framework="jax",
             dtypes=("float32", "bfloat16"),
             gradients=True,
         )
-        for operator, adapter, options in (
-            ("softplus", adapters.elementwise, ()),
-            ("silu", adapters.elementwise, ()),
-            ("gelu", adapters.jax_gelu, ("approximate",)),
-        )
+        for operator, adapter in (("softplus", adapters.elementwise), ("silu", adapters.elementwise), ("gelu", adapters.jax_gelu))
     ),
     Implementation(
         operator="rms_norm",
