@@ -50,6 +50,11 @@ class Candidate:
         """Whether its framework's arrays can be overwritten, so that other values can stand in the same memory."""
         return self.framework != "jax"
 
+    @property
+    def isolated(self) -> bool:
+        """Whether it runs in a process of its own."""
+        return isinstance(self._invoke, Child)
+
     def close(self) -> None:
         if isinstance(self._invoke, Child):
             self._invoke.close()

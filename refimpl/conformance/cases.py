@@ -138,6 +138,18 @@ def _pair(a, i, b, j, names):
     return ((a, i), (b, j)) if names.index(a) < names.index(b) else ((b, j), (a, i))
 
 
+def covering(combos: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A few of the combinations, in which every choice that departs from the plainest occurs (greedy, the richest first)."""
+    departs = [frozenset(n for n, v in combo.items() if not _same(v, combos[0][n])) for combo in combos]
+    chosen = [{(n, repr(combo[n])) for n in names} for combo, names in zip(combos, departs, strict=True)]
+    left, found = set().union(*chosen), []
+    while left:
+        best = max(range(len(combos)), key=lambda i: (len(chosen[i] & left), len(chosen[i])))
+        found.append(combos[best])
+        left -= chosen[best]
+    return found or combos[:1]
+
+
 def draw(op: Op, rng: np.random.Generator, sizes: dict[str, Any], combo: dict[str, Any]) -> dict[str, Any]:
     """A call of given sizes with the optional arrays and options of a combination."""
     return choose(op, op.sample(rng, **sizes), sizes, combo)
@@ -189,11 +201,12 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
     plain = combos[0] | ({"return_state": True} if "return_state" in chosen else {})
     rich = sorted(combos, key=lambda c: -sum(bool(v) for v in c.values() if not callable(v)))
     turn = itertools.cycle(rich)
+    few = covering(combos) if level != "quick" else rich[:1]
     seen: set[tuple] = set()
 
     def case(klass: str, sizes: dict, combo: dict, *, hard: str = "", view: str = "contiguous", label: str = "", scale=None, whole: bool = False):
         sizes = domain.fit({**default_sizes(op), **sizes})
-        if sizes is None or not _affordable(op, sizes, level):
+        if sizes is None or not affordable(op, sizes, level):
             return
         key = (klass, hard, view, label, scale, repr(sorted(sizes.items())), repr(sorted((k, repr(v) if not callable(v) else id(v)) for k, v in combo.items())))
         if key in seen:
@@ -224,6 +237,8 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
             yield from case("sizes", dict.fromkeys(op.lengths, steps), combo)
         for sizes in op.sizes:
             yield from case("sizes", {**dict.fromkeys(op.lengths, steps), **sizes}, next(turn))
+        for combo in few:  # decoding, of several sequences at once
+            yield from case("sizes", {**dict.fromkeys(op.lengths, steps), "batch": (3,)}, combo)
     middle = {letter: n for letter, n in zip(op.lengths, (19, 37, 23), strict=False)}
     for combo in combos:
         yield from case("options", middle, combo)
@@ -239,8 +254,13 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
         for sizes in _features(op):
             yield from case("shapes", sizes, plain)
             yield from case("shapes", {**middle, **sizes}, next(turn))
-        for sizes in _wide(op):
+        for sizes in wide(op):
             yield from case("shapes", {**dict.fromkeys(op.lengths, 5), **sizes}, next(turn))
+        for size, combo in itertools.product((16, 64), few):  # what code that reads several numbers at once was written for
+            yield from case("shapes", dict.fromkeys(letters(op), size) | dict.fromkeys(op.lengths, 64), combo)
+        if not op.lengths:
+            for rows, combo in itertools.product((65, 300), few):
+                yield from case("shapes", {"batch": (rows,)}, combo)
     yield from _without_heads(op, seed, combos, domain)
     yield from _broadcast(op, seed, middle, rich, domain)
     for hard in op.hard:
@@ -250,7 +270,8 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
             yield from case("hard", {letter: 67 for letter in op.lengths}, next(turn), hard=hard)
             yield from case("hard", {letter: 130 for letter in op.lengths}, plain, hard=hard)
     for view in VIEWS if level != "quick" else VIEWS[:2]:
-        yield from case("strides", {**middle, "batch": (2,)}, rich[0], view=view, label=view)
+        for combo in few:
+            yield from case("strides", {**middle, "batch": (2,)}, combo, view=view, label=view)
         yield from case("strides", {"batch": (2,)}, plain, view=view, label=view)
     for law in op.laws:
         if law.name == "linear" and level != "quick":
@@ -260,18 +281,21 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
         for sizes in ({letter: 9 for letter in op.lengths}, {letter: 33 for letter in op.lengths}):
             yield from case("integers", {**sizes, **({"d": 4} if "d" in default_sizes(op) else {})}, combos[0], label="small integers", whole=True)
     for number in range({"quick": 12, "standard": 90, "exhaustive": 900}[level]):
-        sizes, combo, hard = _at_random(op, rng, chosen)
+        sizes, combo, hard = at_random(op, rng, chosen)
         yield from case("random", sizes, combo, hard=hard, label=f"#{number}")
     if level != "quick" and op.lengths:
         yield from case("long", {op.lengths[0]: 1030, **{x: 1030 for x in op.lengths[1:]}}, plain)
         yield from case("long", {op.lengths[0]: 2100, **{x: 70 for x in op.lengths[1:]}}, plain)
         yield from case("long", {**{x: 300 for x in op.lengths}, "batch": (36,)}, plain, label="more than ten thousand rows")
-        yield from case("long", {**{x: 300 for x in op.lengths}, "batch": (2,)}, rich[0])
+        for combo in few:
+            yield from case("long", {**{x: 300 for x in op.lengths}, "batch": (2,)}, combo)
+        if op.stateful and "return_state" in chosen:  # states have no axis of time: only many sequences make many numbers
+            yield from case("long", {**{x: 9 for x in op.lengths}, "batch": (400,)}, plain, label="many sequences")
     elif not op.lengths and level != "quick":
         yield from case("long", {"batch": (10007,)}, plain, label="more than ten thousand rows")
 
 
-def _at_random(op: Op, rng: np.random.Generator, chosen: dict[str, tuple]) -> tuple[dict, dict, str]:
+def at_random(op: Op, rng: np.random.Generator, chosen: dict[str, tuple]) -> tuple[dict, dict, str]:
     """Sizes, a combination of choices, and in one of three a hard input."""
     sizes: dict[str, Any] = dict(op.sizes[int(rng.integers(len(op.sizes)))]) if op.sizes and rng.random() < 0.5 else {}
     together = int(rng.integers(1, 150))
@@ -288,19 +312,23 @@ class Refused(Exception):
 
 
 def _features(op: Op) -> Iterator[dict[str, int]]:
-    """Sizes beside the lengths: each odd, single, beyond a tile of 8 and of 32; all alike, so that axes cannot be told apart."""
-    letters = [n for n, v in default_sizes(op).items() if type(v) is int and n not in op.lengths]
-    for letter in letters:
-        yield from ({letter: size} for size in (1, 3, 9, 34))
-    if len(letters) + len(op.lengths) > 1:
-        yield dict.fromkeys(letters, 3)
-        yield dict.fromkeys((*op.lengths, *letters), 4)
+    """Sizes beside the lengths: each odd, single, a whole tile, beyond one of 8 and of 32; all alike, so that axes cannot be told apart."""
+    for letter in letters(op):
+        yield from ({letter: size} for size in (1, 3, 9, 16, 34))
+    if len(letters(op)) + len(op.lengths) > 1:
+        yield dict.fromkeys(letters(op), 3)
+        yield dict.fromkeys((*op.lengths, *letters(op)), 4)
+
+
+def letters(op: Op) -> list[str]:
+    """The sizes of a call that are neither lengths nor batch axes."""
+    return [n for n, v in default_sizes(op).items() if type(v) is int and n not in op.lengths]
 
 
 def _without_heads(op: Op, seed: int, combos: list[dict], domain: Domain) -> Iterator[Case]:
     """One head, without the axis that would say so: two-dimensional inputs."""
-    letters = {axis.rstrip("?") for array in op.contract.arrays for shape in array.shapes for axis in shape.axes if axis.endswith("?")}
-    heads = {letter: 1 for letter in letters & default_sizes(op).keys()}
+    axes = {axis.rstrip("?") for array in op.contract.arrays for shape in array.shapes for axis in shape.axes if axis.endswith("?")}
+    heads = {letter: 1 for letter in axes & default_sizes(op).keys()}
     if not heads:
         return
     for number, combo in enumerate(combos):
@@ -326,11 +354,10 @@ def _without_heads(op: Op, seed: int, combos: list[dict], domain: Domain) -> Ite
         yield Case(op.name, "shapes", f"one head without its axis, {described(op, sizes, call)}", call, sizes, recipe={"sizes": sizes, "combo": combo, "hard": ""})
 
 
-def _wide(op: Op) -> Iterator[dict[str, Any]]:
-    """Many features, heads or experts: beyond what a block of threads, or two, or a tile, may have been written for."""
-    for letter, usual in default_sizes(op).items():
-        if type(usual) is int and letter not in op.lengths:
-            yield from ({letter: size, "batch": ()} for size in (66, 130, 260, 520, 1030))
+def wide(op: Op, sizes: tuple[int, ...] = (32, 64, 66, 128, 130, 260, 520, 1030)) -> Iterator[dict[str, Any]]:
+    """Many features, heads or experts: what a block of threads, or two, or a tile, may have been written for, and beyond."""
+    for letter in letters(op):
+        yield from ({letter: size, "batch": ()} for size in sizes)
 
 
 def _broadcast(op: Op, seed: int, middle: dict, combos: list[dict], domain: Domain) -> Iterator[Case]:
@@ -366,15 +393,15 @@ def _lengths(op: Op, level: str) -> Iterator[dict[str, int]]:
             yield {op.lengths[0]: a, op.lengths[1]: b}
 
 
-def _affordable(op: Op, sizes: dict, level: str) -> bool:
-    """Within a second or so of NumPy work for the truth."""
-    letters = {k: v for k, v in sizes.items() if k != "batch"}
+def affordable(op: Op, sizes: dict, level: str, calls: int = 1) -> bool:
+    """Within a second or so of NumPy work for the truth, which takes that many calls."""
+    alone = {k: v for k, v in sizes.items() if k != "batch"}
     batch = math.prod(sizes.get("batch", ()))
     try:
-        work = next(iter(op.forms.values())).cost(**letters, batch=batch).work
+        work = next(iter(op.forms.values())).cost(**alone, batch=batch).work
     except (TypeError, ZeroDivisionError, ValueError):
         return True
-    return work <= {"quick": 2e7, "standard": 2e8, "exhaustive": 2e9}[level]
+    return calls * work <= {"quick": 2e7, "standard": 2e8, "exhaustive": 2e9}[level]
 
 
 def hard_call(op: Op, name: str, rng, sizes: dict, combo: dict, support: Support, domain: Domain) -> dict | None:

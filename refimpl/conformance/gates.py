@@ -2,12 +2,15 @@
 
     G0  shape, dtype, and the places of NaN, +inf and -inf equal the contract's; NaN is never a wildcard
     G1  every element within its bound of the truth
-    G2  per slice, the RMS error is no more than a few times that of right algorithms in the same precision
-    G3  no common factor: the regression of the error on the truth is as small as rounding makes it
+    G2  per slice, the RMS error is no more than a few times that of right algorithms in the same precision; and of many rows
+        none stands out from the rest by more than it does with them
+    G3  no common factor: the regression of the error on the truth is as small as rounding makes it, in every large result
+        and in all of them together
     G4  how far results are off in units in the last place; this only reports
     G5  where nothing rounds, small integers in a half precision, nothing may be off: G1 with a bound of 0 (`truth.certain`)
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +21,10 @@ from refimpl.core.dtypes import real_dtype
 
 PEERS_FACTOR = 4.0  # G2: RMS error of a slice over the worst of the ensemble's
 BIAS_FLOOR = 0.3  # G3: in roundoffs of the result; a factor of 1.002 is 0.51 of bfloat16's
+BIAS_PEERS, PART_PEERS = 3.0, 6.0  # G3: over the ensemble's largest common factor, of a whole result and of a part of one
+BIAS_SPREADS = 6.0  # G3, of all cases together: over the spread that the ensemble's common factors have
+ROWS = 1000  # G2: from so many rows on, each is looked at by itself
+ROW_FACTOR, ROW_LEAST = 2.5, 6.0  # G2: over what the ensemble's worst row stands out by, or this if that is less
 GAIN_FLOOR = 0.6  # G3, factors on arguments: a scale of 1/√d kept in the half type is off by up to half a roundoff
 
 
@@ -102,9 +109,64 @@ def error_ratio(got: np.ndarray, right: np.ndarray, limit: np.ndarray) -> np.nda
     return np.where(np.isfinite(g) & np.isfinite(right), ratio, 0.0)
 
 
-def like_peers(name: str, got: np.ndarray, right: np.ndarray, peers: list[np.ndarray], floor: np.ndarray) -> Finding | None:
+@dataclass(frozen=True)
+class Peers:
+    """What G2 and G3 know of the right algorithms in a precision, about one result: numbers of their errors, none of their values.
+
+    Of every slice the largest RMS error, or None where there are too few elements for slices; the spread of the common
+    factors, less 1, of the whole; of every part (`_parts`) the largest of those; for every argument the largest factor on it
+    that would explain an error. Of many rows, the RMS error of each and how far the worst stands out; None of few.
+    """
+
+    errors: np.ndarray | None
+    spread: float
+    slopes: np.ndarray
+    gains: dict[str, float]
+    rows: np.ndarray | None = None
+    outlier: float = 0.0
+
+
+def peers(right: np.ndarray, results: list[np.ndarray], directions: dict[str, np.ndarray], unit: float) -> Peers:
+    """The readings of right algorithms' results; `directions` as in `ungained`."""
+    errors = [_slices(_difference(p, right)) for p in results]
+    whole = [slope(p, right) for p in results]
+    slopes = [[abs(slope(p[at], right[at])) for p in results] for _, at in _parts(right.shape)]
+    gains = {n: max(abs(_gain(_signed(p, right), d)) for p in results) for n, d in directions.items()}
+    worst = None if errors[0] is None else np.max([e for e in errors if e is not None], axis=0)
+    spread = float(np.sqrt(np.mean(np.abs(whole) ** 2) + unit**2 / (12 * max(right.size, 1))))
+    rows, outlier = _typical_rows(right, results, unit) if _many_rows(right) else (None, 0.0)
+    return Peers(worst, spread, np.array([max(s) for s in slopes]), gains, rows, outlier)
+
+
+def no_row_apart(name: str, got: np.ndarray, right: np.ndarray, others: Peers) -> Finding | None:
+    """G2 of many rows: none is off by much more than right algorithms are there, while the result's other rows are not."""
+    if others.rows is None:
+        return None
+    ratio = _rows(_difference(got, right)) / others.rows
+    ratio, allowed = ratio / max(float(np.median(ratio)), 1.0), ROW_FACTOR * max(others.outlier, ROW_LEAST)
+    if not np.any(ratio > allowed):
+        return None
+    row = int(np.argmax(ratio))
+    index = (*(int(i) for i in np.unravel_index(row, right.shape[:-1])), 0)
+    bad = np.broadcast_to((ratio > allowed).reshape(right.shape[:-1])[..., None], right.shape)
+    message = f"{name}: row {index[:-1]} is off {ratio[row]:.3g} times as much as right algorithms in this precision are there, the other rows are not"
+    return Finding("NUMERIC", message, name, index, got[index], right[index], ratio=float(ratio[row] / allowed), bad=bad)
+
+
+def together(name: str, slopes: list[tuple[complex, float]], unit: float) -> Finding | None:
+    """G3 of all cases together: the mean of their common factors, less 1, each weighted by how certain it is."""
+    weight = sum(1 / spread**2 for _, spread in slopes)
+    ours = sum(slope / spread**2 for slope, spread in slopes) / weight
+    allowed = max(BIAS_FLOOR * unit, BIAS_SPREADS / math.sqrt(weight))
+    if abs(ours) <= allowed:
+        return None
+    message = f"{name} is {1 + ours.real:.6g} times the truth on average over {len(slopes)} cases, where rounding leaves a factor within {allowed:.2g} of 1"
+    return Finding("BIAS", message, name, ratio=abs(ours) / allowed)
+
+
+def like_peers(name: str, got: np.ndarray, right: np.ndarray, others: Peers, floor: np.ndarray) -> Finding | None:
     """G2: the RMS error of every slice against the worst of the ensemble's."""
-    error, allowed = slice_errors(got, right), allowed_error(right, peers, floor)
+    error, allowed = slice_errors(got, right), allowed_error(others, floor)
     if error is None or allowed is None:
         return None
     with np.errstate(all="ignore"):
@@ -116,13 +178,12 @@ def like_peers(name: str, got: np.ndarray, right: np.ndarray, peers: list[np.nda
     return Finding("NUMERIC", message, name, ratio=float(ratio[slice_]))
 
 
-def allowed_error(right: np.ndarray, peers: list[np.ndarray], floor: np.ndarray) -> np.ndarray | None:
+def allowed_error(others: Peers, floor: np.ndarray) -> np.ndarray | None:
     """G2's limit on the RMS error of every slice; None where there are too few elements for one."""
-    base, floors = [_slices(_difference(p, right)) for p in peers], _slices(floor)
-    if floors is None:
+    floors = _slices(floor)
+    if floors is None or others.errors is None:
         return None
-    peak = np.max([b for b in base if b is not None], axis=0)
-    return PEERS_FACTOR * np.maximum(peak, np.median(peak)) + floors
+    return PEERS_FACTOR * np.maximum(others.errors, np.median(others.errors)) + floors
 
 
 def slice_errors(got: np.ndarray, right: np.ndarray) -> np.ndarray | None:
@@ -130,31 +191,23 @@ def slice_errors(got: np.ndarray, right: np.ndarray) -> np.ndarray | None:
     return _slices(_difference(got, right))
 
 
-def bias(got: np.ndarray, right: np.ndarray, peers: list[np.ndarray], unit: float) -> tuple[float, float]:
-    """G3: the common factor between a result and the truth, less 1, and what is allowed of it."""
-    others = [abs(_slope(p, right)) for p in peers]
-    return _slope(got, right), max(BIAS_FLOOR * unit, 6 * max(others, default=0.0), 8 * unit / np.sqrt(right.size))
+def bias(got: np.ndarray, right: np.ndarray, others: float, unit: float, whole: bool = True) -> tuple[complex, float]:
+    """G3: the common factor between a result, or a part of one, and the truth, less 1; and what is allowed of it."""
+    factor = BIAS_PEERS if whole else PART_PEERS
+    return slope(got, right), max(BIAS_FLOOR * unit, factor * others, 8 * unit / np.sqrt(right.size))
 
 
-def unbiased(name: str, got: np.ndarray, right: np.ndarray, peers: list[np.ndarray], unit: float) -> Finding | None:
+def unbiased(name: str, got: np.ndarray, right: np.ndarray, others: Peers, unit: float) -> Finding | None:
     """G3: the common factor between the result and the truth, of all and of every head, batch entry and feature."""
-    parts = [("", got, right, peers)]
-    for axis, count in enumerate(right.shape):  # each head, each batch entry, each feature
-        if 1 < count <= 64:
-            parts += [
-                (f" at {i} along axis {axis}", got.take(i, axis), right.take(i, axis), [p.take(i, axis) for p in peers]) for i in range(count)
-            ]
-    for where, g, r, ps in parts:
-        if r.size < 500:
-            continue
-        ours, allowed = bias(g, r, ps, unit)
+    for (where, at), slope in zip(_parts(right.shape), others.slopes, strict=True):
+        ours, allowed = bias(got[at], right[at], float(slope), unit, whole=not at)
         if abs(ours) > allowed:
-            message = f"{name}{where} is {1 + ours:.6g} times the truth on average, where rounding leaves a factor within {allowed:.2g} of 1"
+            message = f"{name}{where} is {1 + ours.real:.6g} times the truth on average, where rounding leaves a factor within {allowed:.2g} of 1"
             return Finding("BIAS", message, name, ratio=abs(ours) / allowed)
     return None
 
 
-def ungained(name: str, got: np.ndarray, right: np.ndarray, peers: list[np.ndarray], directions: dict[str, np.ndarray], unit: float) -> Finding | None:
+def ungained(name: str, got: np.ndarray, right: np.ndarray, others: Peers, directions: dict[str, np.ndarray], unit: float) -> Finding | None:
     """G3 for the arguments: the error has no part along what a small factor on one of them does to the result.
 
     A factor on the scores, the steps or the rates of half a percent hides below the roundoff of every single element; the
@@ -163,13 +216,12 @@ def ungained(name: str, got: np.ndarray, right: np.ndarray, peers: list[np.ndarr
     """
     error = _signed(got, right)
     for argument, direction in directions.items():
-        square = float(np.sum(direction**2))
+        square = float(np.sum(abs(direction) ** 2))
         if right.size < 1000 or square == 0:
             continue
-        ours = float(np.sum(error * direction)) / square
-        others = [abs(float(np.sum(_signed(p, right) * direction))) / square for p in peers]
-        noise = float(np.sqrt(np.sum((right.astype(np.float64) * direction) ** 2))) / square
-        allowed = max(GAIN_FLOOR * unit, 6 * max(others, default=0.0), 8 * unit * noise)
+        ours = _gain(error, direction)
+        noise = float(np.sqrt(np.sum(abs(right.astype(direction.dtype) * direction) ** 2))) / square
+        allowed = max(GAIN_FLOOR * unit, 6 * others.gains.get(argument, 0.0), 8 * unit * noise)
         if abs(ours) > allowed:
             message = f"{name} is what {1 + ours:.6g} times {argument} would give, where rounding leaves a factor within {allowed:.2g} of 1"
             return Finding("BIAS", message, name, ratio=abs(ours) / allowed)
@@ -199,8 +251,22 @@ def _difference(a: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 def _signed(a: np.ndarray, right: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
-        d = (a.astype(right.dtype) - right).astype(np.float64)
+        d = _wide(a.astype(right.dtype) - right)
     return np.where(np.isfinite(d), d, 0.0)
+
+
+def _wide(x: np.ndarray) -> np.ndarray:
+    """In double precision, complex where it was."""
+    return x.astype(np.complex128 if x.dtype.kind == "c" else np.float64)
+
+
+def _parts(shape: tuple[int, ...]) -> list[tuple[str, tuple]]:
+    """All of an array, and each head, batch entry and feature, in words and as an index; of at least 500 elements each."""
+    size, parts = math.prod(shape), []
+    for axis, count in enumerate(shape):
+        if 1 < count <= 64 and size // count >= 500:
+            parts += [(f" at {i} along axis {axis}", (*[slice(None)] * axis, i)) for i in range(count)]
+    return [("", ()), *parts] if size >= 500 else []
 
 
 def _slices(x: np.ndarray) -> np.ndarray | None:
@@ -216,9 +282,36 @@ def _slices(x: np.ndarray) -> np.ndarray | None:
     return np.sqrt(np.mean(blocks**2, axis=-1)).ravel()
 
 
-def _slope(got: np.ndarray, right: np.ndarray) -> float:
-    g, r = got.astype(np.float64).ravel(), right.astype(np.float64).ravel()
+def _many_rows(right: np.ndarray) -> bool:
+    return right.ndim > 1 and right.size >= ROWS * right.shape[-1] > 0
+
+
+def _rows(x: np.ndarray) -> np.ndarray:
+    """RMS of every row."""
+    return np.sqrt(np.mean(x.reshape(-1, x.shape[-1]) ** 2, axis=-1))
+
+
+def _typical_rows(right: np.ndarray, results: list[np.ndarray], unit: float) -> tuple[np.ndarray, float]:
+    """The RMS error of every row, and how far the worst row of any result stands out from those of the other results."""
+    squares = np.array([_rows(_difference(p, right)) for p in results]) ** 2  # (results, rows)
+    finite = np.where(np.isfinite(right), np.abs(right), 0).astype(np.float64)
+    floor = 0.3 * unit * _rows(finite) + np.finfo(np.float32).tiny
+    outlier, total = 0.0, squares.sum(axis=0)
+    for square in squares:
+        ratio = np.sqrt(square) / np.maximum(np.sqrt(np.maximum(total - square, 0) / max(len(squares) - 1, 1)), floor)
+        outlier = max(outlier, float(np.max(ratio) / max(np.median(ratio), 1.0)))
+    return np.maximum(np.sqrt(total / len(squares)), floor), outlier
+
+
+def slope(got: np.ndarray, right: np.ndarray) -> complex:
+    """The common factor between a result and the truth, less 1, of all finite elements."""
+    g, r = _wide(got.astype(right.dtype)).ravel(), _wide(right).ravel()
     fine = np.isfinite(g) & np.isfinite(r)
     g, r = g[fine], r[fine]
-    square = float(np.sum(r * r))
-    return float(np.sum((g - r) * r) / square) if square else 0.0
+    square = float(np.sum(abs(r) ** 2))
+    return complex(np.vdot(r, g - r) / square) if square else 0j
+
+
+def _gain(error: np.ndarray, direction: np.ndarray) -> float:
+    square = float(np.sum(abs(direction) ** 2))
+    return float(np.vdot(direction, error).real) / square if square else 0.0

@@ -9,9 +9,9 @@ import numpy as np
 from refimpl.conformance import gates, truth
 from refimpl.conformance.candidate import Candidate
 from refimpl.conformance.cases import Case, choose, default_sizes, factors, hard_call, pairwise, parameters
-from refimpl.conformance.diagnosis import Evidence
+from refimpl.conformance.likeness import Evidence
 from refimpl.conformance.domain import Domain
-from refimpl.conformance.ensemble import ensemble
+from refimpl.conformance.ensemble import readings, slopes
 from refimpl.conformance.gates import Finding
 from refimpl.conformance.invoke import Answer
 from refimpl.conformance.pattern import axes_of, describe
@@ -21,7 +21,9 @@ from refimpl.conformance.report import Report, Result
 from refimpl.conformance.snippet import snippet
 from refimpl.op import Op
 
-KEPT = 80  # failing cases kept as evidence
+KEPT = 80  # failing cases kept as evidence, and passing ones
+SMALL, PASSES_OF_A_KIND = 30_000, 3  # of those that pass: elements, and how many that differ in sizes alone
+_FEW = 64  # elements of a result from which statistics mean something
 _PEERED = ("options", "long", "sizes")  # classes whose inputs are ordinary, so that statistics mean something
 
 
@@ -44,6 +46,7 @@ class Trial:
         self.failed_cases: list[tuple[Case, Precision, Finding]] = []
         self.broken_laws: list[tuple] = []
         self.teeth: dict[str, set[str]] = {}
+        self.slopes: dict[tuple[str, str], list[tuple[complex, float]]] = {}  # by precision and result: common factors, less 1, and their spread
         self.required = parameters(op)[0]
 
     def combos(self, salt: int) -> list[dict[str, Any]]:
@@ -92,20 +95,26 @@ class Trial:
         findings = [f for name in right if (f := gates.bounded(name, got[name], right[name], limits[name])) is not None]
         if findings:
             return max(findings, key=lambda f: f.ratio)
-        if to.half and klass in _PEERED and right[first].size >= 256:
-            return self._statistics(first, got[first], right[first], call, to, gains=right[first].size >= 2000)
+        if to.half and klass in _PEERED and any(v.size >= _FEW for v in right.values()):
+            return self._statistics(got, right, call, to)
         return None
 
-    def _statistics(self, name: str, got: np.ndarray, right: np.ndarray, call: dict, to: Precision, gains: bool) -> Finding | None:
-        """G2 and G3, in a half precision, where rounding is so coarse that mistakes hide below the bound."""
-        peers = ensemble(self.op, call, to)
-        if not peers:
-            return None
-        floor = 0.5 * to.unit * np.abs(right).astype(np.float64) + truth.smallest(to)
-        finding = gates.like_peers(name, got, right, peers, floor) or gates.unbiased(name, got, right, peers, to.unit)
-        if finding is None and gains and right.dtype.kind == "f":
-            finding = gates.ungained(name, got, right, peers, truth.directions(self.op, call, name, right, to), to.unit)
-        return finding
+    def _statistics(self, got: dict, right: dict, call: dict, to: Precision) -> Finding | None:
+        """G2 and G3, in a half precision, where rounding is so coarse that mistakes hide below the bound; of every result, and every state."""
+        known = readings(self.op, call, to, right, keep=not self.subject.isolated)
+        directions = None
+        for name, others in known.items():
+            g, r = got[name], right[name]
+            floor = 0.5 * to.unit * np.abs(r).astype(np.float64) + truth.smallest(to)
+            finding = gates.like_peers(name, g, r, others, floor) or gates.no_row_apart(name, g, r, others) or gates.unbiased(name, g, r, others, to.unit)
+            if finding is None and others.gains:
+                directions = slopes(self.op, call, to, right) if directions is None else directions
+                finding = gates.ungained(name, g, r, others, directions[name], to.unit)
+            if finding is not None:
+                return finding
+            if r.size >= _FEW:
+                self.slopes.setdefault((to.name, name), []).append((gates.slope(g, r), others.spread))
+        return None
 
     def failure(self, case: Case, to: Precision, finding: Finding, call: dict) -> Result:
         """A finding as the report shows it: the place, the pattern in words, Python that reproduces it."""
@@ -142,9 +151,14 @@ class Trial:
         return result
 
     def keep(self, evidence: Evidence) -> None:
-        """Remember a case for the diagnosis: failures, and a few passes that no explanation may contradict."""
+        """Remember a case for the diagnosis: failures, and passes of every kind, which no explanation may contradict."""
         alike = [e for e in self.evidence if (e.cotangents is None) == (evidence.cotangents is None) and e.failed == evidence.failed]
-        if len(alike) < (KEPT if evidence.failed else 8):
+        if evidence.failed:
+            wanted = len(alike) < KEPT
+        else:
+            small = evidence.elements < SMALL
+            wanted = small and len(alike) < KEPT and sum(e.kind == evidence.kind for e in alike) < PASSES_OF_A_KIND
+        if wanted:
             self.evidence.append(evidence)
 
     def state_of(self, parts: list) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 
 from refimpl.conformance import gates, truth
 from refimpl.conformance.cases import Case, cases, default_sizes, repeated
-from refimpl.conformance.diagnosis import Evidence
+from refimpl.conformance.likeness import Evidence
 from refimpl.conformance.domain import ALIKE
 from refimpl.conformance.invoke import Answer
 from refimpl.conformance.pictures import ulps
@@ -49,6 +49,8 @@ def result_jobs(trial: Trial, to: Precision) -> Iterator[Job]:
     """All cases of the level, then the hygiene of repeated calls."""
     for case in cases(trial.op, level=trial.level, seed=trial.seed, support=trial.subject.support, domain=trial.domain):
         yield f"{to.name} {case.klass}", functools.partial(_case, trial, case, to)
+    if to.half:
+        yield f"{to.name} long", functools.partial(_together, trial, to)
     combos = trial.combos(0)
     for number in dict.fromkeys([0, len(combos) - 1]):
         yield f"{to.name} hygiene", functools.partial(_hygiene, trial, to, combos[number], number)
@@ -76,6 +78,15 @@ def _case(trial: Trial, case: Case, to: Precision) -> None:
     trial.report.cases.append(result)
 
 
+def _together(trial: Trial, to: Precision) -> None:
+    """A common factor that no case shows by itself, but all of them together."""
+    for (precision, name), slopes in trial.slopes.items():
+        if precision == to.name and len(slopes) > 1:
+            finding = gates.together(name, slopes, to.unit)
+            why = ("PASS",) if finding is None else (finding.status, finding.message, finding.output)
+            trial.report.cases.append(Result(f"long[{name} of all cases together]", "long", to.name, *why))
+
+
 def _judged(trial: Trial, case: Case, call: dict, to: Precision, right: dict, answer: Answer) -> Result:
     failed = trouble(answer)
     if failed is not None:
@@ -85,7 +96,7 @@ def _judged(trial: Trial, case: Case, call: dict, to: Precision, right: dict, an
         limits = {n: np.zeros_like(v) for n, v in limits.items()}
     finding = trial.gate(case.klass, call, to, got, right, limits)
     if set(got) == set(right):
-        trial.keep(Evidence(call, to, got, right, limits, failed=finding is not None))
+        trial.keep(Evidence(call, to, got, right, limits, failed=finding is not None, case=case.id))
     if finding is not None:
         trial.failed_cases.append((case, to, finding))
         result = trial.drawn(trial.failure(case, to, finding, call), finding, got, right, limits)

@@ -70,19 +70,23 @@ def certain(op: Op, call: dict, to: Precision, right: dict[str, np.ndarray]) -> 
     return True
 
 
-def directions(op: Op, call: dict, name: str, right: np.ndarray, to: Precision) -> dict[str, np.ndarray]:
-    """What a factor on one argument does to a result: the derivative by the factor, for every real array of the call."""
-    step, found = 2.0**-7, {}
+def directions(op: Op, call: dict, right: dict[str, np.ndarray], to: Precision) -> dict[str, dict[str, np.ndarray]]:
+    """What a factor on one argument does to every result: the derivative by the factor, by result, for every real array of the call."""
+    step = 2.0**-7
+    right = {name: exact for name, exact in right.items() if exact.dtype.kind in "fc"}
+    found: dict[str, dict[str, np.ndarray]] = {name: {} for name in right}
     wide = widened(call, to.truth)
     for argument, value in wide.items():
         if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
             continue
         try:
-            moved = truth(op, {**wide, argument: value * (1 + step)}, to)[name]
+            moved = truth(op, {**wide, argument: value * (1 + step)}, to)
         except ValueError:
             continue
-        with np.errstate(all="ignore"):
-            found[argument] = np.nan_to_num(((moved - right) / step).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+        for name, exact in right.items():
+            with np.errstate(all="ignore"):
+                slope = (moved[name] - exact) / step
+            found[name][argument] = np.where(np.isfinite(slope), slope, 0).astype(np.complex128 if slope.dtype.kind == "c" else np.float64)
     return found
 
 
