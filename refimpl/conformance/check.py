@@ -10,13 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from refimpl import __version__
 from refimpl.catalogue import operator
 from refimpl.conformance.candidate import Candidate, printable
 from refimpl.conformance.cases import LEVELS, default_sizes, parameters
-from refimpl.conformance.diagnosis import Evidence, explain
+from refimpl.conformance.diagnosis import explain
 from refimpl.conformance.domain import Domain
 from refimpl.conformance.frameworks import FRAMEWORKS
 from refimpl.conformance.journal import Journal, forget_old, usual_place
@@ -31,7 +29,6 @@ from refimpl.conformance.trial_laws import breaks_the_same_laws, law_jobs
 from refimpl.conformance.trial_results import result_jobs, settle
 from refimpl.op import Op
 
-_EVIDENCE = 20  # failing cases that the diagnosis explains
 _NO_VARIANT = ("MUTATED_INPUT", "NONDETERMINISTIC", "DTYPE", "ERROR", "CRASH", "TIMEOUT")  # never a matter of convention
 _AGAIN = ("SHAPE", "NONFINITE", "NUMERIC", "BIAS", "PROPERTY", "GRADIENT")  # failures whose numbers the diagnosis wants to see
 _PASSES_AGAIN = 8  # and some passes, which it must not contradict
@@ -227,10 +224,10 @@ def _recalled(trial: Trial, record: dict) -> bool:
 
 def _jobs(trial: Trial, to: Precision, gradients: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Everything to be done in one precision, each a label and a thunk."""
-    if gradients:
-        yield from gradient_jobs(trial, to)
     yield from result_jobs(trial, to)
     yield from law_jobs(trial, to)
+    if gradients:  # last: under fail_fast, a mistaken forward is not to be taken for a mistaken gradient
+        yield from gradient_jobs(trial, to)
 
 
 def _conclude(trial: Trial, fail_fast: bool) -> None:
@@ -241,7 +238,7 @@ def _conclude(trial: Trial, fail_fast: bool) -> None:
     if report.failures:
         if not fail_fast:
             report.smallest = smallest(trial)
-        report.diagnosis, report.variant = explain(trial.op, _spread(trial.evidence))
+        report.diagnosis, report.variant = explain(trial.op, trial.evidence)
         unexplained = any(f.status in _NO_VARIANT for f in report.failures)
         if report.variant and (unexplained or not breaks_the_same_laws(trial, report.variant.split(" and "))):
             report.variant = ""
@@ -250,14 +247,6 @@ def _conclude(trial: Trial, fail_fast: bool) -> None:
         missing = {"zeros", "sign"} - seen
         if missing:
             report.reason = f"no tolerance used for {name} would reject {', '.join(sorted(missing))}"
-
-
-def _spread(evidence: list[Evidence]) -> list[Evidence]:
-    """Failures of every class, not only of the first; and some passes, which an explanation must not contradict."""
-    bad = [e for e in evidence if e.failed]
-    step = max(1, len(bad) // _EVIDENCE)
-    small = [e for e in bad[::step] if sum(np.size(v) for v in e.call.values() if isinstance(v, np.ndarray)) < 300_000]
-    return (small or bad[:3])[: _EVIDENCE + 4] + [e for e in evidence if not e.failed][:8]
 
 
 def _validate(op, candidate, dtypes, level, domain, gradients, candidate_vjp, framework, timeout, memory) -> None:

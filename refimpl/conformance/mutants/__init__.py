@@ -84,7 +84,21 @@ def edited(function: Callable, *edits: tuple[str, str]) -> Callable[[], Callable
                 ours |= {name: getattr(other, theirs[id(value)]) for name, value in ours.items() if id(value) in theirs}
         return getattr(mutated[chapter], function.__name__)
 
+    build.edits = function, edits  # type: ignore[attr-defined]
     return build
+
+
+def together(a: Mutant, b: Mutant) -> Mutant | None:
+    """A mutant that makes two mistakes at once; None where they are not edits of one function, or exclude one another."""
+    (first, ours), (second, theirs) = (getattr(m.build, "edits", (None, ())) for m in (a, b))
+    if first is None or first is not second:
+        return None
+    both = Mutant(a.operator, f"{a.name} and {b.name}", f"{a.says}; {b.says}", edited(first, *ours, *theirs), of_gradient=a.of_gradient)
+    try:
+        both.function  # noqa: B018 - built here, so that it is known to be possible
+    except (ValueError, SyntaxError):
+        return None
+    return both
 
 
 def _companions(chapter: types.ModuleType) -> list[types.ModuleType]:

@@ -1,0 +1,91 @@
+"""What the numbers say by themselves, without a catalogue: zeros, a common factor, a shift in time, a lesser precision."""
+
+from typing import Any
+
+import numpy as np
+
+from refimpl.conformance.gates import error_ratio
+from refimpl.conformance.likeness import Evidence
+from refimpl.conformance.precision import Precision
+from refimpl.op import Op
+
+
+def relations(op: Op, failing: list[Evidence], passing: list[Evidence]) -> list[str]:
+    """Relations to the truth that hold wherever a result, or a gradient, is wrong."""
+    found = []
+    for name in dict.fromkeys(n for e in failing for n in e.got):
+        plain = any(e.cotangents is None for e in failing if name in e.got)
+        wrong = [p for e in failing if (p := _pair(e, name, plain)) is not None and np.any(error_ratio(*p[:3]) > 1)]
+        if not wrong:
+            continue
+        label = name if plain else f"the gradient of {name}"
+        for relation in (_zero, _factor, _shifted, _lesser_precision):
+            words = [relation(op, label, *p) for p in wrong]
+            if all(words):
+                found.append(words[0] if len(set(words)) == 1 or relation is not _factor else f"{label} is the truth times a factor that differs from case to case")
+                break
+    return found
+
+
+def _pair(e: Evidence, name: str, plain: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, Precision] | None:
+    """What came and what is right, where these can be compared."""
+    got, limit = e.got.get(name), e.limits.get(name)
+    if (e.cotangents is None) != plain or name not in e.right or not isinstance(got, np.ndarray) or got.dtype.kind in "iub":
+        return None
+    right: Any = np.asarray(e.right[name])
+    fits = got.shape == right.shape == np.shape(limit) and right.size
+    return (got, right, np.asarray(limit), e.to) if fits else None
+
+
+def _zero(op, name, got, right, limit, to) -> str:
+    return f"{name} is zero everywhere" if not np.any(got) and np.any(right) else ""
+
+
+def _factor(op, name, got, right, limit, to) -> str:
+    g, r = got.astype(np.complex128).ravel(), right.astype(np.complex128).ravel()
+    fine = np.isfinite(g) & np.isfinite(r)
+    g, r = g[fine], r[fine]
+    square = np.sum(abs(r) ** 2)
+    if g.size < 4 or square == 0:
+        return ""
+    factor = np.sum(g * np.conj(r)) / square
+    residue = abs(g - factor * r)
+    if np.any(residue > 2 * limit.ravel()[fine] * max(1.0, abs(factor)) + 1e-3 * abs(factor - 1) * abs(r)):
+        return ""
+    if not np.any(error_ratio(factor.real * right, right, limit) > 1) and not factor.imag:
+        return ""
+    shown = f"{factor.real:.6g}" if abs(factor.imag) < 1e-6 * abs(factor) else f"{factor:.6g}"
+    return f"{name} is {shown} times the truth, everywhere"
+
+
+def _shifted(op, name, got, right, limit, to) -> str:
+    axis = op.contract.result_axis(op.lengths[0]).get(name) if op.lengths else None
+    if axis is None or got.shape[axis] < 4:
+        return ""
+    g, r, b = (np.moveaxis(x, axis, 0) for x in (got, right, limit))
+    for shift in (1, -1, 2, -2):
+        a, e, c = (g[shift:], r[:-shift], b[:-shift]) if shift > 0 else (g[:shift], r[-shift:], b[-shift:])
+        if a.size and not np.any(error_ratio(a, e, 2 * c) > 1):
+            return f"{name} is {'late' if shift > 0 else 'early'} by {abs(shift)} step{'s' if abs(shift) > 1 else ''}"
+    return ""
+
+
+def _lesser_precision(op, name, got, right, limit, to) -> str:
+    if to.half:
+        return ""
+    scale = float(np.sqrt(np.mean(np.abs(right[np.isfinite(right)]).astype(np.float64) ** 2))) if np.any(np.isfinite(right)) else 0.0
+    with np.errstate(all="ignore"):
+        error = np.abs(got.astype(right.dtype) - right).astype(np.float64)
+    error = float(np.sqrt(np.mean(error[np.isfinite(error)] ** 2)))
+    with np.errstate(all="ignore"):
+        share = np.mean(np.abs(got.astype(right.dtype) - right).astype(np.float64) > 0.1 * error)
+    if not scale or share < 0.4:  # rounding is off a little everywhere, a mistake much at some places
+        return ""
+    relative = error / scale
+    if to.name == "float32" and 2e-5 < relative < 1e-3:
+        return f"{name}: a relative error of {relative:.1e} is what TF32 or float16 products leave; float32 was promised"
+    if to.name == "float32" and 1e-3 <= relative < 8e-3:
+        return f"{name}: a relative error of {relative:.1e} is what bfloat16 leaves; float32 was promised"
+    if to.name == "float64" and 1e-9 < relative < 3e-6:
+        return f"{name}: a relative error of {relative:.1e} is what float32 leaves; float64 was promised"
+    return ""
