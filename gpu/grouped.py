@@ -102,9 +102,8 @@ def _grouped_product(x, w, of_block, transposed, dtype):
     pointers = [p.astype(np.uint64) for p in pointers]
     wide = x.dtype == np.float64
     one, zero = ((ctypes.c_double if wide else ctypes.c_float)(v) for v in (1, 0))
-    call, handle = _cublas()
-    status = call(
-        handle, int(transposed), 0, columns, size, inner, ctypes.byref(one),
+    status = cublas_function("cublasGemmBatchedEx")(
+        cublas_handle(), int(transposed), 0, columns, size, inner, ctypes.byref(one),
         pointers[0].data.ptr, _TYPES[w.dtype.name], w.shape[2], pointers[1].data.ptr, _TYPES[x.dtype.name], inner, ctypes.byref(zero),
         pointers[2].data.ptr, _TYPES[out.dtype.name], columns, len(of_block), _COMPUTE_64F if wide else _COMPUTE_32F, -1,
     )  # fmt: skip
@@ -113,24 +112,29 @@ def _grouped_product(x, w, of_block, transposed, dtype):
     return out
 
 
-def _cublas():
-    """cublasGemmBatchedEx, which CuPy does not wrap, and CuPy's handle on the current stream."""
+def cublas_handle() -> ctypes.c_void_p:
+    """CuPy's handle, on the current stream."""
     from cupy_backends.cuda.libs import cublas
 
     handle = cp.cuda.Device().cublas_handle
     cublas.setStream(handle, cp.cuda.get_current_stream().ptr)
-    return _gemm_batched(), ctypes.c_void_p(handle)
+    return ctypes.c_void_p(handle)
+
+
+_POINTER, _INT, _MATRIX = ctypes.c_void_p, ctypes.c_int, (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
+_STRIDED = (*_MATRIX, ctypes.c_longlong)
+_ARGUMENTS = {
+    "cublasGemmBatchedEx": (*_MATRIX, *_MATRIX, _POINTER, *_MATRIX, _INT, _INT, _INT),
+    "cublasGemmStridedBatchedEx": (*_STRIDED, *_STRIDED, _POINTER, *_STRIDED, _INT, _INT, _INT),
+}
 
 
 @cache
-def _gemm_batched():
+def cublas_function(name: str):
+    """A function of cuBLAS with matrices of mixed precision, which CuPy wraps not at all, or not with pointers."""
     with open("/proc/self/maps", encoding="utf-8") as maps:  # the library that CuPy has loaded, wherever it lies
         path = next(line.split()[-1] for line in maps if "libcublas.so" in line)
-    function = ctypes.CDLL(path).cublasGemmBatchedEx
-    pointer, number = ctypes.c_void_p, ctypes.c_int
-    function.argtypes = [
-        pointer, number, number, number, number, number, pointer,
-        pointer, number, number, pointer, number, number, pointer, pointer, number, number, number, number, number,
-    ]  # fmt: skip
-    function.restype = number
+    function = getattr(ctypes.CDLL(path), name)
+    function.argtypes = [_POINTER, _INT, _INT, _INT, _INT, _INT, _POINTER, *_ARGUMENTS[name]]
+    function.restype = _INT
     return function

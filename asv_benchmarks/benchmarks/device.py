@@ -21,9 +21,11 @@ class Mirror:
     def setup(self, form, backend, dtype, T):
         cp = device()
         mirror = importlib.import_module("refimpl.gpu")
+        form, _, method = form.partition(":")
         op, _ = calls.split(form)
         call = calls.arguments(op, next(iter(op.forms)), **calls.sizes(op, T, BATCH))
         self.call = {name: moved(cp, calls.rounded(value, dtype)) for name, value in call.items()}
+        self.call |= {"method": method} if method else {}
         self.cp, self.function = cp, getattr(mirror, form)
         self.run()  # compiles
         cp.cuda.get_current_stream().synchronize()
@@ -59,6 +61,12 @@ class Mirror:
 
     track_device_time.unit = "seconds"
     track_peak.unit = "bytes"
+
+
+class Methods(Mirror):
+    """Operators that the mirror computes in two ways: ``ssd:fused``, ``ssd:chunkwise``."""
+
+    params = ([f"{op}:{method}" for op in ("ssd", "mlstm", "linear_attention") for method in ("fused", "chunkwise")], *Mirror.params[1:])
 
 
 def device():

@@ -1,29 +1,42 @@
 """mLSTM on the device: stabilised gates, then a matrix memory in which the normaliser is one more column."""
 
+import math
+
 import cupy as cp
 import numpy as np
-from refimpl.gpu import mirror
+from refimpl.gpu import chunk_kernels, chunkwise, mirror
+from refimpl.gpu.arrays import cast
 from refimpl.gpu.launch import Kernel
 from refimpl.gpu.matrix_memory import WIDEST, flat, instances, read, read_vjp
 from refimpl.gpu.precision import widened
 
-from refimpl.core.numerics import constant, sigmoid, sqrt_of
+from refimpl.core.numerics import constant, log_sigmoid, sigmoid, sqrt_of
 from refimpl.ops.gated_rnn import mlstm as chapter
 
 _GATES = {x: Kernel("kernel_mlstm_gates.cu", f"mlstm_gates<{c}>") for x, c in (("float32", "float"), ("float64", "double"))}
 _GATES_VJP = {x: Kernel("kernel_mlstm_gates.cu", f"mlstm_gates_vjp<{c}>") for x, c in (("float32", "float"), ("float64", "double"))}
-KERNELS = (*instances(low_rank=False, before=False), *_GATES.values(), *_GATES_VJP.values())
+KERNELS = (*instances(low_rank=False, before=False), *chunk_kernels.BY_HEAD, *_GATES.values(), *_GATES_VJP.values())
 
 
 @mirror.form(chapter.CONTRACT)
-def mlstm(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=False):
+def mlstm(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=False, method="fused", chunk=None):
     """mLSTM on CuPy arrays; arguments and results as `refimpl.mlstm`.
+
+    Parameters
+    ----------
+    method : {"fused", "chunkwise"}
+        How it is computed. In chunks it is made of cuBLAS's products, which read halves; that way is proved on the host and has not
+        been timed on a device yet.
+    chunk : int, optional
+        Steps of a chunk.
 
     Notes
     -----
-    The stabiliser is computed first, by a walk through the gates; then one kernel for the whole sequence, the memory in registers, in
-    float32 for halves. Keys of more than 1024 features run the chapter's steps one by one.
+    The stabiliser is computed first, by a walk through the gates. Fused: one kernel for the whole sequence, the memory in registers, in
+    float32 for halves; keys of more than 1024 features run the chapter's steps one by one.
     """
+    if chunkwise.wanted("mlstm", method, chunk):
+        return Chunkwise(chunk_kernels.Steps, gates, gates_vjp, q, k, v, i, f, forget, eps, state, chunk).result(return_state)
     q, k, v, i, f = widened(q, k, v, i, f)
     if k.shape[-1] > WIDEST:
         return chapter.mlstm(q, k, v, i, f, forget=forget, eps=eps, state=state, return_state=return_state)
@@ -35,8 +48,10 @@ def mlstm(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=
 
 
 @mirror.gradient(chapter.CONTRACT)
-def mlstm_vjp(dy, q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, dstate=None):
-    """Gradient of `mlstm` on CuPy arrays, as `refimpl.mlstm_vjp`, through the stabiliser. Keeps one state in eight."""
+def mlstm_vjp(dy, q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, dstate=None, method="fused", chunk=None):
+    """Gradient of `mlstm` on CuPy arrays, as `refimpl.mlstm_vjp`, through the stabiliser. Keeps one state in eight, or in chunks one of each."""
+    if chunkwise.wanted("mlstm", method, chunk):
+        return Chunkwise(chunk_kernels.Steps, gates, gates_vjp, q, k, v, i, f, forget, eps, state, chunk).vjp(dy, dstate)
     dy, q, k, v, i, f = widened(dy, q, k, v, i, f)
     if k.shape[-1] > WIDEST:
         return chapter.mlstm_vjp(dy, q, k, v, i, f, forget=forget, eps=eps, state=state, dstate=dstate)
@@ -44,14 +59,7 @@ def mlstm_vjp(dy, q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, dstat
     call = _Call(*chapter._prepare(q, k, v, i, f, forget, state))
     memory, _, kept = read(*call.arrays, state=call.S, sequences=len(call.S), keep=True)
     memory = memory.reshape(*call.batch, *memory.shape[1:])  # (..., H, T, e + 1)
-    overlap, bound = memory[..., -1], _lower_bound(call.m)
-    D = _denominator(overlap, call.m, eps)  # (..., H, T)
-    h = memory[..., :-1] / D[..., None]
-    against = (h * dy).sum(axis=-1)
-    enough = abs(overlap) >= bound
-    d_overlap = np.where(enough, -np.sign(overlap) * against / D, np.zeros_like(D))
-    d_memory = cp.concatenate([dy / D[..., None], d_overlap[..., None]], axis=-1)
-    dm_read = np.where(enough, np.zeros_like(D), against / (1 + constant(eps, q) / bound))
+    d_memory, dm_read = _read_vjp(memory, call.m, eps, dy)
 
     dlast = dm_last = None
     if dstate is not None:
@@ -72,8 +80,7 @@ class _Call:
     def __init__(self, q, k, v, i, F, C, n, m):
         self.batch, self.T, self.m_before = m.shape, q.shape[-2], m
         self.F, self.i, self.first = (flat(x, self.batch, own) for x, own in ((F, 1), (i, 1), (m, 0)))
-        log_f, self.i_prime, top = (cp.empty_like(self.F) for _ in range(3))
-        _GATES[F.dtype.name]((len(self.F) if self.T else 0,), (256,), (self.F, self.i, self.first, log_f, self.i_prime, top, np.int64(self.T)))
+        log_f, self.i_prime, top = gates(self.F, self.i, self.first)
         self.m = top.reshape(*self.batch, self.T)
         keys = flat(k, self.batch, 2) * self.i_prime[..., None]
         values = flat(cp.concatenate([v, cp.ones_like(v, shape=(*v.shape[:-1], 1))], axis=-1), self.batch, 2)
@@ -81,17 +88,102 @@ class _Call:
         self.S = flat(cp.concatenate([C, n[..., None]], axis=-1), self.batch, 2)
 
     def gates_vjp(self, d_old, d_new, d_read, d_last):
-        dF, di, d_first = cp.empty_like(self.F), cp.empty_like(self.F), cp.zeros_like(self.first)
-        if self.T == 0 and d_last is not None:
-            d_first = d_last
-        nothing = np.uint64(0)
-        arguments = (self.F, self.i, self.first, cp.ascontiguousarray(self.m), d_old, d_new, d_read, nothing if d_last is None else d_last)
-        _GATES_VJP[self.F.dtype.name]((len(self.F) if self.T else 0,), (256,), (*arguments, dF, di, d_first, np.int64(self.T)))
+        dF, di, d_first = gates_vjp(self.F, self.i, self.first, cp.ascontiguousarray(self.m), d_old, d_new, d_read, d_last)
         return dF.reshape(*self.batch, self.T), di.reshape(*self.batch, self.T), d_first.reshape(self.batch)
 
     def state(self, memory, m):
         memory = memory.reshape(*self.batch, *memory.shape[1:])
         return chapter.State(memory[..., :-1], memory[..., -1], m)
+
+
+class Chunkwise:
+    """A call in chunks, in the arithmetic of `steps`; `gates` and `gates_vjp` are this module's, or do the same on the host."""
+
+    def __init__(self, steps, gates, gates_vjp, q, k, v, i, f, forget, eps, state, chunk):
+        self.steps, self.gates_vjp, self.forget, self.eps = steps(q.dtype), gates_vjp, forget, eps
+        steps, xp = self.steps, self.steps.xp
+        q, k, v = (cast(x, steps.operand) for x in (q, k, v))
+        i, self.f = (cast(x, steps.wide) for x in (i, f))
+        F = log_sigmoid(self.f) if forget == "sigmoid" else self.f
+        self.root, d, e = sqrt_of(k.shape[-1], i), k.shape[-1], v.shape[-1]
+        batch = [x.shape[: x.ndim - own] for own, xs in ((2, (q, k, v)), (1, (i, F))) for x in xs]
+        self.batch = np.broadcast_shapes(*batch, *(() if state is None else (state[2].shape,)))
+        if state is None:
+            S, m = xp.zeros((*self.batch, d, e + 1), steps.wide), xp.full(self.batch, -np.inf, steps.wide)
+        else:
+            S, m = xp.concatenate([state[0], state[1][..., None]], axis=-1), state[2]
+        self.F, self.i, self.first = (self.flat(x, own) for x, own in ((F, 1), (i, 1), (m, 0)))
+        log_f, self.i_prime, self.m = gates(self.F, self.i, self.first)
+        q, k, v, S = (self.flat(x, 2)[:, None] for x in (q, k, v, S))
+        self.k = steps.scaled(k, (self.i_prime / self.root)[:, None, :, None])
+        length = chunkwise.length(q.shape[2], False, chunk)
+        self.memory = chunkwise.Memory(steps, q, self.k, steps.with_ones(v), log_f[:, None, :, None], None, S, chunk=length)
+
+    def flat(self, x, own):
+        """Batch axes written out and made one."""
+        xp, shape = self.steps.xp, x.shape[x.ndim - own :]
+        return xp.ascontiguousarray(xp.broadcast_to(x, (*self.batch, *shape))).reshape(math.prod(self.batch), *shape)
+
+    def whole(self, x):
+        return x.reshape(*self.batch, *x.shape[1:])
+
+    def result(self, return_state):
+        memory = self.memory.read()[:, 0]
+        h = self.whole(memory[..., :-1] / _denominator(memory[..., -1], self.m, self.eps)[..., None])
+        return (h, self.state(self.memory.last[:, 0], self.m[:, -1] if self.m.shape[1] else self.first)) if return_state else h
+
+    def vjp(self, dy, dstate):
+        xp = self.steps.xp
+        d_memory, dm_read = _read_vjp(self.memory.read()[:, 0], self.m, self.eps, self.flat(cast(dy, self.steps.wide), 2))
+        dlast = dm_last = None
+        if dstate is not None:
+            dlast = self.flat(xp.concatenate([dstate[0], dstate[1][..., None]], axis=-1), 2)[:, None]
+            dm_last = self.flat(dstate[2], 0)
+        g = self.memory.vjp(self.steps.store(d_memory[:, None]), dlast)
+        d_new = self.steps.dots(g.k, self.k)[:, 0]  # of log i'
+        dF, di, d_first = self.gates_vjp(self.F, self.i, self.first, self.m, g.w[:, 0, :, 0], d_new, dm_read, dm_last)
+        dk = g.k[:, 0] * (self.i_prime / self.root)[..., None]
+        gradients = {"q": g.q[:, 0], "k": dk, "v": g.v[:, 0, :, :-1], "i": di, "f": dF}
+        gradients = {name: self.whole(x) for name, x in gradients.items()}
+        if self.forget == "sigmoid":
+            gradients["f"] = gradients["f"] * sigmoid(-self.f)
+        return gradients | {"state": self.state(g.state[:, 0], d_first)}
+
+    def state(self, memory, m):
+        memory = self.whole(memory)
+        return chapter.State(memory[..., :-1], memory[..., -1], self.whole(m))
+
+
+def gates(F, i, first):
+    """log f', i' and m of every step, of (sequences, T) gates and the first m."""
+    log_f, i_prime, m = (cp.empty_like(F) for _ in range(3))
+    count, T = F.shape
+    _GATES[F.dtype.name]((count if T else 0,), (256,), (F, i, first, log_f, i_prime, m, np.int64(T)))
+    return log_f, i_prime, m
+
+
+def gates_vjp(F, i, first, m, d_old, d_new, d_read, d_last):
+    """Cotangents of F, i and the first m, of those of log f' and log i', and of m where it is read and at the end."""
+    dF, di, d_first = cp.empty_like(F), cp.empty_like(F), cp.zeros_like(first)
+    count, T = F.shape
+    if T == 0 and d_last is not None:
+        d_first = d_last
+    d_old, d_new, d_read = (cp.ascontiguousarray(x) for x in (d_old, d_new, d_read))
+    last = np.uint64(0) if d_last is None else d_last
+    _GATES_VJP[F.dtype.name]((count if T else 0,), (256,), (F, i, first, m, d_old, d_new, d_read, last, dF, di, d_first, np.int64(T)))
+    return dF, di, d_first
+
+
+def _read_vjp(memory, m, eps, dy):
+    """Cotangents of what is read, (..., T, e + 1), and of the stabiliser where it bounds the denominator."""
+    overlap, bound = memory[..., -1], _lower_bound(m)
+    D = _denominator(overlap, m, eps)
+    h = memory[..., :-1] / D[..., None]
+    against = (h * dy).sum(axis=-1)
+    enough = abs(overlap) >= bound
+    d_overlap = np.where(enough, -np.sign(overlap) * against / D, np.zeros_like(D))
+    dm_read = np.where(enough, np.zeros_like(D), against / (1 + constant(eps, m) / bound))
+    return np.concatenate([dy / D[..., None], d_overlap[..., None]], axis=-1), dm_read
 
 
 def _lower_bound(m):

@@ -1,31 +1,46 @@
 """Linear attention on the device: feature maps, decays, delta rule and normaliser as cases of the matrix memory."""
 
+import math
+
 import cupy as cp
 import numpy as np
-from refimpl.gpu import mirror
+from refimpl.gpu import chunk_kernels, chunkwise, mirror
+from refimpl.gpu.arrays import cast
 from refimpl.gpu.matrix_memory import WIDEST, flat, instances, read, read_vjp
 from refimpl.gpu.precision import widened
 
+from refimpl.core.numerics import constant, sqrt_of
 from refimpl.ops.linear_attention import linear_attention as chapter
 from refimpl.ops.linear_attention.feature_maps import feature_map_of, width
 from refimpl.ops.linear_attention.linear_attention_contract import CONTRACT, prepare
 from refimpl.ops.linear_attention.linear_attention_gradient import linear_attention_vjp as step_by_step_vjp
 from refimpl.ops.linear_attention.state import State
 
-KERNELS = (*instances(low_rank=False, before=False), *instances(low_rank=True, before=False))
+KERNELS = (*instances(low_rank=False, before=False), *instances(low_rank=True, before=False), *chunk_kernels.KERNELS)
 
 
 @mirror.form(CONTRACT)
 def linear_attention(
-    q, k, v, *, decay=None, beta=None, feature_map=None, normalize=False, scale=None, state=None, return_state=False
-):
+    q, k, v, *, decay=None, beta=None, feature_map=None, normalize=False, scale=None, state=None, return_state=False,
+    method="fused", chunk=None,
+):  # fmt: skip
     """Linear attention on CuPy arrays; arguments and results as `refimpl.linear_attention`.
+
+    Parameters
+    ----------
+    method : {"fused", "chunkwise"}
+        How it is computed. In chunks it is made of cuBLAS's products, which read halves (float32 with the delta rule); that way is
+        proved on the host and has not been timed on a device yet.
+    chunk : int, optional
+        Steps of a chunk.
 
     Notes
     -----
-    One kernel for the whole sequence, the memory in registers, in float32 for halves; heads of q that share a memory compute it each
-    for itself. A callable feature map gets CuPy arrays. Keys of more than 1024 features run the chapter's steps one by one.
+    Fused: one kernel for the whole sequence, the memory in registers, in float32 for halves; heads of q that share a memory compute it
+    each for itself. Keys of more than 1024 features run the chapter's steps one by one. A callable feature map gets CuPy arrays.
     """
+    if chunkwise.wanted("linear_attention", method, chunk):
+        return Chunkwise(chunk_kernels.Steps, q, k, v, decay, beta, feature_map, normalize, scale, state, chunk).result(return_state)
     q, k, v, decay, beta = widened(q, k, v, decay, beta)
     options = {"feature_map": feature_map, "normalize": normalize, "scale": scale, "state": state}
     if width(feature_map, k) > WIDEST:
@@ -39,13 +54,22 @@ def linear_attention(
 
 
 @mirror.gradient(CONTRACT)
-def linear_attention_vjp(dy, q, k, v, *, decay=None, beta=None, feature_map=None, normalize=False, scale=None, state=None, dstate=None):
-    """Gradient of `linear_attention` on CuPy arrays, as `refimpl.linear_attention_vjp`. Keeps one state in eight, for each head of q."""
+def linear_attention_vjp(
+    dy, q, k, v, *, decay=None, beta=None, feature_map=None, normalize=False, scale=None, state=None, dstate=None,
+    method="fused", chunk=None,
+):  # fmt: skip
+    """Gradient of `linear_attention` on CuPy arrays, as `refimpl.linear_attention_vjp`.
+
+    Keeps one state in eight, for each head of q; in chunks one of each, for each head of k.
+    """
+    in_chunks = chunkwise.wanted("linear_attention", method, chunk)
     phi = feature_map_of(feature_map)
     if phi is not None and not callable(getattr(phi, "vjp", None)):
         raise TypeError(f"linear_attention: feature_map must have a method vjp(dphi, x) for the gradient (see FeatureMap), got {phi!r}")
     if dstate is not None and isinstance(dstate, tuple) != bool(normalize):
         raise TypeError(f"linear_attention: dstate must be {'a tuple (dS, dz)' if normalize else 'one array'}, as the state is")
+    if in_chunks:
+        return Chunkwise(chunk_kernels.Steps, q, k, v, decay, beta, feature_map, normalize, scale, state, chunk).vjp(dy, dstate)
     dy, q, k, v, decay, beta = widened(dy, q, k, v, decay, beta)
     options = {"feature_map": feature_map, "normalize": normalize, "scale": scale, "state": state}
     if width(feature_map, k) > WIDEST:
@@ -113,3 +137,66 @@ class _Call:
         full = cp.zeros((len(dS), self.group, *dS.shape[1:]), dS.dtype)
         full[:, 0] = dS
         return full.reshape(-1, *dS.shape[1:])
+
+
+class Chunkwise:
+    """A call in chunks, in the arithmetic of `steps`: the heads of q that share a memory are the queries of one."""
+
+    def __init__(self, steps, q, k, v, decay, beta, feature_map, normalize, scale, state, chunk):
+        # a triangular system is no place for halves
+        self.steps = steps = steps(q.dtype if beta is None else steps(q.dtype).wide)
+        q, k, v = (cast(x, steps.wide if feature_map is not None else steps.operand) for x in (q, k, v))
+        self.raw_q, self.raw_k, self.phi = q, k, feature_map_of(feature_map)
+        decay, beta = (None if x is None else cast(x, steps.wide) for x in (decay, beta))
+        self.has_channels = decay is not None and decay.ndim == q.ndim
+        q, k, v, g, beta, S, z, _ = prepare(q, k, v, decay, beta, feature_map, normalize, 1, state)
+        like = cast(g, steps.wide)
+        plain = 1 / sqrt_of(self.raw_q.shape[-1], like) if self.phi is None else 1
+        self.scale = 1 if normalize else plain if scale is None else scale
+        self.normalize, self.batch, self.heads, self.group = normalize, k.shape[:-3], *q.shape[-4:-2]
+        S = cast(S, steps.wide)
+        if normalize:
+            v, S = steps.with_ones(v), self.xp.concatenate([S, cast(z, S.dtype)[..., None]], axis=-1)
+        arrays = (*(steps.store(self.shared(x)) for x in (q, k, v)), *map(self.shared, (like, beta, S)))
+        self.memory = chunkwise.Memory(steps, *arrays, chunk=chunkwise.length(k.shape[-2], g.shape[-1] > 1, chunk))
+
+    @property
+    def xp(self):
+        return self.steps.xp
+
+    def shared(self, x):
+        """(..., heads of k, [group,] rows, columns) as (memories, group or 1, rows, columns)."""
+        group = 1 if x is None or x.ndim == len(self.batch) + 3 else self.group
+        return None if x is None else x.reshape(math.prod(self.batch) * self.heads, group, *x.shape[-2:])
+
+    def result(self, return_state):
+        o, last = self.memory.read(scale=self.scale, dtype=None if self.normalize else self.steps.operand), self.memory.last
+        o = o[..., :-1] / o[..., -1:] if self.normalize else o
+        o = o.reshape(*self.batch, self.heads * self.group, *o.shape[2:])
+        return (o, self.state_like(last)) if return_state else o
+
+    def vjp(self, dy, dstate):
+        xp, wide = self.xp, self.steps.wide
+        do = cast(dy, wide).reshape(math.prod(self.batch) * self.heads, self.group, *dy.shape[-2:]) * constant(self.scale, self.memory.last)
+        if self.normalize:
+            o = self.memory.read()
+            do = do / o[..., -1:]
+            do = xp.concatenate([do, -(do * (o[..., :-1] / o[..., -1:])).sum(axis=-1, keepdims=True)], axis=-1)
+        if dstate is not None:
+            dstate = xp.concatenate([dstate[0], dstate[1][..., None]], axis=-1) if self.normalize else dstate
+            dstate = self.shared(xp.broadcast_to(dstate, (*self.batch, self.heads, *dstate.shape[-2:])))
+        g = self.memory.vjp(self.steps.store(do), dstate)
+        dq = g.q.reshape(*self.batch, self.heads * self.group, *g.q.shape[2:])
+        dk, dv, dw = (x.reshape(*self.batch, self.heads, *x.shape[2:]) for x in (g.k, g.v, g.w))
+        if self.phi is not None:
+            dq, dk = (
+                self.phi.vjp(dx, xp.broadcast_to(x, (*dx.shape[:-1], x.shape[-1])))
+                for dx, x in ((dq, self.raw_q), (dk, self.raw_k))
+            )  # fmt: skip
+        dw = dw if self.has_channels else dw.sum(axis=-1)
+        gradients = {"q": dq, "k": dk, "v": dv[..., :-1] if self.normalize else dv, "decay": dw, "state": self.state_like(g.state)}
+        return gradients if g.beta is None else gradients | {"beta": g.beta.reshape(dw.shape[: dk.ndim - 1])}
+
+    def state_like(self, S):
+        S = S.reshape(*self.batch, self.heads, *S.shape[2:])
+        return State(S[..., :-1], S[..., -1]) if self.normalize else S

@@ -1,26 +1,43 @@
-"""State space duality on the device: Mamba-2 as a case of the matrix memory."""
+"""State space duality on the device: Mamba-2 as a case of the matrix memory, step by step in one kernel or in chunks."""
+
+import math
 
 import cupy as cp
 import numpy as np
-from refimpl.gpu import mirror
+from refimpl.gpu import chunk_kernels, chunkwise, mirror
+from refimpl.gpu.arrays import cast
 from refimpl.gpu.matrix_memory import WIDEST, flat, instances, read, read_vjp
 from refimpl.gpu.precision import widened
 
 from refimpl.core.numerics import constant, sigmoid, silu, silu_derivative, softplus
 from refimpl.ops.state_space import ssd as chapter
 
-KERNELS = instances(low_rank=False, before=False)
+KERNELS = (*instances(low_rank=False, before=False), *chunk_kernels.BY_HEAD)
 
 
 @mirror.form(chapter.CONTRACT)
-def ssd(x, dt, A, B, C, D=None, z=None, dt_bias=None, *, dt_softplus=False, dt_limit=(0.0, np.inf), state=None, return_state=False):
+def ssd(
+    x, dt, A, B, C, D=None, z=None, dt_bias=None, *, dt_softplus=False, dt_limit=(0.0, np.inf), state=None, return_state=False,
+    method="fused", chunk=None,
+):  # fmt: skip
     """Mamba-2 on CuPy arrays; arguments and results as `refimpl.ssd`.
+
+    Parameters
+    ----------
+    method : {"fused", "chunkwise"}
+        How it is computed. In chunks it is made of cuBLAS's products, which read halves; that way is proved on the host and has not
+        been timed on a device yet.
+    chunk : int, optional
+        Steps of a chunk.
 
     Notes
     -----
-    One kernel for the whole sequence, the state in registers, in float32 for halves. More than 1024 states run the chapter's steps one
-    by one.
+    Fused: one kernel for the whole sequence, the state in registers, in float32 for halves; more than 1024 states run the chapter's
+    steps one by one.
     """
+    if chunkwise.wanted("ssd", method, chunk):
+        call = Chunkwise(chunk_kernels.Steps, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, chunk)
+        return call.result(return_state)
     x, dt, A, B, C, D, z, dt_bias = widened(x, dt, A, B, C, D, z, dt_bias)
     options = {"dt_softplus": dt_softplus, "dt_limit": dt_limit}
     if B.shape[-1] > WIDEST:
@@ -33,15 +50,19 @@ def ssd(x, dt, A, B, C, D=None, z=None, dt_bias=None, *, dt_softplus=False, dt_l
 
 
 @mirror.gradient(chapter.CONTRACT)
-def ssd_vjp(dy, x, dt, A, B, C, D=None, z=None, dt_bias=None, *, dt_softplus=False, dt_limit=(0.0, np.inf), state=None, dstate=None):
-    """Gradient of `ssd` on CuPy arrays, as `refimpl.ssd_vjp`. Keeps one state in eight."""
+def ssd_vjp(
+    dy, x, dt, A, B, C, D=None, z=None, dt_bias=None, *, dt_softplus=False, dt_limit=(0.0, np.inf), state=None, dstate=None,
+    method="fused", chunk=None,
+):  # fmt: skip
+    """Gradient of `ssd` on CuPy arrays, as `refimpl.ssd_vjp`. Keeps one state in eight, or in chunks one of each."""
+    if chunkwise.wanted("ssd", method, chunk):
+        return Chunkwise(chunk_kernels.Steps, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, chunk).vjp(dy, dstate)
     dy, x, dt, A, B, C, D, z, dt_bias = widened(dy, x, dt, A, B, C, D, z, dt_bias)
     options = {"dt_softplus": dt_softplus, "dt_limit": dt_limit}
     if B.shape[-1] > WIDEST:
         return chapter.ssd_vjp(dy, x, dt, A, B, C, D, z, dt_bias, **options, state=state, dstate=dstate)
     raw = dt if dt_bias is None else dt + dt_bias[:, None]
     unclipped, groups = softplus(raw) if dt_softplus else raw, B.shape[-3]
-    low, high = (constant(v, unclipped) for v in dt_limit)
     x, dt, B, C, S = chapter._prepare(x, dt, A, B, C, z, dt_bias, dt_softplus, dt_limit, state)
     dp = np.broadcast_to(dy if z is None else dy * silu(z), x.shape)
     arrays, S = _flat(x, dt, A, B, C, S)
@@ -51,10 +72,7 @@ def ssd_vjp(dy, x, dt, A, B, C, D=None, z=None, dt_bias=None, *, dt_softplus=Fal
     g = read_vjp(flat(dp, heads, 2), *arrays, kept=kept, dlast=dlast, sequences=len(S))
     dC, dB, dv, dw, dS = (v.reshape(*heads, *v.shape[1:]) for v in (g.q, g.k, g.v, g.w, g.state))
     r = dw.sum(axis=-1)  # (..., H, T)
-    d_dt = A[:, None] * r + (dv * x).sum(axis=-1)
-    inside = (low <= unclipped) & (unclipped <= high)
-    d_dt = np.where(inside, d_dt, np.zeros_like(d_dt))
-    d_raw = d_dt * sigmoid(raw) if dt_softplus else d_dt
+    d_raw = _of_raw(A[:, None] * r + (dv * x).sum(axis=-1), raw, unclipped, dt_softplus, dt_limit)
     dx = dt[..., None] * dv
     gradient = {
         "x": dx if D is None else dx + D[:, None, None] * dp,
@@ -70,6 +88,73 @@ def ssd_vjp(dy, x, dt, A, B, C, D=None, z=None, dt_bias=None, *, dt_softplus=Fal
         return gradient
     p = chapter._skip_and_gate(read_out.reshape(x.shape), x, D, None)
     return gradient | {"z": dy * p * silu_derivative(z)}
+
+
+def _of_raw(d_dt, raw, unclipped, dt_softplus, dt_limit):
+    """A step's cotangent through the limits and softplus."""
+    low, high = (constant(v, unclipped) for v in dt_limit)
+    inside = (low <= unclipped) & (unclipped <= high)
+    d_dt = np.where(inside, d_dt, np.zeros_like(d_dt))
+    return d_dt * sigmoid(raw) if dt_softplus else d_dt
+
+
+class Chunkwise:
+    """A call in chunks, in the arithmetic of `steps`: C reads and B is written under, for all heads of a group; values are dt x."""
+
+    def __init__(self, steps, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, chunk):
+        self.steps = steps = steps(x.dtype)
+        dt, self.A, self.D, dt_bias = (None if v is None else cast(v, steps.wide) for v in (dt, A, D, dt_bias))
+        self.raw = dt if dt_bias is None else dt + dt_bias[:, None]
+        self.unclipped = softplus(self.raw) if dt_softplus else self.raw
+        x, B, C, z = (None if v is None else cast(v, steps.operand) for v in (x, B, C, z))  # nothing, or float32 for float16
+        self.z, self.dt_softplus, self.dt_limit = z, dt_softplus, dt_limit
+        x, self.dt, B, C, S = chapter._prepare(x, dt, self.A, B, C, z, dt_bias, dt_softplus, dt_limit, state)
+        self.x, self.heads, self.groups = x, x.shape[:-2], B.shape[:-2]
+        self.sharing = self.heads[-1] // max(self.groups[-1], 1)
+        values = steps.scaled(self.grouped(x), self.grouped(self.dt[..., None]))
+        w = (self.dt * self.A[:, None])[..., None]
+        arrays = (self.grouped(C, 1), self.grouped(B, 1), values, self.grouped(w), None, self.grouped(cast(S, steps.wide)))
+        self.memory = chunkwise.Memory(steps, *arrays, chunk=chunkwise.length(x.shape[-2], False, chunk))
+
+    def grouped(self, v, sharing=None):
+        """(..., H, rows, columns) as (groups, heads of each, rows, columns); `sharing` = 1 for what groups have, (..., G, rows, columns)."""
+        return v.reshape(math.prod(self.groups), self.sharing if sharing is None else sharing, *v.shape[-2:])
+
+    def read(self, D=None, z=None, dtype=None):
+        heads = self.xp.broadcast_to(D, self.heads).reshape(math.prod(self.groups), self.sharing) if D is not None else None
+        x = None if D is None else self.grouped(self.x)
+        z = None if z is None else self.grouped(self.xp.broadcast_to(z, self.x.shape))
+        return self.memory.read(x=x, D=heads, z=z, dtype=dtype).reshape(self.x.shape)
+
+    @property
+    def xp(self):
+        return self.steps.xp
+
+    def result(self, return_state):
+        y, last = self.read(self.D, self.z, self.steps.operand), self.memory.last
+        return (y, last.reshape(*self.heads, *last.shape[2:])) if return_state else y
+
+    def vjp(self, dy, dstate):
+        wide, heads, xp = self.steps.wide, self.heads, self.xp
+        dy, x = cast(dy, wide), cast(self.x, wide)
+        z = None if self.z is None else cast(self.z, wide)
+        dp = xp.broadcast_to(dy if z is None else dy * silu(z), x.shape)
+        dlast = None if dstate is None else self.grouped(xp.broadcast_to(dstate, (*heads, *self.memory.last.shape[2:])))
+        g = self.memory.vjp(self.steps.store(self.grouped(dp)), dlast)
+        dv, r = g.v.reshape(x.shape), g.w.reshape(x.shape[:-1])
+        d_raw = _of_raw(self.A[:, None] * r + (dv * x).sum(axis=-1), self.raw, self.unclipped, self.dt_softplus, self.dt_limit)
+        dx = self.dt[..., None] * dv
+        gradient = {
+            "x": dx if self.D is None else dx + self.D[:, None, None] * dp,
+            "dt": d_raw,
+            "A": (self.dt * r).sum(axis=-1),
+            "B": g.k.reshape(*self.groups, *g.k.shape[2:]),
+            "C": g.q.reshape(*self.groups, *g.q.shape[2:]),
+            "D": (dp * x).sum(axis=(-2, -1)),
+            "dt_bias": d_raw.sum(axis=-1),
+            "state": g.state.reshape(*heads, *g.state.shape[2:]),
+        }
+        return gradient if z is None else gradient | {"z": dy * self.read(self.D) * silu_derivative(z)}
 
 
 def _flat(x, dt, A, B, C, S):

@@ -1,0 +1,177 @@
+"""A matrix memory in chunks against the fused recurrence, on a device: python chunkwise.py FOLDER [PART ...]
+
+In one run, in this order, each part by itself so that one that fails costs no other: `compile` (kernels, all cores at once), `agree`
+(both methods at sizes of the kit's and at large ones, against the definition in float64 and each other, and the stream test),
+`time` (both methods, forward and gradient, chunks of 64 and 128), `kit` (level quick under the kit, each operator and precision).
+`FOLDER/chunkwise.json` has the rows, `FOLDER/kit-*.txt` the reports.
+"""
+
+import functools
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import cupy as cp
+import ml_dtypes
+import numpy as np
+import refimpl.gpu
+from measure import Results, hold_back, median_ms
+from mirrored import normal, uniform
+
+import refimpl
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+METHODS = {"fused": {}, "chunks of 64": {"method": "chunkwise", "chunk": 64}, "chunks of 128": {"method": "chunkwise", "chunk": 128}}
+
+
+def ssd(dtype, B=8, H=32, T=8192, p=64, n=128):
+    return {
+        "x": normal(B, H, T, p, dtype=dtype), "dt": uniform(0.001, 0.1, B, H, T, dtype=dtype), "A": -uniform(1, 16, H, dtype=dtype),
+        "B": normal(B, 1, T, n, dtype=dtype), "C": normal(B, 1, T, n, dtype=dtype), "D": normal(H, dtype=dtype),
+    }  # fmt: skip
+
+
+def mlstm(dtype, B=8, H=8, T=4096, d=128, e=256):
+    return {
+        "q": normal(B, H, T, d, dtype=dtype), "k": normal(B, H, T, d, dtype=dtype), "v": normal(B, H, T, e, dtype=dtype),
+        "i": normal(B, H, T, dtype=dtype), "f": (3 + normal(B, H, T)).astype(dtype),
+    }  # fmt: skip
+
+
+def linear_attention(dtype, B=8, H=16, T=4096, d=128, kind="retention"):
+    call = {
+        "q": normal(B, H, T, d, dtype=dtype), "k": normal(B, H, T, d, dtype=dtype, scale=d**-0.5), "v": normal(B, H, T, d, dtype=dtype),
+        "decay": -uniform(0.001, 0.05, B, H, T, *((d,) if kind == "per channel" else ()), dtype=dtype),
+    }  # fmt: skip
+    return call | ({"beta": uniform(0, 1, B, H, T, dtype=dtype)} if kind == "delta rule" else {})
+
+
+ROWS = (  # operator, work, call of a dtype, floor, target, peer
+    ("ssd", "Mamba-2", ssd, 0.18, 0.7, "mamba_ssm 1.43, gradient 4.56"),
+    ("mlstm", "mLSTM", mlstm, 0.13, 0.6, "mlstm_kernels 1.14, gradient 2.65"),
+    ("linear_attention", "retention", linear_attention, 0.18, 0.4, "fla 0.704"),
+    ("linear_attention", "per channel", functools.partial(linear_attention, kind="per channel"), 0.22, 0.6, "fla 1.585"),
+    ("linear_attention", "delta rule", functools.partial(linear_attention, kind="delta rule"), 0.18, None, None),
+)
+
+
+def first(y):
+    return y[0] if isinstance(y, tuple) else y
+
+
+def wide(x):
+    return x.astype(cp.float32) if x.dtype.itemsize == 2 else x
+
+
+def difference(a, b) -> float:
+    """Largest difference, relative to the largest value."""
+    a, b = wide(a), wide(b)
+    return float(abs(a - b).max() / abs(b).max())
+
+
+def agree(results: Results) -> None:
+    """Both methods at a length that is no multiple of a chunk: results and every gradient; and at the full size, results alone."""
+    small = {"ssd": {"B": 2, "H": 4, "T": 777}, "mlstm": {"B": 2, "H": 2, "T": 777}, "linear_attention": {"B": 2, "H": 2, "T": 777}}
+    for op, work, make, *_ in ROWS:
+        f, vjp = getattr(refimpl.gpu, op), getattr(refimpl.gpu, f"{op}_vjp")
+        for dtype in (np.dtype(np.float64), np.dtype(np.float32), BF16, np.dtype(np.float16)):
+            try:
+                call = make(dtype, **small[op])
+                exact = {name: wide(x).astype(cp.float64) for name, x in call.items()}
+                want = f(**exact)
+                want_vjp = vjp(want, **exact)
+                found = {}
+                for name, more in METHODS.items():
+                    y = f(**call, **more)
+                    gradients = vjp(y, **call, **more)
+                    found[name] = {"y": difference(y, want)} | {k: difference(g, want_vjp[k]) for k, g in gradients.items()}
+                worst = {name: max(v.values()) for name, v in found.items()}
+                results.rows.append({"operator": op, "work": work, "dtype": dtype.name, "errors": found})
+                print(f"agree {op} {work} {dtype.name}: {worst}", flush=True)
+            except Exception:
+                print(f"agree {op} {work} {dtype.name}: {traceback.format_exc()}"[-2500:], flush=True)
+        waits_for_nothing(op, make)
+
+
+def waits_for_nothing(op: str, make) -> None:
+    """The call comes back while the stream is still busy."""
+    call, f = make(np.dtype(np.float32), B=1, T=512), functools.partial(getattr(refimpl.gpu, op), method="chunkwise")
+    try:
+        first(f(**call))
+        cp.cuda.get_current_stream().synchronize()
+        event = cp.cuda.Event()
+        hold_back(400_000_000)
+        f(**call)
+        event.record()
+        print(f"waits for nothing {op}: {not event.done}", flush=True)
+        cp.cuda.get_current_stream().synchronize()
+    except Exception:
+        print(f"waits for nothing {op}: {traceback.format_exc()}"[-1500:], flush=True)
+
+
+def timed(results: Results) -> None:
+    for dtype in (BF16, np.dtype(np.float32)):
+        for op, work, make, floor, target, peer in ROWS:
+            f, vjp = getattr(refimpl.gpu, op), getattr(refimpl.gpu, f"{op}_vjp")
+            times, gradients = {}, {}
+            try:
+                call = make(dtype)
+            except Exception:
+                print(traceback.format_exc()[-1500:], flush=True)
+                continue
+            for name, more in METHODS.items():
+                try:
+                    y = f(**call, **more)
+                    times[name] = median_ms(lambda f=f, call=call, more=more: f(**call, **more), [()], 7, 2)
+                    if dtype == BF16:
+                        gradients[name] = median_ms(lambda vjp=vjp, y=y, call=call, more=more: vjp(y, **call, **more), [()], 3, 1)
+                except Exception:
+                    print(f"time {op} {work} {name}: {traceback.format_exc()}"[-1500:], flush=True)
+                cp.get_default_memory_pool().free_all_blocks()
+            shape = " ".join(f"{name}{tuple(x.shape)}" for name, x in call.items())
+            more = {"target_ms": target, "peer": peer} if dtype == BF16 else {}
+            results.add(op, f"{work}, {dtype.name}", shape, floor, times, **more)
+            if gradients:
+                results.add(op, f"{work}, {dtype.name}, gradient", shape, 2.2 * floor, gradients, **more)
+
+
+def kit(folder: Path) -> None:
+    for op in ("ssd", "mlstm", "linear_attention"):
+        f, vjp = (functools.partial(getattr(refimpl.gpu, name), method="chunkwise", chunk=8) for name in (op, f"{op}_vjp"))
+        for dtype in ("float32", "bfloat16", "float16", "float64"):
+            start = time.time()
+            try:
+                report = refimpl.check(op, f, framework="cupy", dtypes=[dtype], gradients=True, candidate_vjp=vjp, level="quick")
+                text, verdict = str(report), report.verdict
+            except Exception as error:
+                text, verdict = traceback.format_exc(), type(error).__name__
+            Path(folder, f"kit-{op}-{dtype}-chunkwise.txt").write_text(text, encoding="utf-8")
+            print(f"kit {op} {dtype}: {verdict} ({time.time() - start:.0f} s)\n{text if verdict != 'conforms' else ''}"[:1500], flush=True)
+
+
+def main(folder: str, parts: list[str]) -> None:
+    results = Results()
+    jobs = {
+        "compile": lambda: subprocess.run([sys.executable, str(Path(__file__).with_name("precompile.py")), "chunk_", "matrix_memory<", "mlstm_gates"]),
+        "agree": lambda: agree(results),
+        "time": lambda: timed(results),
+        "kit": lambda: kit(Path(folder)),
+    }
+    for part, job in jobs.items():
+        if parts and part not in parts:
+            continue
+        start = time.time()
+        try:
+            job()
+        except Exception:
+            print(f"{part}: {traceback.format_exc()}"[-2500:], flush=True)
+        cp.get_default_memory_pool().free_all_blocks()
+        results.write(Path(folder, "chunkwise.json"))
+        print(f"{part}: {time.time() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    np.seterr(all="ignore")
+    main(sys.argv[1], sys.argv[2:])

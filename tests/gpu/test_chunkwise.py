@@ -1,0 +1,368 @@
+"""The matrix memory in chunks, proved without a device.
+
+The equations of `refimpl.gpu.chunkwise` run on NumPy arrays under the kit, in two arithmetics: `chunk_steps`, which says in NumPy what
+each step is; and `chunk_kernels`, the device's own, whose kernels g++ compiles for the host (``host/cuda_on_host.h``) and whose calls
+of cuBLAS arrive at a few lines of NumPy with cuBLAS's meaning.
+"""
+
+import ctypes
+import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import refimpl
+
+HERE = Path(__file__).parent
+MISSING = importlib.util.find_spec("cupy") is None
+pytestmark = pytest.mark.skipif(MISSING, reason="not run: cupy not installed; pip install 'refimpl[compile]'")
+if not MISSING:
+    from refimpl.gpu import chunk_kernels, chunk_steps, chunkwise, launch
+    from refimpl.gpu.gated_rnn import mlstm
+    from refimpl.gpu.linear_attention import linear_attention
+    from refimpl.gpu.state_space import ssd
+
+OPS = ("ssd", "mlstm", "linear_attention")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+FENCE = 4096  # bytes before and after an array
+
+
+# -- an operator in chunks, on arrays of NumPy ------------------------------------------------------------------------
+
+
+def operator(name: str, steps, chunk: int | None):
+    """(function, gradient) as the mirror has them, on the host and in the arithmetic of `steps`."""
+    if name == "ssd":
+
+        def function(
+            x, dt, A, B, C, D=None, z=None, dt_bias=None, *, dt_softplus=False, dt_limit=(0.0, np.inf), state=None, return_state=False
+        ):
+            return ssd.Chunkwise(steps, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, chunk).result(return_state)
+
+        def vjp(
+            dy, x, dt, A, B, C, D=None, z=None, dt_bias=None, *, dt_softplus=False, dt_limit=(0.0, np.inf), state=None, dstate=None
+        ):
+            return ssd.Chunkwise(steps, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, chunk).vjp(dy, dstate)
+
+    elif name == "mlstm":
+
+        def function(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=False):
+            return mlstm.Chunkwise(steps, gates, gates_vjp, q, k, v, i, f, forget, eps, state, chunk).result(return_state)
+
+        def vjp(dy, q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, dstate=None):
+            return mlstm.Chunkwise(steps, gates, gates_vjp, q, k, v, i, f, forget, eps, state, chunk).vjp(dy, dstate)
+
+    else:
+
+        def function(
+            q, k, v, *, decay=None, beta=None, feature_map=None, normalize=False, scale=None, state=None, return_state=False
+        ):
+            call = linear_attention.Chunkwise(steps, q, k, v, decay, beta, feature_map, normalize, scale, state, chunk)
+            return call.result(return_state)
+
+        def vjp(dy, q, k, v, *, decay=None, beta=None, feature_map=None, normalize=False, scale=None, state=None, dstate=None):
+            return linear_attention.Chunkwise(steps, q, k, v, decay, beta, feature_map, normalize, scale, state, chunk).vjp(dy, dstate)
+
+    contract = refimpl.OPS[name].contract
+    return contract.form(function, half=True), contract.gradient(vjp, half=True)
+
+
+def gates(F, i, m):
+    """What the kernel ``mlstm_gates`` computes."""
+    log_f, i_prime, ms = (np.empty_like(F) for _ in range(3))
+    for t in range(F.shape[1]):
+        before, m = m, np.maximum(F[:, t] + m, i[:, t])
+        top = np.where(np.isneginf(m), 0, m)
+        log_f[:, t], i_prime[:, t], ms[:, t] = F[:, t] + before - top, np.exp(i[:, t] - top), m
+    return log_f, i_prime, ms
+
+
+def gates_vjp(F, i, first, m, d_old, d_new, d_read, d_last):
+    """What the kernel ``mlstm_gates_vjp`` computes."""
+    dF, di = np.empty_like(F), np.empty_like(F)
+    dm = np.zeros_like(first) if d_last is None else d_last
+    for t in reversed(range(F.shape[1])):
+        left = F[:, t] + (m[:, t - 1] if t else first) >= i[:, t]
+        dm = dm + d_read[:, t] - d_old[:, t] - d_new[:, t]
+        dF[:, t], di[:, t] = d_old[:, t] + np.where(left, dm, 0), d_new[:, t] + np.where(left, 0, dm)
+        dm = dF[:, t]
+    return dF, di, dm
+
+
+# -- the device on the host -------------------------------------------------------------------------------------------
+
+
+class Library:
+    """Kernels of one file, compiled for the host; called as `launch.Kernel` is."""
+
+    def __init__(self, folder: Path, kernels) -> None:
+        self.number = {kernel.name: i for i, kernel in enumerate(kernels)}
+        source = folder / "kernels.cpp"
+        calls = "".join(
+            f'extern "C" void instance_{i}(unsigned x, unsigned y, unsigned block, unsigned shared, void** arguments)'
+            f" {{ host::launch(&{name}, x, y, block, shared, arguments); }}\n"
+            for name, i in self.number.items()
+        )
+        source.write_text(f'#include "cuda_on_host.h"\n#include "{kernels[0].file}"\n{calls}')
+        command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{HERE / 'host'}", f"-I{launch.FOLDER}", str(source)]
+        subprocess.run([*command, "-o", str(folder / "kernels.so")], check=True)
+        self.library = ctypes.CDLL(str(folder / "kernels.so"))
+
+    def __call__(self, kernel, grid, block, args, shared=0):
+        if 0 in grid:
+            return
+        assert shared <= 160 * 1024, "more shared memory than the smallest of the devices has"
+        assert max(grid[1:], default=1) <= 65535, "more blocks than a device has"
+        arrays = [a for a in args if isinstance(a, np.ndarray)]
+        assert all(a.flags.c_contiguous for a in arrays), "kernels read arrays as contiguous ones"
+        # each array between two strips of NaN, which nobody may write to or make anything of
+        fenced = [np.full(2 * FENCE + a.nbytes, 0xFF, np.uint8) for a in arrays]
+        for a, room in zip(arrays, fenced, strict=True):
+            room[FENCE : FENCE + a.nbytes] = a.reshape(-1).view(np.uint8)
+        rooms = iter(fenced)
+        values = [np.uint64(next(rooms).ctypes.data + FENCE) if isinstance(a, np.ndarray) else a for a in args]
+        cells = [np.array([v]) for v in values]
+        pointers = (ctypes.c_void_p * len(cells))(*(c.ctypes.data for c in cells))
+        getattr(self.library, f"instance_{self.number[kernel.name]}")(*grid, *(1,) * (2 - len(grid)), block[0], shared, pointers)
+        for a, room in zip(arrays, fenced, strict=True):
+            before, after = a.reshape(-1).view(np.uint8), room[FENCE : FENCE + a.nbytes]
+            if a.flags.writeable:
+                before[:] = after
+            else:
+                assert np.array_equal(before, after), f"{kernel.name} writes to an input"
+            assert np.all(room[:FENCE] == 0xFF) and np.all(room[FENCE + a.nbytes :] == 0xFF), f"{kernel.name} writes outside of an array"
+
+
+TYPES = {0: np.dtype(np.float32), 1: np.dtype(np.float64), 14: np.dtype(ml_dtypes.bfloat16)}
+
+
+def matrices(first, dtype, rows, columns, ld, transposed):
+    """Stacks of op(A) of a column-major A at these addresses, in float64."""
+    rows, columns = (columns, rows) if transposed else (rows, columns)
+    found = []
+    for address in first:
+        size = (ld * (columns - 1) + rows) * dtype.itemsize
+        flat = np.frombuffer((ctypes.c_char * size).from_address(int(address)), dtype)
+        matrix = np.lib.stride_tricks.as_strided(flat, (rows, columns), (dtype.itemsize, ld * dtype.itemsize), writeable=False)
+        found.append(matrix.astype(np.float64))
+    stack = np.stack(found)
+    return stack.swapaxes(1, 2) if transposed else stack
+
+
+def cublas(name: str):
+    """A function of cuBLAS's signature and meaning."""
+
+    def strided(handle, ta, tb, m, n, k, alpha, A, at, lda, sa, B, bt, ldb, sb, beta, C, ct, ldc, sc, count, compute, algorithm):
+        steps = np.arange(count)
+        places = (p + steps * s * TYPES[t].itemsize for p, t, s in ((A, at, sa), (B, bt, sb), (C, ct, sc)))
+        return multiply(ta, tb, m, n, k, *places, (at, bt, ct), (lda, ldb, ldc), compute)
+
+    def batched(handle, ta, tb, m, n, k, alpha, A, at, lda, B, bt, ldb, beta, C, ct, ldc, count, compute, algorithm):
+        places = (np.ctypeslib.as_array((ctypes.c_uint64 * count).from_address(p)).copy() for p in (A, B, C))
+        return multiply(ta, tb, m, n, k, *places, (at, bt, ct), (lda, ldb, ldc), compute)
+
+    return {"cublasGemmStridedBatchedEx": strided, "cublasGemmBatchedEx": batched}[name]
+
+
+def multiply(ta, tb, m, n, k, A, B, C, types, lds, compute):
+    a_type, b_type, c_type = (TYPES[t] for t in types)
+    assert lds[0] >= (k if ta else m) and lds[1] >= (n if tb else k) and lds[2] >= m
+    if a_type.itemsize == 2:
+        assert all(int(p) % 16 == 0 for p in (*A, *B)) and not (lds[0] % 8 or lds[1] % 8), "halves lie in whole runs of 16 bytes"
+    a, b = matrices(A, a_type, m, k, lds[0], ta), matrices(B, b_type, k, n, lds[1], tb)
+    if compute == 77:  # tensor cores read no more
+        for x in (a, b):
+            bits = x.astype(np.float32).view(np.uint32)
+            assert not np.any((bits & 0x1FFF).astype(bool) & np.isfinite(x)), "TF32 would be cut off, not rounded"
+    with np.errstate(all="ignore"):
+        c = (a.astype(c_type) @ b.astype(c_type)).swapaxes(1, 2)  # (count, n, m): columns are contiguous
+    for address, matrix in zip(C, c, strict=True):
+        for j, column in enumerate(np.ascontiguousarray(matrix)):
+            ctypes.memmove(int(address) + j * lds[2] * c_type.itemsize, column.ctypes.data, column.nbytes)
+    return 0
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("not run: no g++")
+    return Library(tmp_path_factory.mktemp("kernels"), chunk_kernels.KERNELS)
+
+
+@pytest.fixture
+def device(library, monkeypatch):
+    """The device's steps on arrays of NumPy; its kernels and products run here."""
+    monkeypatch.setattr(launch.Kernel, "__call__", lambda kernel, grid, block, args, shared=0: library(kernel, grid, block, args, shared))
+    monkeypatch.setattr(chunk_kernels, "cp", np)
+    monkeypatch.setattr(chunk_kernels, "cublas_function", cublas)
+    monkeypatch.setattr(chunk_kernels, "cublas_handle", lambda: None)
+    monkeypatch.setattr(chunk_kernels, "_address", lambda x: x.ctypes.data)
+    return type("OnHost", (chunk_kernels.Steps,), {"xp": np})
+
+
+# -- under the kit ----------------------------------------------------------------------------------------------------
+
+
+def conforms(name, steps, chunk, dtype, level="quick"):
+    function, vjp = operator(name, steps, chunk)
+    report = refimpl.check(name, function, dtypes=[dtype], gradients=True, candidate_vjp=vjp, level=level)
+    assert report.verdict == "conforms", str(report)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_equations_conform(name):
+    conforms(name, chunk_steps.Steps, 8, "float32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OPS)
+def test_the_equations_conform_at_level_standard(name, dtype):
+    conforms(name, chunk_steps.Steps, 8, dtype, "standard")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", OPS)
+def test_the_equations_conform_in_chunks_of_the_length_that_a_device_would_take(name, dtype):
+    conforms(name, chunk_steps.Steps, None, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OPS)
+def test_the_kernels_conform(name, dtype, device):
+    conforms(name, device, 8, dtype)
+
+
+# -- by themselves ----------------------------------------------------------------------------------------------------
+
+
+def drawn(name: str, rng, dtype, **sizes) -> dict:
+    """A call of the operator's generic inputs; states in the precision of sums."""
+    op = refimpl.OPS[name]
+    call = op.sample(rng, **sizes)
+    call = op.arrange(call) if op.arrange else call
+    wide = np.float32 if np.dtype(dtype).itemsize == 2 else dtype
+
+    def of(argument, value):
+        if isinstance(value, tuple):
+            return type(value)(*(of(argument, v) for v in value))
+        return value.astype(wide if argument == "state" else dtype)
+
+    return {argument: of(argument, value) for argument, value in call.items()}
+
+
+LONG = {
+    "ssd": ({"T": 37, "p": 5, "n": 9}, {"T": 16, "H": 6, "G": 2, "batch": (2,)}),
+    "mlstm": ({"T": 37, "d": 9, "e": 5}, {"T": 16, "batch": (2,)}),
+    "linear_attention": (
+        {"T": 37, "Hq": 6, "Hkv": 2, "d": 9, "e": 5},
+        {"T": 37, "per_channel": True},
+        {"T": 16, "Hq": 1, "Hkv": 1, "d": 33, "e": 40, "per_channel": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("arithmetic", ["numpy", "kernels"])
+def test_lengths_that_are_no_multiple_of_a_chunk(name, arithmetic, rng, request):
+    """Results and gradients against the chapter's, through several chunks; float64, so that only a mistake can be as large."""
+    steps = chunk_steps.Steps if arithmetic == "numpy" else request.getfixturevalue("device")
+    op = refimpl.OPS[name]
+    for sizes in LONG[name]:
+        for chunk in (8, 16, 64):
+            call = drawn(name, rng, np.float64, **sizes)
+            function, vjp = operator(name, steps, chunk)
+            want, state = op.definition(**call, return_state=True)
+            got, last = function(**call, return_state=True)
+            bound, off_state = op.error_bound(**call, unit=2.0**-53, return_state=True)
+            for a, b, limit in zip((got, *parts(last)), (want, *parts(state)), (bound, *parts(off_state)), strict=True):
+                assert np.all(abs(a - b) <= 2 * limit)
+            dy = rng.standard_normal(want.shape)
+            dstate = type(state)(*(rng.standard_normal(x.shape) for x in state)) if isinstance(state, tuple) else rng.standard_normal(state.shape)
+            want, got = op.gradient(dy, **call, dstate=dstate), vjp(dy, **call, dstate=dstate)
+            assert want.keys() == got.keys()
+            for argument in want:
+                for a, b in zip(parts(got[argument]), parts(want[argument]), strict=True):
+                    np.testing.assert_allclose(a, b, rtol=2.0**-30, atol=2.0**-30 * abs(b).max(), err_msg=argument)
+
+
+def parts(x):
+    return x if isinstance(x, tuple) else (x,)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("name", OPS)
+def test_no_steps(name, dtype, rng, device):
+    call = drawn(name, rng, TYPES[14] if dtype == "bfloat16" else dtype, T=0)
+    for steps in (chunk_steps.Steps, device):
+        function, vjp = operator(name, steps, 8)
+        y, last = function(**call, return_state=True)
+        assert y.size == 0
+        for a, b in zip(parts(last), parts(call["state"]), strict=True):
+            np.testing.assert_array_equal(a, b)
+        gradients = vjp(y, **call, dstate=last)
+        for a, b in zip(parts(gradients["state"]), parts(last), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_nothing_arrives_at_a_decay_of_0_or_from_behind_it(rng):
+    """A decay's cotangent is a sum over what it fades, never a difference of sums over everything else."""
+    call = drawn("linear_attention", rng, np.float32, T=24)
+    del call["beta"]
+    call["decay"] = np.where(np.arange(24) % 6 == 5, np.float32(-1e3), call["decay"])
+    function, vjp = operator("linear_attention", chunk_steps.Steps, 8)
+    gradients = vjp(np.ones_like(function(**call)), **call)
+    assert np.all(gradients["decay"][..., 5::6] == 0)
+    assert np.all(gradients["state"] != 0) and np.all(gradients["decay"][..., 0] != 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_products_of_all_layouts(dtype, rng, device):
+    """Views, transposed, of shared heads, of parts: what cuBLAS is told is what they are."""
+    steps, plain = device(TYPES[14] if dtype == "bfloat16" else dtype), chunk_steps.Steps(TYPES[14] if dtype == "bfloat16" else dtype)
+    x = plain.store(rng.integers(-8, 9, (3, 4, 5, 16, 24)).astype(plain.wide))  # whose sums are exact in any order
+    lefts = [x, x[:, :1], x[:, :, 2], x.swapaxes(-1, -2), x[:, :1].swapaxes(-1, -2), x[..., :8], x[:1], x[..., ::2, :], x[..., 1:9, 3:11]]
+    for a in lefts:
+        for of in (x, x[:, :1], x[:, :, 3], x[:, :1, :, 3:, 1:]):
+            inner = a.shape[-1]
+            for b in (of[..., : min(inner, of.shape[-2]), :], of.swapaxes(-1, -2)[..., : min(inner, of.shape[-1]), :]):
+                left = a[..., : b.shape[-2]]
+                odd = any(size % 8 for size in (*left.shape[-2:], *b.shape[-2:]))
+                if left.ndim != b.ndim or (dtype == "bfloat16" and odd):  # `cut` fills halves up
+                    continue
+                np.testing.assert_array_equal(steps.product(left, b), plain.product(left, b))
+    for shape in ((0, 2, 3, 4, 5), (2, 2, 3, 4, 0), (2, 2, 3, 0, 5)):
+        empty = plain.store(np.zeros(shape, plain.wide))
+        np.testing.assert_array_equal(steps.product(empty, empty.swapaxes(-1, -2)), plain.product(empty, empty.swapaxes(-1, -2)))
+
+
+def test_one_call_of_cublas_where_a_batch_lies_evenly():
+    """Pointers are for what strides cannot say."""
+    batch, whole = (3, 4, 5), (16 * 24 * 20, 16 * 24 * 5, 16 * 24)
+    full = chunk_kernels.operand((3, 4, 5, 16, 24), (*whole, 24, 1), batch)
+    shared = chunk_kernels.operand((3, 1, 5, 16, 24), (*whole, 24, 1), batch)
+    turned = chunk_kernels.operand((3, 4, 5, 24, 16), (*whole, 1, 24), batch)
+    assert full == (24, False, whole) and turned == (24, True, whole)
+    assert chunk_kernels.plan(batch, 16, 24, 16, full, turned).distances == (16 * 24, 16 * 24)
+    assert chunk_kernels.plan(batch, 16, 24, 16, shared, turned).distances is None
+    assert chunk_kernels.even((1, 4, 1), (7, 0, 3)) == 0
+    assert chunk_kernels.operand((2, 8, 8), (64, 16, 2), (2,)) is None, "neither rows nor columns are contiguous"
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_method_that_does_not_exist_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name}: method must be one of 'fused', 'chunkwise', got 'chunked'"):
+        chunkwise.wanted(name, "chunked", None)
+    with pytest.raises(ValueError, match=f"{name}: chunk must be None with method='fused'.* got 32"):
+        chunkwise.wanted(name, "fused", 32)
+    with pytest.raises(ValueError, match=f"{name}: chunk must be at most 128, got 129"):
+        chunkwise.wanted(name, "chunkwise", 129)
+    assert not chunkwise.wanted(name, "fused", None) and chunkwise.wanted(name, "chunkwise", 64)
+    assert [chunkwise.length(T, False) for T in (0, 1, 9, 1000)] == [8, 8, 16, 128]
+    assert chunkwise.length(1000, True) == 64 and chunkwise.length(1000, True, 30) == 32
