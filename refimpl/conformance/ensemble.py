@@ -10,7 +10,7 @@ import numpy as np
 
 from refimpl.conformance import disk, gates, truth
 from refimpl.conformance.gates import Peers
-from refimpl.conformance.precision import Precision, widened
+from refimpl.conformance.precision import TF32, Precision, widened
 from refimpl.op import Op
 
 SIZE = 8
@@ -39,7 +39,8 @@ def ensemble(op: Op, call: dict, to: Precision) -> list[Results]:
     """The results, by name, of at least eight legal emulations, rounded to the precision.
 
     Every form computes in the precision's arithmetic and rounds once; the rest see inputs that were rounded once more on
-    the way, as tensor-core kernels round operands and intermediate results.
+    the way, as tensor-core kernels round operands and intermediate results: to the nearest, and for tf32 in every second
+    of them by cutting bits off, which shortens all that is rounded.
     """
     compute = widened(call, to.compute)
     rng = np.random.default_rng(0)
@@ -51,7 +52,8 @@ def ensemble(op: Op, call: dict, to: Precision) -> list[Results]:
             results.append(first)
             functions.append(form.function)
     while functions and len(results) < SIZE + len(functions):
-        shaken = {n: _round_again(v, to.unit, rng) for n, v in compute.items()}
+        low, high = (-2, 0) if to.name == TF32 and len(results) % 2 else (-1, 1)
+        shaken = {n: _round_again(v, to.unit, rng, low, high) for n, v in compute.items()}
         first = _results(op, functions[len(results) % len(functions)], shaken, to)
         if first is None:
             break
@@ -98,9 +100,10 @@ def _results(op: Op, function, call: dict, to: Precision) -> Results | None:
     return {n: np.asarray(y).astype(to.dtype) if y.dtype.kind == "f" and not n.startswith("state") else np.asarray(y) for n, y in named.items()}
 
 
-def _round_again(x, unit: float, rng):
+def _round_again(x, unit: float, rng, low: float = -1.0, high: float = 1.0):
     if isinstance(x, tuple):
-        return type(x)(*(_round_again(v, unit, rng) for v in x)) if hasattr(x, "_fields") else tuple(_round_again(v, unit, rng) for v in x)
+        parts = [_round_again(v, unit, rng, low, high) for v in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
     if not isinstance(x, np.ndarray) or x.dtype.kind != "f":
         return x
-    return (x * (1 + 0.5 * unit * rng.uniform(-1, 1, x.shape))).astype(x.dtype)
+    return (x * (1 + 0.5 * unit * rng.uniform(low, high, x.shape))).astype(x.dtype)

@@ -7,20 +7,38 @@ import numpy as np
 from refimpl.core.contract import Contract
 from refimpl.core.dtypes import HALF
 
+TF32 = "tf32"  # no dtype of its own: float32 arrays, of which products see 11 bits
+
 
 @dataclass(frozen=True)
 class Precision:
-    """A floating-point format: its dtype, unit roundoff, and the format it computes in."""
+    """A floating-point format: its dtype, unit roundoff, the format it computes in, and the roundoff of what may be kept on the way.
+
+    `store` is 0 where operands and intermediate results have as many bits as the arithmetic. Of tf32 it is twice the unit
+    roundoff, since tensor cores may cut the lower bits off where code does not round.
+    """
 
     name: str
     dtype: np.dtype
     unit: float
     compute: np.dtype
     compute_unit: float
+    store: float
 
     @property
     def half(self) -> bool:
+        """Whether results themselves are given back in a half precision."""
         return self.dtype.name in HALF
+
+    @property
+    def coarse(self) -> bool:
+        """Whether right algorithms round so coarsely on the way that mistakes hide below the bound, and peers are asked."""
+        return self.store > 0
+
+    @property
+    def common(self) -> float:
+        """The roundoff of which a share may be common to all of a result: cutting bits off shortens everything alike."""
+        return 4 * self.store if self.name == TF32 else self.unit
 
     @property
     def truth(self) -> np.dtype:
@@ -33,6 +51,12 @@ class Precision:
 
         return float(ml_dtypes.finfo(self.dtype).max)
 
+    def cast(self, x: np.ndarray) -> np.ndarray:
+        """A real array in this precision."""
+        with np.errstate(over="ignore"):
+            y = x.astype(self.dtype)
+        return eleven_bits(y) if self.name == TF32 else y
+
 
 def precision(name: str) -> Precision:
     """A precision by name.
@@ -44,12 +68,22 @@ def precision(name: str) -> Precision:
     """
     import ml_dtypes
 
-    bits = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8, "float8_e4m3fn": 4, "float8_e5m2": 3}
+    bits = {"float64": 53, "float32": 24, TF32: 11, "float16": 11, "bfloat16": 8, "float8_e4m3fn": 4, "float8_e5m2": 3}
     if name not in bits:
         raise ValueError(f"check: dtypes must be among {', '.join(bits)}, got {name!r}")
-    dtype = np.dtype(getattr(ml_dtypes, name)) if hasattr(ml_dtypes, name) else np.dtype(name)
-    compute = dtype if bits[name] > 11 else np.dtype(np.float32)
-    return Precision(name, dtype, 2.0 ** -bits[name], compute, 2.0 ** -bits[compute.name])
+    kind = "float32" if name == TF32 else name
+    dtype = np.dtype(getattr(ml_dtypes, kind)) if hasattr(ml_dtypes, kind) else np.dtype(kind)
+    compute, unit = dtype if bits[kind] > 11 else np.dtype(np.float32), 2.0 ** -bits[name]
+    return Precision(name, dtype, unit, compute, 2.0 ** -bits[compute.name], 2 * unit if name == TF32 else unit if bits[name] <= 11 else 0.0)
+
+
+def eleven_bits(x: np.ndarray, cut: bool = False) -> np.ndarray:
+    """Float32 numbers rounded to TF32's 11 significant bits, to the nearest, ties to even; or the others `cut` off."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    if not cut:
+        bits = bits + np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))
+    rounded = (bits & np.uint32(0xFFFFE000)).view(np.float32).reshape(np.shape(x))
+    return np.where(np.isfinite(x), rounded, x)
 
 
 def rounded(contract: Contract, call: dict, to: Precision) -> dict | None:
@@ -61,11 +95,11 @@ def rounded(contract: Contract, call: dict, to: Precision) -> dict | None:
             return type(x)(*(cast(name, part) for part in x))
         if not isinstance(x, np.ndarray) or x.dtype.kind not in "fc":
             return x
-        target = to.compute if name == "state" or kinds[name] == "free" else to.dtype
+        wide = name == "state" or kinds[name] == "free"
         if x.dtype.kind == "c":
             return x.astype(np.result_type(to.compute, np.complex64))
         with np.errstate(over="ignore"):
-            return x.astype(target)
+            return x.astype(to.compute) if wide else to.cast(x)
 
     result = {name: cast(name, v) if name in kinds else v for name, v in call.items()}
     for name, value in result.items():

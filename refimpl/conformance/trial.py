@@ -9,11 +9,11 @@ import numpy as np
 from refimpl.conformance import gates, truth
 from refimpl.conformance.candidate import Candidate
 from refimpl.conformance.cases import Case, choose, default_sizes, factors, hard_call, pairwise, parameters
-from refimpl.conformance.likeness import Evidence
 from refimpl.conformance.domain import Domain
 from refimpl.conformance.ensemble import readings, slopes
 from refimpl.conformance.gates import Finding
 from refimpl.conformance.invoke import Answer
+from refimpl.conformance.likeness import Evidence
 from refimpl.conformance.pattern import axes_of, describe
 from refimpl.conformance.pictures import picture
 from refimpl.conformance.precision import Precision, rounded
@@ -95,7 +95,7 @@ class Trial:
         findings = [f for name in right if (f := gates.bounded(name, got[name], right[name], limits[name])) is not None]
         if findings:
             return max(findings, key=lambda f: f.ratio)
-        if to.half and klass in _PEERED and any(v.size >= _FEW for v in right.values()):
+        if to.coarse and klass in _PEERED and any(v.size >= _FEW for v in right.values()):
             return self._statistics(got, right, call, to)
         return None
 
@@ -106,10 +106,10 @@ class Trial:
         for name, others in known.items():
             g, r = got[name], right[name]
             floor = 0.5 * to.unit * np.abs(r).astype(np.float64) + truth.smallest(to)
-            finding = gates.like_peers(name, g, r, others, floor) or gates.no_row_apart(name, g, r, others) or gates.unbiased(name, g, r, others, to.unit)
+            finding = gates.like_peers(name, g, r, others, floor) or gates.no_row_apart(name, g, r, others) or gates.unbiased(name, g, r, others, to.common)
             if finding is None and others.gains:
                 directions = slopes(self.op, call, to, right) if directions is None else directions
-                finding = gates.ungained(name, g, r, others, directions[name], to.unit)
+                finding = gates.ungained(name, g, r, others, directions[name], to.common)
             if finding is not None:
                 return finding
             if r.size >= _FEW:

@@ -23,7 +23,7 @@ def law_jobs(trial: Trial, to: Precision) -> Iterator[tuple[str, Callable[[], An
     plans = [(13, combos[0], "plain"), (13, rich, "rich")] + ([(70, rich, "longer")] if trial.level != "quick" else [])
     takes = trial.subject.support.takes
     for law in trial.op.laws:
-        if to.half and law.name == "linear":  # a sum of inputs is itself rounded
+        if to.coarse and law.name == "linear":  # a sum of inputs is itself rounded
             continue
         if ("state" in law.arguments and not takes("state")) or (law.name == "hand_off" and not takes("return_state")):
             continue

@@ -10,9 +10,10 @@ import numpy as np
 
 from refimpl.conformance import gates, truth
 from refimpl.conformance.cases import Case, cases, default_sizes, repeated
-from refimpl.conformance.likeness import Evidence
 from refimpl.conformance.domain import ALIKE
 from refimpl.conformance.invoke import Answer
+from refimpl.conformance.likeness import Evidence
+from refimpl.conformance.narrow import friendly, narrow
 from refimpl.conformance.pictures import ulps
 from refimpl.conformance.precision import Precision, rounded
 from refimpl.conformance.refusals import features
@@ -24,8 +25,8 @@ from refimpl.conformance.trial import Trial, trouble
 Job = tuple[str, Callable[[], Any]]
 
 
-def settle(trial: Trial, to: Precision) -> None:
-    """Find what every call needs where the candidate raises: a number of batch axes; as many values as keys, as many heads."""
+def settle(trial: Trial, to: Precision) -> bool:
+    """Find what every call needs where the candidate raises: a number of batch axes; as many values as keys, as many heads; sizes."""
     domain, layout, sizes = trial.domain, trial.subject.layout, default_sizes(trial.op)
     if layout is not None and "b" in layout.order:
         domain.batch_rank = 1
@@ -33,23 +34,25 @@ def settle(trial: Trial, to: Precision) -> None:
     pairs = [pair for pair in ALIKE if set(pair) <= set(sizes) and pair[0] not in domain.sizes]
     equalities = [some for count in range(len(pairs) + 1) for some in itertools.combinations(pairs, count)]
     combo = {name: values[0] for name, values in trial.factors().items()}
-    for equal, rank in itertools.product(equalities, ranks):
+    for base, equal, rank in itertools.product(friendly(trial), equalities, ranks):
         domain.equal = equal
-        drawn = trial.draw(np.random.default_rng(0), {"batch": (2,) * rank} if rank else {}, combo, to)
+        drawn = trial.draw(np.random.default_rng(0), base | ({"batch": (2,) * rank} if rank else {}), combo, to)
         if drawn is not None and trial.subject.call(drawn.call).status not in ("ERROR", "NOT_APPLICABLE"):
             if rank:
                 domain.batch_rank = rank
                 trial.report.not_checked.append(f"other than {rank} batch {'axis' if rank == 1 else 'axes'} (it raises)")
             trial.report.not_checked += [f"{letter} other than {other} (it raises)" for letter, other in equal]
-            return
+            narrow(trial, to, base, combo)
+            return True
     domain.equal = ()
+    return False
 
 
 def result_jobs(trial: Trial, to: Precision) -> Iterator[Job]:
     """All cases of the level, then the hygiene of repeated calls."""
     for case in cases(trial.op, level=trial.level, seed=trial.seed, support=trial.subject.support, domain=trial.domain):
         yield f"{to.name} {case.klass}", functools.partial(_case, trial, case, to)
-    if to.half:
+    if to.coarse:
         yield f"{to.name} long", functools.partial(_together, trial, to)
     combos = trial.combos(0)
     for number in dict.fromkeys([0, len(combos) - 1]):
@@ -82,7 +85,7 @@ def _together(trial: Trial, to: Precision) -> None:
     """A common factor that no case shows by itself, but all of them together."""
     for (precision, name), slopes in trial.slopes.items():
         if precision == to.name and len(slopes) > 1:
-            finding = gates.together(name, slopes, to.unit)
+            finding = gates.together(name, slopes, to.common)
             why = ("PASS",) if finding is None else (finding.status, finding.message, finding.output)
             trial.report.cases.append(Result(f"long[{name} of all cases together]", "long", to.name, *why))
 

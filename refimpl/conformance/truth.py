@@ -33,12 +33,11 @@ def truth(op: Op, call: dict, to: Precision) -> dict[str, np.ndarray]:
 
 def tolerance(op: Op, call: dict, to: Precision, right: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The distance allowed, elementwise, by name (gate G1)."""
-    store = to.unit if to.half else 0.0
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        bound = op.error_bound(**widened(call, np.dtype(np.float64)), unit=to.compute_unit, store=store)
+        bound = op.error_bound(**widened(call, np.dtype(np.float64)), unit=to.compute_unit, store=to.store)
     named = op.contract.named(bound, call.get("return_state", False))
-    slack = _HALF_SLACK if to.half else SLACK
+    slack = _HALF_SLACK if to.coarse else SLACK
     factors = [_largest(v) for v in list(call.values())[1:] if isinstance(v, np.ndarray) and v.dtype.kind not in "iub"]  # what follows may enlarge it
     flushed = smallest(to) * max(1.0, *factors) if to.half and factors else smallest(to)
     limits = {}
@@ -130,7 +129,7 @@ def gradient_tolerance(op: Op, call: dict, dy, dstate, to: Precision, right: dic
     the relative error of a factor that is formed as e^(x - logsumexp x).
     """
     rng = np.random.default_rng(7)
-    unit = to.unit
+    unit = max(to.unit, to.store)
     base = widened(call, np.dtype(np.float64))
     right = {n: _tree(lambda v: np.asarray(v, dtype=np.result_type(v.dtype, np.float64) if v.dtype.kind != "g" else v.dtype), g) for n, g in right.items()}
     spread = {n: _tree(lambda v: np.zeros(np.shape(v)), g) for n, g in right.items()}
@@ -152,9 +151,9 @@ def gradient_tolerance(op: Op, call: dict, dy, dstate, to: Precision, right: dic
     def limit(s, r, x):
         size = _largest(x)
         smooth = np.broadcast_to(s.max(axis=-1, keepdims=True), s.shape) if s.ndim and s.size else s
-        sums = 4 * unit * (np.sqrt(longest) if not to.half else 1.0) * _largest(r) + (product / size if size else 0.0)
+        sums = 4 * unit * (np.sqrt(longest) if not to.coarse else 1.0) * _largest(r) + (product / size if size else 0.0)
         share = relative * (abs(r).astype(np.float64) + 0.05 * _largest(r)) + 2 * to.compute_unit * size * abs(r).astype(np.float64)
-        return (8 if to.half else 16) * smooth + sums + share + unit * abs(r).astype(np.float64) + smallest(to)
+        return (8 if to.coarse else 16) * smooth + sums + share + unit * abs(r).astype(np.float64) + smallest(to)
 
     with np.errstate(all="ignore"):
         return {n: _tree3(limit, spread[n], right[n], base[n]) for n in right}
