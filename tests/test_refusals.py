@@ -48,7 +48,7 @@ def test_a_few_values_are_named():
     assert any("decay exactly 0" in note and "values" in note for note in report.notes)
 
 
-@pytest.mark.parametrize("condition", [lambda b, **_: b.shape[-2] > 20, lambda b, **_: b.shape[-2] % 8, lambda b, **_: b.sum() > 0, lambda **_: True])
+@pytest.mark.parametrize("condition", [lambda b, **_: b.shape[-2] > 20, lambda b, **_: b.sum() > 0, lambda **_: True])
 def test_what_follows_no_rule_leaves_it_unjudged(condition):
     report = refimpl.check("linear_recurrence", refusing(condition), **HOW)
     assert report.verdict == "inconclusive"
@@ -87,3 +87,73 @@ def test_what_a_single_step_looks_like_is_no_exception():
     report = refimpl.check("linear_recurrence", constant, **HOW)
     assert report.verdict == "conforms", str(report)
     assert "a of shape (T, c) (it refuses)" in report.not_checked
+
+
+# -- sizes: a rule is found by trying, and what lies inside it is judged -------------------------------------------------
+
+
+def of_sizes(condition, error=ValueError, factor=1.0):
+    def candidate(a, b, *, state=None, reverse=False, return_state=False):
+        if not condition(b.shape):
+            raise error("unsupported sizes")
+        return refimpl.linear_recurrence(a, b.dtype.type(factor) * b, state=state, reverse=reverse, return_state=return_state)
+
+    return candidate
+
+
+def power_of_two(size):
+    return size > 0 and size & (size - 1) == 0
+
+
+SIZES = [
+    (lambda shape: shape[-2] % 64 == 0, "T other than multiples of 64", "T=refimpl.multiple_of(64)"),
+    (lambda shape: shape[-2] % 8 == 0 and shape[-1] % 16 == 0, "c other than multiples of 16", "c=refimpl.multiple_of(16)"),
+    (lambda shape: power_of_two(shape[-2]) and shape[-2] > 8, "T other than powers of two from 16", "T=[16, 32, 64,"),
+    (lambda shape: shape[-1] in (64, 128), "c other than 64 and 128", "c=[64, 128]"),
+    (lambda shape: shape[-1] in (64, 128) and len(shape) == 3, "c other than 64 and 128", "c=[64, 128]"),
+]
+
+
+@pytest.mark.parametrize(("condition", "rule", "said"), SIZES)
+@pytest.mark.parametrize("error", [ValueError, NotImplementedError, RuntimeError], ids=lambda e: e.__name__)
+def test_sizes_that_follow_a_rule_are_found(condition, rule, said, error):
+    report = refimpl.check("linear_recurrence", of_sizes(condition, error), **HOW)
+    assert report.verdict == "conforms", str(report)
+    assert rule in str(report).splitlines()[2] and said in str(report)
+    assert sum(c.status == "PASS" for c in report.cases) > 40
+    report = refimpl.check("linear_recurrence", of_sizes(condition, error, 1.01), **HOW)
+    assert report.verdict == "wrong", str(report)
+
+
+ODD = [
+    (lambda shape: shape[-2] <= 20, ValueError),
+    (lambda shape: shape[-2] in (7, 64, 100, 128), ValueError),
+    (lambda shape: shape[-1] <= 8, ValueError),
+    (lambda shape: shape[-2] % 64 == 0, IndexError),
+]
+
+
+@pytest.mark.parametrize(("condition", "error"), ODD)
+def test_sizes_that_follow_none_are_not_excused(condition, error):
+    report = refimpl.check("linear_recurrence", of_sizes(condition, error), **HOW)
+    assert report.verdict == "wrong", str(report)
+
+
+def test_what_goes_wrong_by_accident_is_no_rule():
+    def candidate(a, b):
+        blocks = b.reshape(*b.shape[:-2], -1, 16, b.shape[-1])  # raises where 16 does not divide T
+        return refimpl.linear_recurrence(a, blocks.reshape(b.shape))
+
+    assert refimpl.check("linear_recurrence", candidate, **HOW).verdict == "wrong"
+
+
+def test_as_many_values_as_keys_in_sizes_of_a_tile():
+    def candidate(q, k, v):
+        if q.shape[-1] not in (32, 64, 128) or v.shape[-1] != q.shape[-1] or q.shape[-2] % 64 or k.shape[-2] % 64:
+            raise ValueError("unsupported sizes")
+        return refimpl.attention(q, k, v)
+
+    report = refimpl.check("attention", candidate, **HOW)
+    assert report.verdict == "conforms", str(report)
+    found = ", ".join(report.not_checked)
+    assert all(words in found for words in ("n other than multiples of 64", "m other than multiples of 64", "d other than 32, 64 and 128", "e other than d"))

@@ -137,7 +137,7 @@ def check(
     start = time.perf_counter()
     try:
         journal = _journal(report, subject, save, resume)
-        settle(trial, precisions[0])
+        any(settle(trial, p) for p in precisions)
         _work(trial, [functools.partial(_jobs, trial, p, gradients) for p in precisions], journal, fail_fast, progress)
         _conclude(trial, fail_fast)
     except KeyboardInterrupt:

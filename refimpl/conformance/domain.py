@@ -18,6 +18,10 @@ class multiple_of:
     def nearest(self, size: int) -> int:
         return max(self.factor, -(-size // self.factor) * self.factor)
 
+    def __repr__(self) -> str:
+        return f"multiple_of({self.factor})"
+
+
 ALIKE = (("e", "d"), ("Hq", "Hkv"))  # sizes that a kernel may want to be the same
 
 
@@ -70,6 +74,11 @@ class Domain:
             rest = {letter: rule for letter, rule in self.sizes.items() if letter != "H"}
             spelled.sizes = {"Hq": self.sizes["H"], "Hkv": self.sizes["H"]} | rest
         return spelled
+
+    def keep_to(self, letter: str, rule) -> None:
+        """Let a size follow a rule from here on."""
+        self.sizes = {**self.sizes, letter: _rule(letter, rule)}
+        self._said = {**self._said, letter: rule}
 
     def check_names(self, operator: str, letters: Iterable[str], options: Iterable[str]) -> None:
         """Raise ValueError for a letter or an option that the operator does not have."""

@@ -14,6 +14,7 @@ from refimpl.conformance.domain import ALIKE
 from refimpl.conformance.invoke import Answer
 from refimpl.conformance.likeness import Evidence
 from refimpl.conformance.narrow import friendly, narrow
+from refimpl.conformance.narrow import friendly, narrow
 from refimpl.conformance.pictures import ulps
 from refimpl.conformance.precision import Precision, rounded
 from refimpl.conformance.refusals import features
