@@ -25,6 +25,7 @@ BIAS_PEERS, PART_PEERS = 3.0, 6.0  # G3: over the ensemble's largest common fact
 BIAS_SPREADS = 6.0  # G3, of all cases together: over the spread that the ensemble's common factors have
 ROWS = 1000  # G2: from so many rows on, each is looked at by itself
 ROW_FACTOR, ROW_LEAST = 2.5, 6.0  # G2: over what the ensemble's worst row stands out by, or this if that is less
+MANY = 1e6  # times a bound: beyond, a number says nothing
 GAIN_FLOOR = 0.6  # G3, factors on arguments: a scale of 1/√d kept in the half type is off by up to half a roundoff
 
 
@@ -96,7 +97,8 @@ def bounded(name: str, got: np.ndarray, right: np.ndarray, limit: np.ndarray) ->
         return None
     index = tuple(int(i) for i in np.unravel_index(int(np.argmax(ratio)), ratio.shape))
     worst = float(ratio[index])
-    message = f"{name} is off by {worst:.3g} times what a right implementation may be"
+    times = f"{worst:.3g}" if worst < MANY else "more than a million"
+    message = f"{name} is off by {times} times what a right implementation may be"
     return Finding("NUMERIC", message, name, index, got[index], right[index], float(limit[index]), worst, wrong)
 
 

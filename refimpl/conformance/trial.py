@@ -21,6 +21,7 @@ from refimpl.conformance.report import Report, Result
 from refimpl.conformance.snippet import snippet
 from refimpl.op import Op
 
+GRADIENT_OF = "the gradient of "  # as findings name them
 KEPT = 80  # failing cases kept as evidence, and passing ones
 SMALL, PASSES_OF_A_KIND = 30_000, 3  # of those that pass: elements, and how many that differ in sizes alone
 _FEW = 64  # elements of a result from which statistics mean something
@@ -118,7 +119,7 @@ class Trial:
 
     def failure(self, case: Case, to: Precision, finding: Finding, call: dict) -> Result:
         """A finding as the report shows it: the place, the pattern in words, Python that reproduces it."""
-        pattern = describe(finding.bad, self._axes(finding.output)) if finding.bad is not None else ""
+        pattern = describe(finding.bad, self._axes(finding.output, call)) if finding.bad is not None else ""
         recall = f"{self.op.name!r}, {case.id!r}, dtype={to.name!r}, level={self.level!r}, seed={self.seed}"
         if self.subject.support.keywords is not None:
             recall += f", keywords={sorted(self.subject.support.keywords & keywords(self.op))!r}"
@@ -136,17 +137,23 @@ class Trial:
             finding.ratio, pattern, text,
         )  # fmt: skip
 
-    def _axes(self, output: str) -> tuple[str, ...]:
-        """The last axes of a result, or of an argument whose gradient it is, by the contract's letters."""
+    def _axes(self, output: str, call: dict | None = None) -> tuple[str, ...]:
+        """The last axes of a result, or, in the shape that it has in this call, of an argument whose gradient it is."""
         contract = self.op.contract
-        named = [r for r in (*contract.results, *contract.states, *contract.arrays) if r.name == output]
+        if output.startswith(GRADIENT_OF):
+            name, _, part = output.removeprefix(GRADIENT_OF).partition("[")
+            name = contract.states[int(part[:-1])].name if part and name == "state" else name
+            names = {a.name.partition(".")[0] for a in (*contract.arrays, *contract.states)}
+            arrays = {n: v for n, v in (call or {}).items() if n in names and v is not None}
+            return contract.layout(**arrays).get(name, ())
+        named = [r for r in (*contract.results, *contract.states) if r.name == output]
         return tuple(a.rstrip("?") for r in named[:1] for a in r.shapes[0].axes)
 
-    def drawn(self, result: Result, finding: Finding, got: dict, right: dict, limits: dict) -> Result:
+    def drawn(self, result: Result, finding: Finding, got: dict, right: dict, limits: dict, call: dict | None = None) -> Result:
         """The result with a picture of the errors that were found."""
-        name = finding.output.removeprefix("the gradient of ")
+        name = finding.output.removeprefix(GRADIENT_OF)
         if isinstance(got.get(name), np.ndarray) and name in right:
-            axes = axes_of(right[name].ndim, self._axes(name))
+            axes = axes_of(right[name].ndim, self._axes(finding.output, call))
             result.picture = picture(axes, got[name], np.asarray(right[name]), np.asarray(limits[name]))
         return result
 

@@ -11,7 +11,6 @@ from refimpl.conformance import gates, truth
 from refimpl.conformance.cases import Case, default_sizes, described
 from refimpl.conformance.diagnosis import Evidence
 from refimpl.conformance.gates import Finding
-from refimpl.conformance.pattern import describe
 from refimpl.conformance.precision import Precision
 from refimpl.conformance.report import Result
 from refimpl.conformance.shapes import reshaped, shared
@@ -93,8 +92,8 @@ def _judge(trial: Trial, to: Precision, number: int, drawn: Drawn, label: str, k
             trial.keep(Evidence(call, to, {n: got[n] for n in right}, right, limits, (dy, dstate), failed=finding is not None))
         result = Result(case.id, case.klass, to.name, "PASS") if finding is None else trial.failure(case, to, finding, call)
         if finding is not None:
-            trial.drawn(result, finding, got, right, limits)
-            result.snippet, result.pattern = "", describe(finding.bad, ()) if finding.bad is not None else ""
+            trial.drawn(result, finding, got, right, limits, call)
+            result.snippet = ""
             result.excusable = COMPLEX in marks or ("shape" in finding.message and bool(shared(trial.op, call)))
     result.seconds, result.traits = seconds, marks
     trial.report.cases.append(result)
