@@ -1,6 +1,7 @@
 """Trials of gradients: the candidate's against the hand-derived one, for cotangents of results and of final states."""
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,38 +9,69 @@ from typing import Any
 import numpy as np
 
 from refimpl.conformance import gates, truth
-from refimpl.conformance.cases import Case, default_sizes, described
-from refimpl.conformance.diagnosis import Evidence
+from refimpl.conformance.cases import VIEWS, Case, affordable, at_random, covering, default_sizes, described, wide
 from refimpl.conformance.gates import Finding
+from refimpl.conformance.likeness import Evidence
 from refimpl.conformance.precision import Precision
 from refimpl.conformance.report import Result
 from refimpl.conformance.shapes import reshaped, shared
 from refimpl.conformance.traits import COMPLEX, traits
 from refimpl.conformance.trial import Drawn, Trial, trouble
 
-_LENGTHS = {"quick": (1, 2, 5, 17, 37, 66), "standard": (0, 1, 2, 3, 4, 5, 9, 17, 33, 37, 64, 65, 70, 130)}
+_LENGTHS = {
+    "quick": (1, 2, 5, 17, 37, 66),
+    "standard": (0, 1, 2, 3, 4, 5, 7, 9, 16, 17, 31, 33, 37, 63, 64, 65, 70, 127, 128, 130, 192, 257, 300),
+}
+_CALLS = 20  # of the definition, that the truth about a gradient costs
 
 
 def gradient_jobs(trial: Trial, to: Precision) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Lengths, all pairs of options, head ratios, kinds of cotangent, hard inputs."""
-    op, combos = trial.op, trial.combos(5)
-    full = combos[0] | ({"return_state": True} if "return_state" in trial.factors() else {})
+    """What results are tried on, a little of everything, for several kinds of cotangent."""
+    for number, plan in enumerate(plans := _plans(trial)):
+        yield f"{to.name} gradients", functools.partial(_gradient, trial, to, number, *plan)
+    middle, combos = _middle(trial), trial.combos(5)
+    for number, (drawn, label) in enumerate(_reshaped(trial, to, middle, combos), len(plans)):
+        yield f"{to.name} gradients", functools.partial(_judge, trial, to, number, drawn, label, "")
+
+
+def _middle(trial: Trial) -> dict[str, Any]:
+    return dict(zip(trial.op.lengths, (13, 19, 17), strict=False))
+
+
+def _plans(trial: Trial) -> list[tuple[dict, dict, str, str]]:
+    """Sizes, combination, hard input and kind of cotangent of every trial.
+
+    A backward kernel has tiles, blocks and loops of its own, and sums over axes that the forward never sums over: so
+    lengths, batches, widths and strides, each with every optional array and option.
+    """
+    op, combos, middle = trial.op, trial.combos(5), _middle(trial)
+    returned = {"return_state": True} if "return_state" in trial.factors() else {}
+    full = combos[0] | returned
+    few = covering(combos)
     plans: list[tuple[dict, dict, str, str]] = []
     for i, T in enumerate(_LENGTHS.get(trial.level, _LENGTHS["standard"]) if op.lengths else (0,)):
         sizes = dict.fromkeys(op.lengths, T)
         plans += [(sizes, full, "", ""), (sizes, combos[i % len(combos)], "", "")]
-    middle = dict(zip(op.lengths, (13, 19, 17), strict=False))
-    plans += [(middle, combo, "", "") for combo in combos]
+    batch = {"batch": (2,)} if "batch" in default_sizes(op) else {}
+    plans += [(middle | batch, combo, "", "") for combo in combos]
     plans += [({**middle, **sizes}, combos[i % len(combos)] | full, "", "") for i, sizes in enumerate(op.sizes)]
-    if not op.lengths and "batch" in default_sizes(op):  # sums over many rows, which kernels do in blocks
-        plans += [({"batch": (rows,)}, combos[rows % len(combos)] | full, "", "") for rows in (17, 65, 300)]
-    plans += [(middle, full, "", kind) for kind in ("needle", "zero but state", "strided")]
+    if not op.lengths and batch:  # sums over many rows, which kernels do in blocks
+        plans += [({"batch": (rows,)}, combo, "", "") for rows in (17, 65, 300) for combo in few]
+    plans += [(middle, full, "", kind) for kind in ("needle", "zero but state")]
+    plans += [(middle | batch, combo | returned, "", kind) for kind in ("strided", "transposed", "repeated") for combo in few]
     if trial.level != "quick":
         plans += [(middle, full, hard, "") for hard in op.hard]
-    for number, plan in enumerate(plans):
-        yield f"{to.name} gradients", functools.partial(_gradient, trial, to, number, *plan)
-    for number, (drawn, label) in enumerate(_reshaped(trial, to, middle, combos), len(plans)):
-        yield f"{to.name} gradients", functools.partial(_judge, trial, to, number, drawn, label, "")
+        plans += [({**dict.fromkeys(op.lengths, 300), **batch}, combo, "", "") for combo in few if op.lengths]
+        plans += [({**dict.fromkeys(op.lengths, 5), "batch": (33,)}, combo, "", "") for combo in few if batch]
+        turn = itertools.cycle(few)
+        for sizes in wide(op, (16, 34, 64, 66, 130)):
+            plans.append(({**dict.fromkeys(op.lengths, 5), **sizes}, next(turn) | returned, "", ""))
+        rng = np.random.default_rng([trial.seed, 19])
+        chosen = trial.factors()
+        for _ in range(20):
+            sizes, combo, _ = at_random(op, rng, chosen)
+            plans.append((sizes, combo, "", ""))
+    return [plan for plan in plans if affordable(op, {**default_sizes(op), **plan[0]}, trial.level, _CALLS)]
 
 
 def _reshaped(trial: Trial, to: Precision, sizes: dict, combos: list[dict]) -> Iterator[tuple[Drawn, str]]:
@@ -77,7 +109,7 @@ def _judge(trial: Trial, to: Precision, number: int, drawn: Drawn, label: str, k
     if not right or not all(np.all(np.isfinite(v)) for v in right.values()):
         return
     start = time.perf_counter()
-    answer = trial.subject.gradient(call, dy, dstate, view="strided" if kind == "strided" else "contiguous")
+    answer = trial.subject.gradient(call, dy, dstate, view=kind if kind in VIEWS else "contiguous")
     seconds = time.perf_counter() - start
     marks = traits(trial.op, call)
     failed = trouble(answer)
@@ -89,7 +121,7 @@ def _judge(trial: Trial, to: Precision, number: int, drawn: Drawn, label: str, k
         limits = truth.flat(truth.gradient_tolerance(trial.op, call, dy, dstate, to, gradient, drawn.right))
         finding = _gate(got, right, limits, call, to)
         if set(right) <= set(got):
-            trial.keep(Evidence(call, to, {n: got[n] for n in right}, right, limits, (dy, dstate), failed=finding is not None))
+            trial.keep(Evidence(call, to, {n: got[n] for n in right}, right, limits, (dy, dstate), failed=finding is not None, case=case.id))
         result = Result(case.id, case.klass, to.name, "PASS") if finding is None else trial.failure(case, to, finding, call)
         if finding is not None:
             trial.drawn(result, finding, got, right, limits, call)
@@ -136,6 +168,8 @@ def _cotangents(trial: Trial, drawn: Drawn, rng, kind: str) -> tuple[Any, Any]:
             v = v * (np.arange(v.size).reshape(v.shape) == v.size // 2)
         if kind == "zero but state" and not state:
             v = v * 0
+        if kind == "repeated":  # as the gradient of a mean is
+            v = np.broadcast_to(v[:1], v.shape) if v.ndim else v
         return v.astype(gates.result_dtype(like, compute, out, state))
 
     parts = [draw(n, v) for n, v in drawn.right.items() if not n.startswith("state") and v.dtype.kind in "fc"]
