@@ -99,15 +99,19 @@ def gates_vjp(F, i, first, m, d_old, d_new, d_read, d_last):
 class Library:
     """Kernels of one file, compiled for the host; called as `launch.Kernel` is."""
 
-    def __init__(self, folder: Path, kernels) -> None:
+    def __init__(self, folder: Path, kernels, mistake: tuple[str, str] | None = None) -> None:
         self.number = {kernel.name: i for i, kernel in enumerate(kernels)}
-        source = folder / "kernels.cpp"
+        source, code = folder / "kernels.cpp", kernels[0].source
+        if mistake is not None:
+            assert mistake[0] in code
+            code = code.replace(*mistake)
         calls = "".join(
             f'extern "C" void instance_{i}(unsigned x, unsigned y, unsigned block, unsigned shared, void** arguments)'
             f" {{ host::launch(&{name}, x, y, block, shared, arguments); }}\n"
+            f'extern "C" const char* types_{i}() {{ return host::types(&{name}); }}\n'
             for name, i in self.number.items()
         )
-        source.write_text(f'#include "cuda_on_host.h"\n#include "{kernels[0].file}"\n{calls}')
+        source.write_text(f'#include "cuda_on_host.h"\n{code}\n{calls}')
         command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{HERE / 'host'}", f"-I{launch.FOLDER}", str(source)]
         subprocess.run([*command, "-o", str(folder / "kernels.so")], check=True)
         self.library = ctypes.CDLL(str(folder / "kernels.so"))
@@ -117,6 +121,13 @@ class Library:
             return
         assert shared <= 160 * 1024, "more shared memory than the smallest of the devices has"
         assert max(grid[1:], default=1) <= 65535, "more blocks than a device has"
+        number = self.number[kernel.name]
+        said = getattr(self.library, f"types_{number}")
+        said.restype = ctypes.c_char_p
+        for a, wanted in zip(args, said().decode().split(), strict=True):
+            pointed, pointer = wanted.lstrip("PK"), wanted.startswith("P")
+            fits = a.dtype == np.uint64 if pointer and not isinstance(a, np.ndarray) else pointed in C_TYPES[a.dtype.name]
+            assert fits and pointer == (isinstance(a, np.ndarray) or a.dtype == np.uint64), f"{kernel.name} takes {wanted}, gets {a.dtype}"
         arrays = [a for a in args if isinstance(a, np.ndarray)]
         assert all(a.flags.c_contiguous for a in arrays), "kernels read arrays as contiguous ones"
         # each array between two strips of NaN, which nobody may write to or make anything of
@@ -127,7 +138,7 @@ class Library:
         values = [np.uint64(next(rooms).ctypes.data + FENCE) if isinstance(a, np.ndarray) else a for a in args]
         cells = [np.array([v]) for v in values]
         pointers = (ctypes.c_void_p * len(cells))(*(c.ctypes.data for c in cells))
-        getattr(self.library, f"instance_{self.number[kernel.name]}")(*grid, *(1,) * (2 - len(grid)), block[0], shared, pointers)
+        getattr(self.library, f"instance_{number}")(*grid, *(1,) * (2 - len(grid)), block[0], shared, pointers)
         for a, room in zip(arrays, fenced, strict=True):
             before, after = a.reshape(-1).view(np.uint8), room[FENCE : FENCE + a.nbytes]
             if a.flags.writeable:
@@ -137,6 +148,7 @@ class Library:
             assert np.all(room[:FENCE] == 0xFF) and np.all(room[FENCE + a.nbytes :] == 0xFF), f"{kernel.name} writes outside of an array"
 
 
+C_TYPES = {"float32": ("f", "4Tf32"), "float64": ("d",), "bfloat16": ("13__nv_bfloat16",), "int32": ("i",), "int64": ("x",)}
 TYPES = {0: np.dtype(np.float32), 1: np.dtype(np.float64), 14: np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -366,3 +378,49 @@ def test_a_method_that_does_not_exist_is_refused(name):
     assert not chunkwise.wanted(name, "fused", None) and chunkwise.wanted(name, "chunkwise", 64)
     assert [chunkwise.length(T, False) for T in (0, 1, 9, 1000)] == [8, 8, 16, 128]
     assert chunkwise.length(1000, True) == 64 and chunkwise.length(1000, True, 30) == 32
+
+
+MISTAKES = {
+    "a decay too many": ("exponent += t > s ? w[t] : X(0);", "exponent += t >= s ? w[t] : X(0);"),
+    "a row that looks ahead": ("t >= s + strict ? narrow<S>(times_exp(product", "t + 1 >= s + strict ? narrow<S>(times_exp(product"),
+    "the carry's order": ("if (!BACK) x = times_exp(x, grows);\n        passed", "passed"),
+    "another head's decays": ("w += (entry(gh, heads, w_heads) * chunks + c) * L;", "w += (entry(0, heads, w_heads) * chunks + c) * L;"),
+    "one lane too few": ("for (int away = 16; away > 0; away /= 2) sum", "for (int away = 8; away > 0; away /= 2) sum"),
+    "a barrier too few": ("__syncthreads();\n        if (threadIdx.x < rows) {", "if (threadIdx.x < rows) {"),
+    "the adjoint's diagonal": ("upto[i * (L + 1) + s] = t > s ? faded", "upto[i * (L + 1) + s] = t > s + 1 ? faded"),
+    "an element past the end": ("if (at >= size) return;", "if (at > size) return;"),
+    "the substitution's sign": (": -beta[t] * sum", ": beta[t] * sum"),
+    "a channel's first step": ("if (t > s) left[i] *= decay_s", "left[i] *= decay_s"),
+    "a channel's decay twice": ("faded *= decay[32 * r];", "faded *= decay[32 * r] * decay[32 * r];"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_kernel_is_seen(mistake, tmp_path, rng, monkeypatch, device):
+    """The proof can fail: for each mistake planted in the kernels' text one operator at least goes wrong."""
+    wrong = Library(tmp_path, [k for k in chunk_kernels.KERNELS if "double" in k.name], MISTAKES[mistake])
+    monkeypatch.setattr(launch.Kernel, "__call__", lambda kernel, grid, block, args, shared=0: wrong(kernel, grid, block, args, shared))
+    with np.errstate(all="ignore"):
+        seen = [name for name in OPS if not _as_the_chapter(name, device, rng)]
+    assert seen, mistake
+
+
+def _as_the_chapter(name, steps, rng) -> bool:
+    op = refimpl.OPS[name]
+    function, vjp = operator(name, steps, 8)
+    for sizes in LONG[name]:
+        for beta in (True, False):
+            call = {n: x for n, x in drawn(name, rng, np.float64, **sizes).items() if n != "beta" or beta}
+            y = op.definition(**call)
+            dy = rng.standard_normal(y.shape)
+            want = {"y": y, **op.gradient(dy, **call)}
+            try:
+                got = {"y": function(**call), **vjp(dy, **call)}
+            except AssertionError:
+                return False
+            for argument in want:
+                for a, b in zip(parts(got[argument]), parts(want[argument]), strict=True):
+                    if not np.allclose(a, b, rtol=2.0**-30, atol=2.0**-30 * abs(b).max()):
+                        return False
+    return True

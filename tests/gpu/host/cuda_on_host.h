@@ -1,7 +1,7 @@
 // A CUDA kernel as a program of the host: blocks one after the other, the threads of a block as coroutines that take turns.
 //
-// A turn ends at a barrier or an exchange within a warp, and there only. So wrong indices, sums, types and orders of arguments
-// show, and shared memory that nobody wrote; a race shows only where a thread needs what a later one writes.
+// A turn ends at a barrier or an exchange within a warp, and there only; every second block's threads take theirs from last to
+// first. So wrong indices, sums, types and orders of arguments show, shared memory that nobody wrote, and most missing barriers.
 #pragma once
 #include <ucontext.h>
 
@@ -9,6 +9,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <string>
+#include <typeinfo>
 #include <vector>
 
 #define __device__
@@ -56,7 +58,7 @@ static void run_thread() {
     swapcontext(&threads[threadIdx.x], &scheduler);
 }
 
-inline void run_block(unsigned count) {
+inline void run_block(unsigned count, bool last_first) {
     threads.assign(count, {}), done.assign(count, 0), stacks.resize(count);
     for (unsigned i = 0; i < count; ++i) {
         stacks[i].resize(1 << 16);
@@ -66,7 +68,8 @@ inline void run_block(unsigned count) {
     }
     for (bool left = true; left;) {
         left = false;
-        for (unsigned i = 0; i < count; ++i) {
+        for (unsigned turn = 0; turn < count; ++turn) {
+            const unsigned i = last_first ? count - 1 - turn : turn;
             if (done[i]) continue;
             left = true, threadIdx = {i, 0, 0};
             swapcontext(&scheduler, &threads[i]);
@@ -90,9 +93,17 @@ void launch(void (*kernel)(A...), unsigned grid_x, unsigned grid_y, unsigned blo
         for (unsigned x = 0; x < grid_x; ++x) {
             blockIdx = {x, y, 0};
             std::fill_n(memory, (shared + 7) / 8, std::nan(""));  // nobody wrote it yet
-            run_block(block);
+            run_block(block, (x + y) % 2);
         }
     }
+}
+
+// The types of a kernel's parameters, as the compiler names them.
+template <class... A> const char* types(void (*)(A...)) {
+    static std::string all;
+    all.clear();
+    ((all += typeid(A).name(), all += ' '), ...);
+    return all.c_str();
 }
 }  // namespace host
 
