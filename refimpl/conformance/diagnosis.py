@@ -43,7 +43,7 @@ def explain(op: Op, evidence: list[Evidence]) -> tuple[list[str], str]:
 
 def chosen(evidence: list[Evidence]) -> tuple[list[Evidence], list[Evidence]]:
     """Failing and passing cases to look at: of every kind, of middling size first."""
-    found = []
+    found: list[list[Evidence]] = []
     for failed, most in ((True, _FAILING), (False, _PASSING)):
         of = [e for e in evidence if e.failed == failed]
         of = [e for e in of if e.elements < _LARGE] or of[:3]
@@ -118,7 +118,7 @@ def _pair(table: _Table, candidates: list[Mutant], failing: list[Evidence], pass
             both = _joined(a, b)
             if both is not None and all(table(both, e) in (SAME, UNKNOWN) for e in left) and table.explains(both, failing, passing):
                 return a, b
-    found = []
+    found: list[tuple] = []
     for a, b in itertools.combinations(candidates[: 3 * _PARTNERS], 2):
         share = _apart(table, a, b, failing)
         if share is None or _joined(a, b) is not None or any(OTHER in (table(a, e), table(b, e)) for e in passing):
@@ -142,7 +142,7 @@ def _apart(table: _Table, a: Mutant, b: Mutant, failing: list[Evidence]) -> _Sha
     return _Share(first, second, mixed) if min(first, second) >= 2 and mixed <= first + second else None
 
 
-_JOINED: dict[tuple[str, str, str], Mutant | None] = {}
+_JOINED: dict[tuple[str, ...], Mutant | None] = {}
 
 
 def _joined(a: Mutant, b: Mutant) -> Mutant | None:
@@ -163,9 +163,18 @@ def _alike(table: _Table, candidates: list[Mutant], failing: list[Evidence], pas
         against = [e for e in passing if table(m, e) == OTHER]
         if len(same) < max(2, _ALIKE * len(failing)) or len(against) > 0.2 * len(passing):
             continue
-        contrast = f"but not in others ({not_same[0].case})" if not_same else f"but this passes cases that it would fail ({against[0].case})"
+        if not_same:
+            contrast = f"but not {_what_tells(same, not_same) or 'in others'} ({not_same[0].case})"
+        else:
+            contrast = f"but this passes cases that it would fail ({against[0].case})"
         return [f"{whose}is like `{m.name}` in {len(same)} of {len(failing)} failures ({same[0].case}), {contrast}: {m.says}"]
     return []
+
+
+def _what_tells(some: list[Evidence], others: list[Evidence]) -> str:
+    """An option, an array or a hard input that all the other cases have and none of these, in words."""
+    common = set.intersection(*(set(e.kind[2:]) for e in others)) - set.union(*(set(e.kind[2:]) for e in some))
+    return f"with {sorted(common)[0]}" if common else ""
 
 
 def _variants(table: _Table, variants: list[Mutant], failing: list[Evidence]) -> list[str]:

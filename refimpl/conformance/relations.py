@@ -22,19 +22,20 @@ def relations(op: Op, failing: list[Evidence], passing: list[Evidence]) -> list[
         for relation in (_zero, _factor, _shifted, _lesser_precision):
             words = [relation(op, label, *p) for p in wrong]
             if all(words):
-                found.append(words[0] if len(set(words)) == 1 or relation is not _factor else f"{label} is the truth times a factor that differs from case to case")
+                same = relation is not _factor or len(set(words)) == 1
+                found.append(words[0] if same else f"{label} is the truth times a factor that differs from case to case")
                 break
     return found
 
 
 def _pair(e: Evidence, name: str, plain: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, Precision] | None:
     """What came and what is right, where these can be compared."""
-    got, limit = e.got.get(name), e.limits.get(name)
+    got, limit = e.got.get(name), np.asarray(e.limits.get(name, 0.0))
     if (e.cotangents is None) != plain or name not in e.right or not isinstance(got, np.ndarray) or got.dtype.kind in "iub":
         return None
     right: Any = np.asarray(e.right[name])
-    fits = got.shape == right.shape == np.shape(limit) and right.size
-    return (got, right, np.asarray(limit), e.to) if fits else None
+    fits = got.shape == right.shape == limit.shape and right.size
+    return (got, right, limit, e.to) if fits else None
 
 
 def _zero(op, name, got, right, limit, to) -> str:
@@ -54,7 +55,7 @@ def _factor(op, name, got, right, limit, to) -> str:
         return ""
     if not np.any(error_ratio(factor.real * right, right, limit) > 1) and not factor.imag:
         return ""
-    shown = f"{factor.real:.6g}" if abs(factor.imag) < 1e-6 * abs(factor) else f"{factor:.6g}"
+    shown = f"{factor.real:.4g}" if abs(factor.imag) < 1e-4 * abs(factor) else f"{factor:.4g}"
     return f"{name} is {shown} times the truth, everywhere"
 
 

@@ -89,16 +89,32 @@ def edited(function: Callable, *edits: tuple[str, str]) -> Callable[[], Callable
 
 
 def together(a: Mutant, b: Mutant) -> Mutant | None:
-    """A mutant that makes two mistakes at once; None where they are not edits of one function, or exclude one another."""
+    """A mutant that makes two mistakes at once: the edits of both, or one around the other; None where neither can be."""
     (first, ours), (second, theirs) = (getattr(m.build, "edits", (None, ())) for m in (a, b))
-    if first is None or first is not second:
+    builds: list[Callable] = [edited(first, *ours, *theirs)] if first is not None and first is second else []
+    builds += [functools.partial(_around, outer, inner) for outer, inner in ((a, b), (b, a))]
+    for build in builds:
+        both = Mutant(a.operator, f"{a.name} and {b.name}", f"{a.says}; {b.says}", build, of_gradient=a.of_gradient)
+        try:
+            if both.function is not None:
+                return both
+        except (ValueError, SyntaxError):  # the edits exclude one another
+            continue
+    return None
+
+
+def _around(outer: Mutant, inner: Mutant) -> Callable | None:
+    """A mutant that calls the operator, and here calls another mutant in its place; None if it does not."""
+    f = outer.function
+    if not isinstance(f, types.FunctionType):
         return None
-    both = Mutant(a.operator, f"{a.name} and {b.name}", f"{a.says}; {b.says}", edited(first, *ours, *theirs), of_gradient=a.of_gradient)
-    try:
-        both.function  # noqa: B018 - built here, so that it is known to be possible
-    except (ValueError, SyntaxError):
+    wanted = f"{outer.operator}_vjp" if outer.of_gradient else outer.operator
+    names = [n for n in f.__code__.co_names if getattr(f.__globals__.get(n), "__name__", "") == wanted and f.__globals__[n] is not f]
+    if not names:
         return None
-    return both
+    around = types.FunctionType(f.__code__, {**f.__globals__, **dict.fromkeys(names, inner.function)}, f.__name__, f.__defaults__, f.__closure__)
+    around.__kwdefaults__ = f.__kwdefaults__
+    return around
 
 
 def _companions(chapter: types.ModuleType) -> list[types.ModuleType]:
