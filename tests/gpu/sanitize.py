@@ -10,6 +10,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+IN_CHUNKS = ("linear_attention", "ssd", "mlstm")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 OPS = {
     "long_conv": (
@@ -58,9 +59,10 @@ def run_once(op: str) -> None:
             call = {n: on_device(v, np.float32 if n == "state" else dtype) for n, v in arranged.items()}
             call |= {"k": sizes.get("k", 2)} if op in ("route", "moe") else {}
             call |= {"method": "zoh"} if op == "discretize" else {}
-            y = f(**call)
-            if vjp is not None:
-                vjp(y, **call)
+            for more in ({}, {"method": "chunkwise", "chunk": 16}) if op in IN_CHUNKS else ({},):
+                y = f(**call, **more)
+                if vjp is not None:
+                    vjp(y, **call, **more)
             cp.cuda.Device().synchronize()
 
 

@@ -1,5 +1,8 @@
 """Operators on the device under the kit, each in a process of its own: every precision, gradients, laws, layouts, poisoned memory."""
 
+import functools
+
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -10,6 +13,7 @@ cp = pytest.importorskip("cupy")
 mirror = pytest.importorskip("refimpl.gpu")
 
 SCANS = ("linear_recurrence", "selective_scan", "causal_conv1d", "rg_lru", "discretize_diagonal")
+IN_CHUNKS = ("linear_attention", "ssd", "mlstm")  # have a second method, which no run has decided on yet
 OPS = (*SCANS, "long_conv", "linear_attention", "ssd", "mlstm", "slstm", "wkv", "wkv6", "wkv7", "route", "moe")
 SIZES = {
     "linear_recurrence": {"T": 2048, "c": 256},
@@ -45,6 +49,11 @@ def _on_device(value):
     return value
 
 
+def _exact(value):
+    """An argument of the device in the host's float64."""
+    return type(value)(*map(_exact, value)) if isinstance(value, tuple) else value.astype(cp.float32).get().astype(np.float64)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("op", [*OPS, "discretize"])
 def test_conforms(op):
@@ -55,9 +64,38 @@ def test_conforms(op):
     assert report.verdict == "conforms", str(report)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("op", IN_CHUNKS)
+def test_conforms_in_chunks(op, dtype):
+    f, vjp = (functools.partial(getattr(mirror, name), method="chunkwise", chunk=8) for name in (op, f"{op}_vjp"))
+    report = refimpl.check(op, f, framework="cupy", dtypes=[dtype], gradients=True, candidate_vjp=vjp, level="standard")
+    assert report.verdict == "conforms", str(report)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("op", IN_CHUNKS)
+def test_both_methods_agree(op, dtype):
+    """At a length and sizes that are no multiple of anything; the bound covers what products of halves lose."""
+    kind, store = (np.dtype(np.float32), 0.0) if dtype == "float32" else (np.dtype(ml_dtypes.bfloat16), 2.0**-8)
+    drawn = refimpl.OPS[op].sample(np.random.default_rng(0), **SIZES[op] | {"T": 777})
+    call = {name: _on_device(x) if name == "state" else _on_device(x).astype(kind) for name, x in drawn.items()}
+    exact = {name: _exact(x) for name, x in call.items()}
+    bound = refimpl.OPS[op].error_bound(**exact, unit=2.0**-24, store=store)
+    y, other = (getattr(mirror, op)(**call, **more).astype(cp.float32).get() for more in ({}, {"method": "chunkwise"}))
+    assert np.all(abs(y - other) <= 2 * bound + 2 * store * abs(y))
+    gradients, others = (getattr(mirror, f"{op}_vjp")(_on_device(y).astype(kind), **call, **more) for more in ({}, {"method": "chunkwise"}))
+    for name, value in gradients.items():
+        for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (value, others[name])), strict=True):
+            a, b = (x.astype(cp.float32) for x in (a, b))
+            assert float(abs(a - b).max()) <= (2.0**-12 if dtype == "float32" else 2.0**-4) * float(abs(a).max()), name
+
+
+@pytest.mark.parametrize("op", [*OPS, *(f"{op}:chunkwise" for op in IN_CHUNKS)])
 def test_runs_on_the_current_stream_and_waits_for_nothing(op):
+    op, _, method = op.partition(":")
     call, f, vjp = _call(op), getattr(mirror, op), getattr(mirror, f"{op}_vjp")
+    call |= {"method": method} if method else {}
 
     def both():
         result = f(**call)
@@ -75,6 +113,21 @@ def test_runs_on_the_current_stream_and_waits_for_nothing(op):
         assert not event.done, "the call came back only when the device was done"
         stream.synchronize()
     np.testing.assert_array_equal(got.get(), want.get())
+
+
+def test_arrays_that_are_not_aligned_or_not_contiguous_in_chunks():
+    """Halves that begin in the middle of an access: copied where cuBLAS or a kernel could not take them."""
+    call = {n: v.astype(ml_dtypes.bfloat16) for n, v in _call("ssd").items() if n != "state"}
+    moved = {}
+    for name, x in call.items():
+        room = cp.zeros(x.size + 1, x.dtype)
+        room[1:] = x.ravel()
+        moved[name] = room[1:].reshape(x.shape)
+    turned = {n: cp.ascontiguousarray(x.swapaxes(0, -1)).swapaxes(0, -1) for n, x in call.items()}
+    want = mirror.ssd(**call, method="chunkwise").astype(cp.float32)
+    for other in (moved, turned):
+        got = mirror.ssd(**other, method="chunkwise").astype(cp.float32)
+        assert float(abs(got - want).max()) <= 2.0**-7 * float(abs(want).max())
 
 
 @pytest.mark.parametrize("op", OPS)
