@@ -128,7 +128,7 @@ _ACTIVATIONS = (
     Mutant("swiglu", "both_activated", "silu of the product: of the gate alone", edited(ga.swiglu, (_SWIGLU, "    return numerics.silu(gate * up)\n"))),
     Mutant("swiglu", "gradients_exchanged", "the gradients of gate and up are exchanged", edited(ga.swiglu_vjp, ("{\"gate\": dy * up * silu_derivative(gate), \"up\":", "{\"up\": dy * up * silu_derivative(gate), \"gate\":")), of_gradient=True),
     Mutant("geglu", "branches_exchanged", "gelu(up)·gate: the gate is the first argument, and is activated", edited(ga.geglu, (_GEGLU, "    return gelu(up, approximate=approximate) * gate\n"))),
-    Mutant("geglu", "tanh_for_erf", "approximate=\"none\" gives the approximation with tanh", edited(ga.geglu, (_GEGLU, "    return gelu(gate, approximate=\"tanh\") * up\n")), variant=True),
+    Mutant("geglu", "tanh_for_erf", "approximate=\"none\" gives the approximation with tanh", edited(ga.geglu, (_GEGLU, "    return gelu(gate, approximate=\"tanh\") * up\n")), variant=True, hidden=HALVES),
     Mutant("geglu", "silu_for_gelu", "silu(gate)·up: that is swiglu", edited(ga.geglu, (_GEGLU, "    return numerics.silu(gate) * up\n"))),
     Mutant("geglu", "gate_not_multiplied", "Φ(gate)·up: gelu(gate) is gate Φ(gate)", edited(ga.geglu, (_GEGLU, "    return numerics.normal_cdf(gate) * up\n"))),
     Mutant("geglu", "gradient_misses_up", "dgate lacks the factor up", edited(ga.geglu_vjp, ("dy * up * slope", "dy * slope")), of_gradient=True),

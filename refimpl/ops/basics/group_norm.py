@@ -99,10 +99,10 @@ def error_bound(x, groups, weight=None, bias=None, *, unit, store=0.0, eps=1e-5)
 
     See `normalised_bound`; times the weight, and two roundings.
     """
-    n, off = (v.reshape(x.shape) for v in normalised_bound(_split(x, groups), eps, unit))
+    n, off = (v.reshape(x.shape) for v in normalised_bound(_split(x, groups), eps, unit, store))
     off = off + (2 * unit + store) * abs(n)
-    off = off if weight is None else off * abs(weight)
-    return off if bias is None else off + 2 * unit * (abs(bias) + abs(n if weight is None else n * weight))
+    n, off = (n, off) if weight is None else (n * weight, off * abs(weight))
+    return off if bias is None else off + 2 * unit * (abs(bias) + abs(n)) + store * abs(n)
 
 
 def _split(x, groups):

@@ -117,10 +117,10 @@ def error_bound(x, weight=None, bias=None, *, unit, store=0.0, eps=1e-5):
     That of the normalised vector (see `normalised_bound`), times the weight, and two roundings; half-precision kernels
     may round before they multiply.
     """
-    n, off = normalised_bound(x, eps, unit)
+    n, off = normalised_bound(x, eps, unit, store)
     off = off + (2 * unit + store) * abs(n)
-    off = off if weight is None else off * abs(weight)
-    return off if bias is None else off + 2 * unit * (abs(bias) + abs(n if weight is None else n * weight))
+    n, off = (n, off) if weight is None else (n * weight, off * abs(weight))
+    return off if bias is None else off + 2 * unit * (abs(bias) + abs(n)) + store * abs(n)
 
 
 # -- what the forms share --------------------------------------------------------------------------------------------

@@ -162,23 +162,24 @@ def error_bound(x, w, bias=None, *, unit, store=0.0, weights="ternary", activati
     Of right integers: c + 8 roundings of a sum of products of their values, and those of the mean that is γ, of n = c e
     numbers: 4 √n + 8, the size that the roundings of any summation reach with certainty enough [4 √n deviations of
     random ones]. Where an x lies within 8 u of half way between two integers, relative to what is rounded, or a weight
-    within what γ or the mean may be off, either integer is right, and a unit of it is added.
+    within what γ or the mean may be off, either integer is right, and a unit of it is added. Half-precision code that is
+    written out rounds twice on the way to an integer, and the product, γ, the step and their products.
     """
     x_q, step = _activations(x, activation_bits)
     w_q, scale = _weights(w, weights)
     x_size, w_size = abs(x_q * step), abs(w_q * scale)
     of_mean = (4 * np.sqrt(w.size) + 8) * unit
     level = abs(x) / _nonzero(step)
-    near = abs(level - np.floor(level) - 0.5) <= 8 * unit * level
+    near = abs(level - np.floor(level) - 0.5) <= (8 * unit + 2 * store) * level
     x_off = np.where(near & (step != 0), step, 0 * x)
     if weights == "ternary":
-        w_off = np.where(abs(abs(w) / _nonzero(scale) - 0.5) <= of_mean, scale, 0 * w)
+        w_off = np.where(abs(abs(w) / _nonzero(scale) - 0.5) <= of_mean + 2 * store, scale, 0 * w)
     else:
-        w_off = np.where(abs(w - _mean(w)) <= of_mean * scale, 2 * scale, 0 * w)
+        w_off = np.where(abs(w - _mean(w)) <= (of_mean + 2 * store) * scale, 2 * scale, 0 * w)
     total = x_size @ w_size
-    y = (w.shape[0] + 8) * unit * total + of_mean * total + store * abs((x_q @ w_q) * (step * scale))
+    y = (w.shape[0] + 8) * unit * total + of_mean * total + 4 * store * abs((x_q @ w_q) * (step * scale))
     y = y + x_off @ (w_size + w_off) + x_size @ w_off
-    return y if bias is None else y + 2 * unit * abs(bias)
+    return y if bias is None else y + 2 * unit * abs(bias) + store * abs((x_q @ w_q) * (step * scale))
 
 
 # -- what the forms share --------------------------------------------------------------------------------------------
