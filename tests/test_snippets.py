@@ -1,11 +1,13 @@
 """What a report says reproduces a failure, does: run as it stands, with the candidate's name bound and nothing else."""
 
+import functools
 import importlib.util
 
 import numpy as np
 import pytest
 
 import refimpl
+from refimpl.conformance.mutants import mutants
 
 HOW = {"level": "quick", "dtypes": ["float32"]}
 
@@ -89,3 +91,49 @@ def test_torch_is_said_where_it_is_meant():
     text = snippet(op, "f", {"a": np.ones(1), "b": np.ones((1, 1))}, ["a", "b"], [], "", "h", "framework='torch', device='cuda'")
     assert "there = given('linear_recurrence', call, framework='torch', device='cuda')" in text
     assert 'got = f(there["a"], there["b"])' in text
+
+
+def first_mistake(op):
+    return next(m for m in mutants(op) if not m.of_gradient and not m.variant and "float64" not in m.hidden)
+
+
+def results(x):
+    return [r for part in x for r in results(part)] if isinstance(x, tuple) else [np.asarray(x)]
+
+
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("bfloat16", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("op", [pytest.param(op, marks=() if i % 5 == 0 else pytest.mark.thorough) for i, op in enumerate(refimpl.OPS)])
+def test_what_a_report_prints_runs_as_it_stands(op, dtype):
+    """For one mistake of every operator: the snippet needs NumPy and the package, and shows a wrong result beside the right one."""
+    mistake = first_mistake(op)
+
+    @functools.wraps(mistake.function)
+    def candidate(*args, **kwargs):
+        try:
+            return mistake.function(*args, **kwargs)
+        except ValueError as error:
+            raise NotImplementedError(str(error)) from error
+
+    candidate.__name__ = candidate.__qualname__ = "candidate"
+    report = refimpl.check(op, candidate, level="quick", dtypes=[dtype])
+    assert "longdouble" not in str(report)
+    shown = [r for r in (report.smallest, *report.failures) if r is not None and r.snippet][:3]
+    assert shown, str(report)
+    for result in shown:
+        names = {"candidate": candidate}
+        with np.errstate(all="ignore"):
+            exec(result.snippet, names)
+        got, expected = results(names["got"]), results(names["expected"])
+        same = [np.array_equal(g, e, equal_nan=g.dtype.kind in "fc") for g, e in zip(got, expected, strict=False)]
+        assert len(got) != len(expected) or not all(same), result.snippet
+
+
+def test_options_are_written_as_python():
+    from refimpl.conformance.snippet import snippet
+
+    op = refimpl.OPS["linear_recurrence"]
+    call = {"a": np.array([1 + 2j, complex(np.inf, 0)]), "limits": (0.0, np.inf), "eps": np.float64(0.1), "one": (np.longdouble(3),), "flag": np.bool_(True), "none": None}
+    names = {"f": lambda *args: None}
+    exec("\n".join(snippet(op, "f", call, ["a"], [], "", "h", "").splitlines()[:-1]), names)
+    assert names["call"]["limits"] == (0.0, np.inf) and names["call"]["one"] == (3.0,) and names["call"]["eps"] == 0.1
+    assert names["call"]["flag"] is True and np.array_equal(names["call"]["a"], call["a"])

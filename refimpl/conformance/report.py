@@ -314,6 +314,7 @@ class _Number(str):
 
 def shown(value: Any) -> str:
     """A number with the digits that tell it from its neighbours."""
+    value = value[()] if isinstance(value, np.ndarray) and not value.ndim else value
     if not isinstance(value, np.generic):
         return repr(value)
     if value.dtype.kind in "iubc":

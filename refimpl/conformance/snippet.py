@@ -42,8 +42,12 @@ def _exotic(x: np.ndarray) -> bool:
 
 
 def _literal(value) -> str:
-    if isinstance(value, tuple) and any(isinstance(v, np.ndarray) for v in value):
-        return f"({', '.join(_literal(v) for v in value)},)"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_literal, value))}{',' if len(value) == 1 else ''})"
+    if isinstance(value, np.generic):
+        return _nested(np.asarray(value))
+    if isinstance(value, float) and not np.isfinite(value):
+        return _nested(np.asarray(value))
     if not isinstance(value, np.ndarray):
         return repr(value)
     if _exotic(value):
@@ -58,8 +62,10 @@ def _nested(value: np.ndarray) -> str:
     if value.ndim:
         return f"[{', '.join(map(_nested, value))}]"
     x: Any = value[()]
+    if x.dtype.kind == "c":
+        return repr(complex(x)) if np.isfinite(x) else f"complex({_nested(value.real)}, {_nested(value.imag)})"
     if x.dtype.kind != "f":
-        return repr(x.item()) if np.isfinite(x) else f"complex({_nested(value.real)}, {_nested(value.imag)})"
+        return repr(x.item())
     if not np.isfinite(x):
         return "np.nan" if np.isnan(x) else "np.inf" if x > 0 else "-np.inf"
     return np.format_float_positional(x, trim="-") if x == 0 or 1e-4 < abs(x) < 1e6 else np.format_float_scientific(x, trim="-")

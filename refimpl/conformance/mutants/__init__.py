@@ -11,6 +11,7 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -90,7 +91,7 @@ def edited(function: Callable, *edits: tuple[str, str]) -> Callable[[], Callable
 
 def together(a: Mutant, b: Mutant) -> Mutant | None:
     """A mutant that makes two mistakes at once: the edits of both, or one around the other; None where neither can be."""
-    (first, ours), (second, theirs) = (getattr(m.build, "edits", (None, ())) for m in (a, b))
+    (first, ours), (second, theirs) = (_edits(m) for m in (a, b))
     builds: list[Callable] = [edited(first, *ours, *theirs)] if first is not None and first is second else []
     builds += [functools.partial(_around, outer, inner) for outer, inner in ((a, b), (b, a))]
     for build in builds:
@@ -101,6 +102,10 @@ def together(a: Mutant, b: Mutant) -> Mutant | None:
         except (ValueError, SyntaxError):  # the edits exclude one another
             continue
     return None
+
+
+def _edits(mutant: Mutant) -> tuple[Any, tuple]:
+    return getattr(mutant.build, "edits", (None, ()))
 
 
 def _around(outer: Mutant, inner: Mutant) -> Callable | None:
