@@ -61,7 +61,7 @@ def silu_rounding(z, store):
     """
     y = abs(silu(z))
     off = store * (2 + sigmoid(-z)) * y
-    if 0 < store < 2.0**-9:
+    if store == 2.0**-11:
         off = off + np.where(z < -11, y, abs(z) * 2.0**-25)
     return off
 

