@@ -164,19 +164,20 @@ class Steps(chunk_steps.Steps):
         _kernel("chunk_dots", TYPES[x.dtype.name], TYPES[y.dtype.name])(_grid(lead, 32 * rows), (256,), (x, y, sums, *sizes))
         return sums if len(shape) > 3 else sums[:, 0]
 
-    def finish(self, within, before, factor=None, x=None, D=None, z=None, scale=1, dtype=None):
+    def finish(self, within, before, factor=None, exponent=None, x=None, D=None, z=None, scale=1, dtype=None):
         """(scale (within + factor before) + D x) silu(z)."""
-        out = np.dtype(dtype or self.wide)
-        S = self.X if self.tf32 else self.S
-        within, before = (cp.ascontiguousarray(v) for v in (within, before))
-        G, H, *inside, columns = within.shape
-        given = [None if v is None else cp.ascontiguousarray(v) for v in (factor, x, D, z)]
-        y = cp.empty(within.shape, out)
-        V = _pack(columns, within, before, y, *(v for v in (given[1], given[3]) if v is not None))
-        pointers = [np.uint64(0) if v is None else v for v in given]
-        sizes = (self.wide.type(scale), np.int64(math.prod(inside)), *_ints(columns, H, 1 if factor is None else factor.shape[1]))
+        out, S = np.dtype(dtype or self.wide), self.X if self.tf32 else self.S
+        factor = factor if exponent is None else exponent
+        before = cp.ascontiguousarray(before)
+        within, factor, x, D, z = (None if v is None else cp.ascontiguousarray(v) for v in (within, factor, x, D, z))
+        G, H, *inside, columns = before.shape
+        y = cp.empty(before.shape, out)
+        V = _pack(columns, before, y, *(v for v in (within, x, z) if v is not None))
+        pointers = [np.uint64(0) if v is None else v for v in (within, before, factor, x, D, z)]
+        sizes = (self.wide.type(scale), np.int64(math.prod(inside)))
+        sizes = (*sizes, *_ints(columns, exponent is not None, H, 1 if factor is None else factor.shape[1]))
         kernel = _kernel("chunk_finish", S, TYPES[out.name], V)
-        kernel(_grid((G, H), within[0, 0].size // V if G * H else 0), (256,), (within, before, *pointers, y, *sizes))
+        kernel(_grid((G, H), math.prod(inside) * columns // V), (256,), (*pointers, y, *sizes))
         return y
 
     # -- products ------------------------------------------------------------------------------------------------------

@@ -91,10 +91,14 @@ class Steps:
         """Sums of x y along the last axis."""
         return (cast(x, self.wide) * cast(y, self.wide)).sum(axis=-1)
 
-    def finish(self, within, before, factor=None, x=None, D=None, z=None, scale=1, dtype=None):
-        """(scale (within + factor before) + D x) silu(z), D a number of each head, in `dtype` or the precision of sums."""
-        y = constant(scale, within) * (within + (before if factor is None else factor * before))
-        y = y if D is None else y + D[:, :, None, None, None] * cast(x, self.wide)
+    def finish(self, within, before, factor=None, exponent=None, x=None, D=None, z=None, scale=1, dtype=None):
+        """(scale (within + factor before) + D x) silu(z), in `dtype` or the precision of sums.
+
+        The factor, or its logarithm, is a number of each row, D of each head; what is None is left out.
+        """
+        y = self.grown(before, exponent) if exponent is not None else before if factor is None else factor * before
+        y = constant(scale, before) * (y if within is None else within + y)
+        y = y if D is None else y + D.reshape(*D.shape, *(1,) * (y.ndim - 2)) * cast(x, self.wide)
         y = y if z is None else y * silu(cast(z, self.wide))
         return cast(y, dtype or self.wide)
 

@@ -155,18 +155,22 @@ class Memory:
             R, dfirst, dv, dbeta = self._back_corrected(do, steps.padded(dlast))
             cotangents = [(self.reader, do), (self.recaller, steps.store(-dv))]
 
-        dk = steps.grown(steps.product(self.u, _T(R)), self.kept)
-        spans = self._by_decay(self.k, dk)
+        written = steps.product(self.u, _T(R))
+        if self.per_channel:
+            written = steps.grown(written, self.kept)
+            spans = _shared(cast(self.k, steps.wide) * written, self.w)
+        else:
+            spans = _shared(steps.grown(steps.dots(self.k, written)[..., None], self.kept), self.w)
         dw = xp.concatenate([xp.zeros_like(spans[..., :1, :]), xp.cumsum(spans, axis=-2)[..., :-1, :]], axis=-2)
         held = steps.dots(R, self.S)  # (G, H, T/L, d)
         held = xp.exp(self.rest) * (held if self.per_channel else held.sum(axis=-1, keepdims=True))
         dw = dw + held[..., None, :]
-        dk = _shared(dk, self.k)
-        dx = []
+        dx, dk = [], None
         for reader, cotangent in cotangents:
             d_x, d_k, d_w = self._read_vjp(reader, cotangent)
             dx.append(d_x)
-            dk, dw = dk + d_k, dw + d_w
+            dk, dw = d_k if dk is None else dk + d_k, dw + d_w
+        dk = self._plus(dk, written, exponent=None if self.per_channel else self.kept)
         if self.recaller is not None:
             dk = dk + dx[1]
         dq, dk, dw = self._joined(dx[0], self.d), self._joined(dk, self.d), self._joined(dw, self.d)
@@ -186,7 +190,7 @@ class Memory:
         within = _shared(self.steps.product(_T(self.reader.weights), do), self.v)
         if self.per_channel:
             return within + self.steps.product(self.steps.faded(self.k, self.kept), R)
-        return within + self.steps.grown(self.steps.product(self.k, R), self.kept)
+        return self._plus(within, self.steps.product(self.k, R), exponent=self.kept)
 
     def _back_corrected(self, do, R):
         """R, its value before the first step, dV and dβ with the delta rule: last chunk first."""
@@ -219,14 +223,21 @@ class Memory:
             if d_product.shape[1] > reader.x.shape[1] == self.k.shape[1]:  # heads that share both: one product for all
                 d_product = steps.store(_shared(cast(d_product, steps.wide), reader.x))
             dx, dk = steps.product(d_product, self.k), steps.product(_T(d_product), reader.x)
-        from_state = self.since * steps.product(cotangent, _T(self.S))
-        spans = self._by_decay(reader.x, from_state)
-        dw = _shared(dw, self.w) + xp.flip(xp.cumsum(xp.flip(spans, -2), axis=-2), -2)
-        return _shared(dx, reader.x) + _shared(from_state, reader.x), _shared(dk, self.k), dw
+        from_state = steps.product(cotangent, _T(self.S))
+        if self.per_channel:
+            from_state = self.since * from_state
+            spans = cast(reader.x, steps.wide) * from_state
+        else:
+            spans = self.since * steps.dots(reader.x, from_state)[..., None]
+        dw = _shared(dw, self.w) + xp.flip(xp.cumsum(xp.flip(_shared(spans, self.w), -2), axis=-2), -2)
+        dx = self._plus(_shared(dx, reader.x), from_state, factor=None if self.per_channel else self.since)
+        return dx, _shared(dk, self.k), dw
 
-    def _by_decay(self, x, dx):
-        """x ∘ dx, the cotangent of the logarithm of a factor of x, of each decay: (G, 1 or H, T/L, L, 1 or d)."""
-        return _shared(cast(x, self.steps.wide) * dx if self.per_channel else self.steps.dots(x, dx)[..., None], self.w)
+    def _plus(self, x, more, **factor):
+        """x and a multiple of what every head adds to it."""
+        if x.shape == more.shape:
+            return self.steps.finish(x, more, **factor)
+        return x + _shared(self.steps.finish(None, more, **factor), x)
 
     def _joined(self, x, features: int):
         """(G, H, T/L, L, f) as (G, H, T, f), without what was filled up."""

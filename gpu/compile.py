@@ -1,4 +1,4 @@
-"""Compile every kernel for every architecture, without a GPU: registers, shared memory and spills as a table.
+"""Compile every kernel for every architecture, without a GPU: registers, shared memory, stack and spills as a table.
 
 python -m refimpl.gpu.compile [-o docs/gpu_resources.json] [PART_OF_A_NAME ...]
 """
@@ -52,6 +52,7 @@ def together(instances: Sequence[Kernel], architecture: str) -> list[dict]:
             "architecture": architecture,
             "registers": _number(r"Used (\d+) registers", text),
             "static shared bytes": _number(r"(\d+) bytes smem", text),
+            "stack bytes": _number(r"(\d+) bytes stack frame", text),
             "spilled bytes": _number(r"(\d+) bytes spill stores", text) + _number(r"(\d+) bytes spill loads", text),
         }
         for kernel in instances
@@ -122,7 +123,8 @@ def main(arguments: list[str]) -> int:
     rows = table(named)
     for row in rows:
         print(
-            f"{row['architecture']:8} {row['registers']:4} registers {row['static shared bytes']:6} B shared {row['spilled bytes']:5} B spilled  {row['kernel']}"
+            f"{row['architecture']:8} {row['registers']:4} registers {row['static shared bytes']:6} B shared {row['stack bytes']:5} B stack "
+            f"{row['spilled bytes']:5} B spilled  {row['kernel']}"
         )
     if chosen.o:
         listed = ",\n".join(json.dumps(row) for row in rows)  # a line for each, so that changes show

@@ -8,6 +8,7 @@ from typing import Any
 import cupy as cp
 
 FOLDER = Path(__file__).parent / "cuda"
+STACK = 64  # bytes of local memory that a thread may have as its stack, unless its kernel is allowed more
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")  # for which every kernel must compile; `hopper` kernels for sm_90a alone
 
 
@@ -29,12 +30,16 @@ class Kernel:
         Uses instructions that only sm_90a has (wgmma, setmaxnreg).
     spills : bool
         May keep registers in local memory; any other kernel that does fails the tests.
+    stack : int
+        Bytes of local memory that its threads may have as a stack; more fails the tests. What spills lies there, and arrays that are
+        indexed by what is not known when they are compiled.
     """
 
     file: str
     name: str
     hopper: bool = False
     spills: bool = False
+    stack: int = STACK
 
     @property
     def source(self) -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import cupy as cp
 import numpy as np
-from refimpl.gpu.launch import Kernel, multiprocessors, shared_memory
+from refimpl.gpu.launch import STACK, Kernel, multiprocessors, shared_memory
 
 WIDEST = 1024  # features of a key that the kernels hold
 _FORWARD = {32: (8, 4, 2), 64: (16, 4, 2), 128: (16, 8, 2), 256: (16, 16, 2), 512: (16, 32, 2), 1024: (32, 32, 1)}
@@ -32,7 +32,8 @@ def _forward(dtype, width, low_rank, before) -> Kernel:
 def _backward(dtype, width, low_rank, before) -> Kernel:
     rows, columns, _ = _BACKWARD[width]
     name = f"matrix_memory_vjp<{_C[dtype]}, {rows}, {columns}, {_flags(low_rank, before)}>"
-    return Kernel("kernel_matrix_memory.cu", name, spills=dtype == "float64" or width > 256)
+    spills = dtype == "float64" or width > 256
+    return Kernel("kernel_matrix_memory.cu", name, spills=spills, stack=192 if spills else STACK)
 
 
 def instances(low_rank: bool, before: bool) -> tuple[Kernel, ...]:

@@ -60,22 +60,29 @@ chunk_scale(const In* x, const Arithmetic<In>* f, Out* y, i64 rows, int columns,
     }
 }
 
-// (scale (within + factor before) + D x) silu(z); factor is a number of each row, D of each head.
+// (scale (within + factor before) + D x) silu(z); factor is a number of each row, or its logarithm, D of each head.
 template <class S, class Out, int V>
 __global__ void __launch_bounds__(256)
 chunk_finish(const Arithmetic<S>* within, const Arithmetic<S>* before, const Arithmetic<S>* factor, const S* x, const Arithmetic<S>* D,
-             const S* z, Out* y, Arithmetic<S> scale, i64 rows, int columns, int heads, int factor_heads) {
+             const S* z, Out* y, Arithmetic<S> scale, i64 rows, int columns, int is_logarithm, int heads, int factor_heads) {
     using X = Arithmetic<S>;
     const i64 first = blockIdx.x * rows * columns;
     if (factor) factor += entry(blockIdx.x, heads, factor_heads) * rows;
     const int packs = columns / V;
     for (i64 at = blockIdx.y * i64(blockDim.x) + threadIdx.x; at < rows * packs; at += i64(gridDim.y) * blockDim.x) {
         const i64 row = at / packs, from = first + at * V;
-        const auto a = load_pack<Pack<X, V>>(within + from), b = load_pack<Pack<X, V>>(before + from);
+        const auto b = load_pack<Pack<X, V>>(before + from);
         const X by = factor ? factor[row] : X(1);
         X sum[V];
 #pragma unroll
-        for (int i = 0; i < V; ++i) sum[i] = scale * (a.of[i] + by * b.of[i]);
+        for (int i = 0; i < V; ++i) sum[i] = is_logarithm ? times_exp(b.of[i], by) : by * b.of[i];
+        if (within) {
+            const auto a = load_pack<Pack<X, V>>(within + from);
+#pragma unroll
+            for (int i = 0; i < V; ++i) sum[i] += a.of[i];
+        }
+#pragma unroll
+        for (int i = 0; i < V; ++i) sum[i] *= scale;
         if (D) {
             const auto skipped = load_pack<Pack<S, V>>(x + from);
 #pragma unroll

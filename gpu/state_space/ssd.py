@@ -121,10 +121,13 @@ class Chunkwise:
         return v.reshape(math.prod(self.groups), self.sharing if sharing is None else sharing, *v.shape[-2:])
 
     def read(self, D=None, z=None, dtype=None):
-        heads = self.xp.broadcast_to(D, self.heads).reshape(math.prod(self.groups), self.sharing) if D is not None else None
-        x = None if D is None else self.grouped(self.x)
+        x, D = (None, None) if D is None else (self.grouped(self.x), self.by_group(D))
         z = None if z is None else self.grouped(self.xp.broadcast_to(z, self.x.shape))
-        return self.memory.read(x=x, D=heads, z=z, dtype=dtype).reshape(self.x.shape)
+        return self.memory.read(x=x, D=D, z=z, dtype=dtype).reshape(self.x.shape)
+
+    def by_group(self, D):
+        """A number of each head, (H), as (groups, heads of each)."""
+        return self.xp.broadcast_to(D, self.heads).reshape(math.prod(self.groups), self.sharing)
 
     @property
     def xp(self):
@@ -135,26 +138,26 @@ class Chunkwise:
         return (y, last.reshape(*self.heads, *last.shape[2:])) if return_state else y
 
     def vjp(self, dy, dstate):
-        wide, heads, xp = self.steps.wide, self.heads, self.xp
-        dy, x = cast(dy, wide), cast(self.x, wide)
-        z = None if self.z is None else cast(self.z, wide)
-        dp = xp.broadcast_to(dy if z is None else dy * silu(z), x.shape)
+        steps, heads, xp, shape = self.steps, self.heads, self.xp, self.x.shape
+        z = None if self.z is None else cast(self.z, steps.wide)
+        dp = self.grouped(steps.store(xp.broadcast_to(dy if z is None else cast(dy, steps.wide) * silu(z), shape)))
         dlast = None if dstate is None else self.grouped(xp.broadcast_to(dstate, (*heads, *self.memory.last.shape[2:])))
-        g = self.memory.vjp(self.steps.store(self.grouped(dp)), dlast)
-        dv, r = g.v.reshape(x.shape), g.w.reshape(x.shape[:-1])
-        d_raw = _of_raw(self.A[:, None] * r + (dv * x).sum(axis=-1), self.raw, self.unclipped, self.dt_softplus, self.dt_limit)
-        dx = self.dt[..., None] * dv
+        g, x = self.memory.vjp(dp, dlast), self.grouped(self.x)
+        r = g.w.reshape(shape[:-1])
+        d_raw = self.A[:, None] * r + steps.dots(g.v, x).reshape(shape[:-1])
+        d_raw = _of_raw(d_raw, self.raw, self.unclipped, self.dt_softplus, self.dt_limit)
+        skipped = {} if self.D is None else {"x": dp, "D": self.by_group(self.D)}
         gradient = {
-            "x": dx if self.D is None else dx + self.D[:, None, None] * dp,
+            "x": steps.finish(None, g.v, self.grouped(self.dt[..., None]), **skipped).reshape(shape),
             "dt": d_raw,
             "A": (self.dt * r).sum(axis=-1),
             "B": g.k.reshape(*self.groups, *g.k.shape[2:]),
             "C": g.q.reshape(*self.groups, *g.q.shape[2:]),
-            "D": (dp * x).sum(axis=(-2, -1)),
+            "D": steps.dots(dp, x).sum(axis=-1).reshape(heads),
             "dt_bias": d_raw.sum(axis=-1),
             "state": g.state.reshape(*heads, *g.state.shape[2:]),
         }
-        return gradient if z is None else gradient | {"z": dy * self.read(self.D) * silu_derivative(z)}
+        return gradient if z is None else gradient | {"z": cast(dy, steps.wide) * self.read(self.D) * silu_derivative(z)}
 
 
 def _flat(x, dt, A, B, C, S):

@@ -30,7 +30,7 @@ def _key(row):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chapter", _chapters())
-def test_every_instance_compiles_without_spills_and_about_as_the_table_says(chapter):
+def test_every_instance_compiles_without_spills_or_a_stack_and_about_as_the_table_says(chapter):
     """`python -m refimpl.gpu.compile -o docs/gpu_resources.json` writes the table; its numbers are one machine's."""
     from refimpl.gpu.compile import table
     from refimpl.gpu.launch import kernels
@@ -44,6 +44,9 @@ def test_every_instance_compiles_without_spills_and_about_as_the_table_says(chap
         if r["spilled bytes"] and r["kernel"] not in allowed
     ]
     assert not spilling, "kernels keep registers in local memory:\n" + "\n".join(spilling)
+    stack = {kernel.name: kernel.stack for kernel in instances}
+    deep = [f"{r['kernel']} for {r['architecture']}: {r['stack bytes']} bytes" for r in rows if r["stack bytes"] > stack[r["kernel"]]]
+    assert not deep, "threads have stacks in local memory:\n" + "\n".join(deep)
     known = {_key(r): r for r in json.loads(TABLE.read_text(encoding="utf-8"))["kernels"]}
     assert {_key(r) for r in rows} <= set(known), "write docs/gpu_resources.json anew"
     # The same compiler allots a few registers more or less on another machine, and pads shared memory now one way, now another:
@@ -72,6 +75,27 @@ def test_the_table_holds_no_other_kernels():
     instances = {kernel for found in kernels().values() for kernel in found}
     kept = json.loads(TABLE.read_text(encoding="utf-8"))
     assert {_key(r) for r in kept["kernels"]} == {(k.name, k.file, a) for k in instances for a in set(k.architectures) & set(TABLED)}
+
+
+def test_the_table_says_how_deep_stacks_are():
+    from refimpl.gpu.launch import kernels
+
+    stack = {kernel.name: kernel.stack for found in kernels().values() for kernel in found}
+    kept = json.loads(TABLE.read_text(encoding="utf-8"))["kernels"]
+    assert all(0 <= r["stack bytes"] <= stack[r["kernel"]] for r in kept) and any(r["stack bytes"] for r in kept)
+
+
+def test_a_stack_is_seen(monkeypatch):
+    from refimpl.gpu.compile import resources
+    from refimpl.gpu.launch import STACK, Kernel
+
+    code = """template <class X> __global__ void deep(const X* x, X* y, int n) {
+        X kept[100];
+        for (int i = 0; i < n; ++i) kept[i % 100] = x[i];
+        y[threadIdx.x] = kept[int(x[0]) % 100];
+    }"""
+    monkeypatch.setattr(Kernel, "source", property(lambda self: code))
+    assert resources(Kernel("deep.cu", "deep<float>"), "sm_90")["stack bytes"] >= 400 > STACK
 
 
 def test_every_chapter_of_the_mirror_lists_its_kernels():
