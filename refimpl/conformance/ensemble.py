@@ -52,7 +52,7 @@ def ensemble(op: Op, call: dict, to: Precision) -> list[Results]:
             results.append(first)
             functions.append(form.function)
     while functions and len(results) < SIZE + len(functions):
-        low, high = (-2, 0) if to.name == TF32 and len(results) % 2 else (-1, 1)
+        low, high = (-2, 0) if to.name == TF32 and len(results) % 2 else (-1, 1) if to.coarse else (-4, 4)  # a wide number moves by whole units
         shaken = {n: _round_again(v, to.unit, rng, low, high) for n, v in compute.items()}
         first = _results(op, functions[len(results) % len(functions)], shaken, to)
         if first is None:
@@ -104,6 +104,6 @@ def _round_again(x, unit: float, rng, low: float = -1.0, high: float = 1.0):
     if isinstance(x, tuple):
         parts = [_round_again(v, unit, rng, low, high) for v in x]
         return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
-    if not isinstance(x, np.ndarray) or x.dtype.kind != "f":
+    if not isinstance(x, np.ndarray) or x.dtype.kind not in ("fc" if high > 1 else "f"):  # no half precision is complex
         return x
     return (x * (1 + 0.5 * unit * rng.uniform(low, high, x.shape))).astype(x.dtype)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.conformance.precision import Precision
+from refimpl.conformance.precision import Precision, precision
 from refimpl.core.dtypes import real_dtype
 
 PEERS_FACTOR = 4.0  # G2: RMS error of a slice over the worst of the ensemble's
@@ -26,6 +26,7 @@ BIAS_SPREADS = 6.0  # G3, of all cases together: over the spread that the ensemb
 ROWS = 1000  # G2: from so many rows on, each is looked at by itself
 ROW_FACTOR, ROW_LEAST = 2.5, 6.0  # G2: over what the ensemble's worst row stands out by, or this if that is less
 MANY = 1e6  # times a bound: beyond, a number says nothing
+GAIN_MOST = 0.1
 GAIN_FLOOR = 0.6  # G3, factors on arguments: a scale of 1/√d kept in the half type is off by up to half a roundoff
 
 
@@ -47,14 +48,17 @@ class Finding:
 def exact(name: str, got, right: np.ndarray, to: Precision, wanted: np.dtype, state: bool, secondary: bool, mixed: bool = False) -> Finding | None:
     """G0: kind of thing, shape, dtype (`wanted`), non-finite places.
 
-    In a half precision, results beside the first (`secondary`) may be in float32; and where the other arrays are complex,
-    which no half type is (`mixed`), the real result may be in the half type that was asked for.
+    In a half precision, results beside the first (`secondary`) may be in float32; of eight bits, all results may be in
+    bfloat16, float16 or float32; and where the other arrays are complex, which no half type is (`mixed`), the real result
+    may be in the half type that was asked for.
     """
     if not isinstance(got, np.ndarray):
         return Finding("SHAPE", f"{name} is {type(got).__name__}, expected an array of shape {right.shape}", name)
     if got.shape != right.shape:
         return Finding("SHAPE", f"{name} has shape {got.shape}, expected {right.shape}", name)
     legal = {wanted} | ({np.dtype(np.float32)} if secondary and to.half else set())
+    if to.narrow and wanted == to.dtype:
+        legal |= {precision(name).dtype for name in ("bfloat16", "float16", "float32")}
     if mixed and to.half and not state and wanted.kind == "f":
         legal.add(to.dtype)
     if got.dtype not in legal and not (wanted.kind in "iu" and got.dtype.kind in "iu"):
@@ -224,7 +228,7 @@ def ungained(name: str, got: np.ndarray, right: np.ndarray, others: Peers, direc
         ours = _gain(error, direction)
         noise = float(np.sqrt(np.sum(abs(right.astype(direction.dtype) * direction) ** 2))) / square
         allowed = max(GAIN_FLOOR * unit, 6 * others.gains.get(argument, 0.0), 8 * unit * noise)
-        if abs(ours) > allowed:
+        if allowed < GAIN_MOST and abs(ours) > allowed:  # where an argument's size hardly matters, a factor on it explains any error
             message = f"{name} is what {1 + ours:.6g} times {argument} would give, where rounding leaves a factor within {allowed:.2g} of 1"
             return Finding("BIAS", message, name, ratio=abs(ours) / allowed)
     return None

@@ -37,8 +37,14 @@ class Precision:
 
     @property
     def common(self) -> float:
-        """The roundoff of which a share may be common to all of a result: cutting bits off shortens everything alike."""
-        return 4 * self.store if self.name == TF32 else self.unit
+        """The roundoff of which a share may be common to all of a result: cutting bits off shortens everything alike; and
+        constants are not kept in two or three bits."""
+        return 4 * self.store if self.name == TF32 else min(self.unit, 2.0**-4)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it holds eight bits, and results are usually given back in more."""
+        return self.dtype.itemsize == 1
 
     @property
     def truth(self) -> np.dtype:
