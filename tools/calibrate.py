@@ -20,17 +20,17 @@ import refimpl
 from refimpl.conformance import gates, truth
 from refimpl.conformance.cases import Support, choose, default_sizes, factors
 from refimpl.conformance.domain import Domain
-from refimpl.conformance.ensemble import ensemble
+from refimpl.conformance.ensemble import readings as emulated
 from refimpl.conformance.mutants import mutants
 from refimpl.conformance.precision import precision, rounded
 from refimpl.op import Op
 
-DTYPES = ("float64", "float32", "float16", "bfloat16")
+DTYPES = ("float64", "float32", "tf32", "float16", "bfloat16")
 LENGTHS = (17, 130, 520)
 
 
-def readings(op: Op, function, call: dict, to, right: dict, limits: dict, peers: list) -> dict[str, float] | None:
-    """What G1, G2 and G3 read on one function's results, as ratios to what they allow; None where it refuses the call."""
+def readings(op: Op, function, call: dict, to, right: dict, limits: dict, peers: dict) -> dict[str, float] | None:
+    """What G1, G2 and G3 read on one function's results and states, as ratios to what they allow; None where it refuses the call."""
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -46,16 +46,18 @@ def readings(op: Op, function, call: dict, to, right: dict, limits: dict, peers:
         else:
             wild = bool(np.any(np.isfinite(got[name].astype(exact.dtype)) != np.isfinite(exact)))
             found["G1"] = max(found["G1"], np.inf if wild else float(np.max(gates.error_ratio(got[name], exact, limits[name]), initial=0.0)))
-    first = next(iter(right))
-    y, exact = got[first], right[first]
-    if peers and exact.size >= 256 and exact.dtype.kind in "fc":
+    for name, others in peers.items():
+        y, exact = got[name], right[name]
         floor = 0.5 * to.unit * np.abs(exact).astype(np.float64) + truth.smallest(to)
-        error, allowed = gates.slice_errors(y, exact), gates.allowed_error(exact, peers, floor)
+        error, allowed = gates.slice_errors(y, exact), gates.allowed_error(others, floor)
         if error is not None and allowed is not None:
-            found["G2"] = float(np.max(error / allowed))
-        if exact.size >= 500:
-            ours, allowed_bias = gates.bias(y, exact, peers, to.unit)
-            found["G3"] = abs(ours) / allowed_bias
+            found["G2"] = max(found.get("G2", 0.0), float(np.max(error / allowed)))
+        apart = gates.row_apart(y, exact, others)
+        if apart is not None:
+            found["G2"] = max(found.get("G2", 0.0), float(np.max(apart)))
+        for (_, at), slope in zip(gates.parts(exact.shape), others.slopes, strict=True):
+            ours, allowed_bias = gates.bias(y[at], exact[at], float(slope), to.common, whole=not at)
+            found["G3"] = max(found.get("G3", 0.0), abs(ours) / allowed_bias)
     return found
 
 
@@ -73,7 +75,7 @@ def rows(op: Op) -> list[dict]:
             except ValueError:
                 continue
             limits = truth.tolerance(op, call, to, right)
-            peers = ensemble(op, call, to) if to.half else []
+            peers = emulated(op, call, to, right, keep=True) if to.coarse else {}
             forms = {n: readings(op, f.function, call, to, right, limits, peers) for n, f in op.forms.items() if f.stabilised}
             wrong = {m.name: readings(op, m.function, call, to, right, limits, peers) for m in mutants(op.name) if not m.of_gradient and dtype not in m.hidden}
             seen = {name: max(r.values()) for name, r in wrong.items() if r is not None}

@@ -26,7 +26,7 @@ BIAS_SPREADS = 6.0  # G3, of all cases together: over the spread that the ensemb
 ROWS = 1000  # G2: from so many rows on, each is looked at by itself
 ROW_FACTOR, ROW_LEAST = 2.5, 6.0  # G2: over what the ensemble's worst row stands out by, or this if that is less
 MANY = 1e6  # times a bound: beyond, a number says nothing
-GAIN_MOST = 0.1
+GAIN_MOST = 0.1  # where an argument's size hardly matters, some factor on it explains any error
 GAIN_FLOOR = 0.6  # G3, factors on arguments: a scale of 1/√d kept in the half type is off by up to half a roundoff
 
 
@@ -120,7 +120,7 @@ class Peers:
     """What G2 and G3 know of the right algorithms in a precision, about one result: numbers of their errors, none of their values.
 
     Of every slice the largest RMS error, or None where there are too few elements for slices; the spread of the common
-    factors, less 1, of the whole; of every part (`_parts`) the largest of those; for every argument the largest factor on it
+    factors, less 1, of the whole; of every part (`parts`) the largest of those; for every argument the largest factor on it
     that would explain an error. Of many rows, the RMS error of each and how far the worst stands out; None of few.
     """
 
@@ -136,7 +136,7 @@ def peers(right: np.ndarray, results: list[np.ndarray], directions: dict[str, np
     """The readings of right algorithms' results; `directions` as in `ungained`."""
     errors = [_slices(_difference(p, right)) for p in results]
     whole = [slope(p, right) for p in results]
-    slopes = [[abs(slope(p[at], right[at])) for p in results] for _, at in _parts(right.shape)]
+    slopes = [[abs(slope(p[at], right[at])) for p in results] for _, at in parts(right.shape)]
     gains = {n: max(abs(_gain(_signed(p, right), d)) for p in results) for n, d in directions.items()}
     worst = None if errors[0] is None else np.max([e for e in errors if e is not None], axis=0)
     spread = float(np.sqrt(np.mean(np.abs(whole) ** 2) + unit**2 / (12 * max(right.size, 1))))
@@ -146,17 +146,23 @@ def peers(right: np.ndarray, results: list[np.ndarray], directions: dict[str, np
 
 def no_row_apart(name: str, got: np.ndarray, right: np.ndarray, others: Peers) -> Finding | None:
     """G2 of many rows: none is off by much more than right algorithms are there, while the result's other rows are not."""
-    if others.rows is None:
-        return None
-    ratio = _rows(_difference(got, right)) / others.rows
-    ratio, allowed = ratio / max(float(np.median(ratio)), 1.0), ROW_FACTOR * max(others.outlier, ROW_LEAST)
-    if not np.any(ratio > allowed):
+    ratio = row_apart(got, right, others)
+    if ratio is None or not np.any(ratio > 1):
         return None
     row = int(np.argmax(ratio))
     index = (*(int(i) for i in np.unravel_index(row, right.shape[:-1])), 0)
-    bad = np.broadcast_to((ratio > allowed).reshape(right.shape[:-1])[..., None], right.shape)
-    message = f"{name}: row {index[:-1]} is off {ratio[row]:.3g} times as much as right algorithms in this precision are there, the other rows are not"
-    return Finding("NUMERIC", message, name, index, got[index], right[index], ratio=float(ratio[row] / allowed), bad=bad)
+    bad = np.broadcast_to((ratio > 1).reshape(right.shape[:-1])[..., None], right.shape)
+    times = ratio[row] * ROW_FACTOR * max(others.outlier, ROW_LEAST)
+    message = f"{name}: row {index[:-1]} is off {times:.3g} times as much as right algorithms in this precision are there, the other rows are not"
+    return Finding("NUMERIC", message, name, index, got[index], right[index], ratio=float(ratio[row]), bad=bad)
+
+
+def row_apart(got: np.ndarray, right: np.ndarray, others: Peers) -> np.ndarray | None:
+    """How far every row stands out, as a ratio to what is allowed; None of few rows."""
+    if others.rows is None:
+        return None
+    ratio = _rows(_difference(got, right)) / others.rows
+    return ratio / max(float(np.median(ratio)), 1.0) / (ROW_FACTOR * max(others.outlier, ROW_LEAST))
 
 
 def together(name: str, slopes: list[tuple[complex, float]], unit: float) -> Finding | None:
@@ -205,7 +211,7 @@ def bias(got: np.ndarray, right: np.ndarray, others: float, unit: float, whole: 
 
 def unbiased(name: str, got: np.ndarray, right: np.ndarray, others: Peers, unit: float) -> Finding | None:
     """G3: the common factor between the result and the truth, of all and of every head, batch entry and feature."""
-    for (where, at), slope in zip(_parts(right.shape), others.slopes, strict=True):
+    for (where, at), slope in zip(parts(right.shape), others.slopes, strict=True):
         ours, allowed = bias(got[at], right[at], float(slope), unit, whole=not at)
         if abs(ours) > allowed:
             message = f"{name}{where} is {1 + ours.real:.6g} times the truth on average, where rounding leaves a factor within {allowed:.2g} of 1"
@@ -228,7 +234,7 @@ def ungained(name: str, got: np.ndarray, right: np.ndarray, others: Peers, direc
         ours = _gain(error, direction)
         noise = float(np.sqrt(np.sum(abs(right.astype(direction.dtype) * direction) ** 2))) / square
         allowed = max(GAIN_FLOOR * unit, 6 * others.gains.get(argument, 0.0), 8 * unit * noise)
-        if allowed < GAIN_MOST and abs(ours) > allowed:  # where an argument's size hardly matters, a factor on it explains any error
+        if abs(ours) > allowed and allowed < GAIN_MOST:
             message = f"{name} is what {1 + ours:.6g} times {argument} would give, where rounding leaves a factor within {allowed:.2g} of 1"
             return Finding("BIAS", message, name, ratio=abs(ours) / allowed)
     return None
@@ -266,7 +272,7 @@ def _wide(x: np.ndarray) -> np.ndarray:
     return x.astype(np.complex128 if x.dtype.kind == "c" else np.float64)
 
 
-def _parts(shape: tuple[int, ...]) -> list[tuple[str, tuple]]:
+def parts(shape: tuple[int, ...]) -> list[tuple[str, tuple]]:
     """All of an array, and each head, batch entry and feature, in words and as an index; of at least 500 elements each."""
     size, parts = math.prod(shape), []
     for axis, count in enumerate(shape):
