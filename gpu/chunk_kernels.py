@@ -46,6 +46,7 @@ def _of_heads() -> list[Kernel]:
             found += [_kernel("chunk_dots", a, b) for a in ins for b in ins]
         found += [_kernel("chunk_carry", X, S, _flag(back)) for back in (False, True)]
         found += [_kernel("chunk_weigh", X, S), _kernel("chunk_weigh_vjp", X, S)]
+    found += [_kernel(name, X) for name in ("chunk_spans", "chunk_spans_vjp") for X in _OPERANDS]
     return list(dict.fromkeys(found))
 
 
@@ -213,6 +214,24 @@ class Steps(chunk_steps.Steps):
         return out
 
     # -- decays --------------------------------------------------------------------------------------------------------
+
+    def spans(self, w):
+        """F relative to its largest value, the logarithms of that and of what is left of F_{L-1}, log K_s."""
+        w = cp.ascontiguousarray(w)
+        (*lead, L, features), entries = w.shape, math.prod(w.shape[:-2])
+        since, kept = (cp.empty(w.shape, self.wide) for _ in range(2))
+        peak, rest = (cp.empty((*lead, features), self.wide) for _ in range(2))
+        arrays = (w, since, peak, rest, kept)
+        _kernel("chunk_spans", self.X)((-(-entries * features // 128),), (128,), (*arrays, np.int64(entries), *_ints(L, features)))
+        return since, peak, rest, kept
+
+    def spans_vjp(self, dw, of_since, of_kept, held):
+        """dw_r and the cotangents of all exponents that span r; in the memory of dw."""
+        dw, of_since, of_kept, held = (cp.ascontiguousarray(x) for x in (dw, of_since, of_kept, held))
+        (*_, L, features), entries = dw.shape, math.prod(dw.shape[:-2])
+        arrays = (dw, of_since, of_kept, held)
+        _kernel("chunk_spans_vjp", self.X)((-(-entries * features // 128),), (128,), (*arrays, np.int64(entries), *_ints(L, features)))
+        return dw
 
     def weigh(self, product, w, strict: bool):
         """product ∘ E on and below the diagonal (`strict`: below), for a product to read."""

@@ -110,6 +110,21 @@ class Steps:
 
     # -- decays --------------------------------------------------------------------------------------------------------
 
+    def spans(self, w):
+        """Of log-decays (..., L, f): F relative to its largest value, the logarithms of that and of what is left of F_{L-1}, log K_s.
+
+        What is not finite is no largest value: a decay of 0 stays one.
+        """
+        sums = np.cumsum(w, axis=-2)
+        peak = np.maximum(np.where(np.isfinite(sums), sums, np.zeros_like(sums)).max(axis=-2), 0)  # (..., f)
+        kept = np.concatenate([_from_behind(w)[..., 1:, :], np.zeros_like(w[..., :1, :])], axis=-2)
+        return np.exp(sums - peak[..., None, :]), peak, sums[..., -1, :] - peak, kept
+
+    def spans_vjp(self, dw, of_since, of_kept, held):
+        """dw_r and the cotangents of all exponents that span r: of F_t for t >= r, of K_s for s < r, of F_{L-1} (..., f)."""
+        before = np.concatenate([np.zeros_like(of_kept[..., :1, :]), np.cumsum(of_kept, axis=-2)[..., :-1, :]], axis=-2)
+        return dw + held[..., None, :] + before + _from_behind(of_since)
+
     def weigh(self, product, w, strict: bool):
         """product ∘ E on and below the diagonal (`strict`: below), for a product to read; w (..., L, 1)."""
         return self.store(self._under(times_exp(product, _exponents(w)[..., 0, :, :]), strict))
@@ -160,6 +175,11 @@ class Steps:
     @staticmethod
     def _under(x, strict: bool):
         return np.tril(x, -1 if strict else 0)
+
+
+def _from_behind(x):
+    """Sums over the steps from each to the last."""
+    return np.flip(np.cumsum(np.flip(x, -2), axis=-2), -2)
 
 
 def _raw(x):

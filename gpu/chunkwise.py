@@ -84,7 +84,7 @@ class Memory:
         self.per_channel = w.shape[3] > 1
         self.q, self.k, self.v = (steps.cut(x, chunk) for x in (q, k, v))
         self.w = steps.cut(w, chunk, features=self.per_channel)
-        self.since, self.peak, self.rest, self.kept = _spans(steps.xp, self.w)
+        self.since, self.peak, self.rest, self.kept = steps.spans(self.w)
         self.reader = self._reader(self.q, strict=False)
         state = steps.padded(state)
         if beta is None:
@@ -158,19 +158,14 @@ class Memory:
         written = steps.product(self.u, _T(R))
         if self.per_channel:
             written = steps.grown(written, self.kept)
-            spans = _shared(cast(self.k, steps.wide) * written, self.w)
+            of_kept = _shared(cast(self.k, steps.wide) * written, self.w)
         else:
-            spans = _shared(steps.grown(steps.dots(self.k, written)[..., None], self.kept), self.w)
-        dw = xp.concatenate([xp.zeros_like(spans[..., :1, :]), xp.cumsum(spans, axis=-2)[..., :-1, :]], axis=-2)
+            of_kept = _shared(steps.grown(steps.dots(self.k, written)[..., None], self.kept), self.w)
         held = steps.dots(R, self.S)  # (G, H, T/L, d)
         held = xp.exp(self.rest) * (held if self.per_channel else held.sum(axis=-1, keepdims=True))
-        dw = dw + held[..., None, :]
-        dx, dk = [], None
-        for reader, cotangent in cotangents:
-            d_x, d_k, d_w = self._read_vjp(reader, cotangent)
-            dx.append(d_x)
-            dk, dw = d_k if dk is None else dk + d_k, dw + d_w
-        dk = self._plus(dk, written, exponent=None if self.per_channel else self.kept)
+        dx, dk, of_pairs, of_since = zip(*(self._read_vjp(reader, cotangent) for reader, cotangent in cotangents), strict=True)
+        dw = steps.spans_vjp(sum(of_pairs[1:], of_pairs[0]), sum(of_since[1:], of_since[0]), of_kept, held)
+        dk = self._plus(sum(dk[1:], dk[0]), written, exponent=None if self.per_channel else self.kept)
         if self.recaller is not None:
             dk = dk + dx[1]
         dq, dk, dw = self._joined(dx[0], self.d), self._joined(dk, self.d), self._joined(dw, self.d)
@@ -213,8 +208,8 @@ class Memory:
         return xp.stack(cotangents[::-1], axis=2), R, self.beta * y, dbeta
 
     def _read_vjp(self, reader: _Reader, cotangent):
-        """What a reader's cotangent is worth to its queries, to the keys and to the decays."""
-        steps, xp = self.steps, self.steps.xp
+        """What a reader's cotangent is worth to its queries, to the keys, and to the decays: of pairs, and of each F_t."""
+        steps = self.steps
         weights = steps.product(cotangent, _T(self.u))
         if self.per_channel:
             dx, dk, dw = steps.pairs_vjp(reader.x, self.k, self.w, weights, reader.strict)
@@ -229,9 +224,8 @@ class Memory:
             spans = cast(reader.x, steps.wide) * from_state
         else:
             spans = self.since * steps.dots(reader.x, from_state)[..., None]
-        dw = _shared(dw, self.w) + xp.flip(xp.cumsum(xp.flip(_shared(spans, self.w), -2), axis=-2), -2)
         dx = self._plus(_shared(dx, reader.x), from_state, factor=None if self.per_channel else self.since)
-        return dx, _shared(dk, self.k), dw
+        return dx, _shared(dk, self.k), _shared(dw, self.w), _shared(spans, self.w)
 
     def _plus(self, x, more, **factor):
         """x and a multiple of what every head adds to it."""
@@ -243,18 +237,6 @@ class Memory:
         """(G, H, T/L, L, f) as (G, H, T, f), without what was filled up."""
         G, H, chunks, length, f = x.shape
         return x.reshape(G, H, chunks * length, f)[:, :, : self.T, :features]
-
-
-def _spans(xp, w):
-    """Of log-decays in chunks (..., L, f): F relative to its largest value, the logarithms of that and of what is left of F_{L-1}, log K_s.
-
-    What is not finite is no largest value: a decay of 0 stays one.
-    """
-    sums = xp.cumsum(w, axis=-2)
-    peak = xp.maximum(xp.where(xp.isfinite(sums), sums, xp.zeros_like(sums)).max(axis=-2), 0)  # (..., f)
-    after = xp.flip(xp.cumsum(xp.flip(w[..., 1:, :], -2), axis=-2), -2)
-    kept = xp.concatenate([after, xp.zeros_like(w[..., :1, :])], axis=-2)
-    return xp.exp(sums - peak[..., None, :]), peak, sums[..., -1, :] - peak, kept
 
 
 LONGEST = 128

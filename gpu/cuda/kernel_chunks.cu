@@ -10,6 +10,7 @@
 //
 // What limits it: bytes. The weights M are chunks * L * L numbers that are written once and read once; the states d * e for each chunk.
 #include "numbers.cuh"
+#include "stable.cuh"
 
 // float32 of which tensor cores read 11 digits: rounded to them, since they would cut it off.
 struct Tf32 {
@@ -135,6 +136,54 @@ chunk_carry(const X* added, const X* peak, const X* rest, const X* state, S* pas
         if (BACK) x = times_exp(x, grows);
     }
     last[blockIdx.x * size + at] = x;
+}
+
+// F relative to its largest value, the logarithms of that and of what is left of F at the end, and the logarithm of K_s. A thread
+// has a decay through one chunk of `entries` in all. What is not finite is no largest value.
+template <class X>
+__global__ void __launch_bounds__(128)
+chunk_spans(const X* w, X* since, X* peak, X* rest, X* kept, i64 entries, int L, int features) {
+    const i64 at = blockIdx.x * i64(blockDim.x) + threadIdx.x;
+    if (at >= entries * features) return;
+    const i64 first = at / features * L * features + at % features;
+    w += first, since += first, kept += first;
+    X sum = X(0), largest = X(0);
+    for (int t = 0; t < L; ++t) {
+        sum += w[i64(t) * features];
+        if (sum > largest && sum < infinity<X>()) largest = sum;
+    }
+    peak[at] = largest, rest[at] = sum - largest;
+    sum = X(0);
+    for (int t = 0; t < L; ++t) {
+        sum += w[i64(t) * features];
+        since[i64(t) * features] = exponential(sum - largest);
+    }
+    sum = X(0);
+    for (int t = L - 1; t >= 0; --t) {
+        kept[i64(t) * features] = sum;
+        sum += w[i64(t) * features];
+    }
+}
+
+// The adjoint: to dw_r, in place, what the states that enter give for every t >= r, what chunks leave behind for every s < r, and
+// what passes through for all.
+template <class X>
+__global__ void __launch_bounds__(128)
+chunk_spans_vjp(X* dw, const X* of_since, const X* of_kept, const X* held, i64 entries, int L, int features) {
+    const i64 at = blockIdx.x * i64(blockDim.x) + threadIdx.x;
+    if (at >= entries * features) return;
+    const i64 first = at / features * L * features + at % features;
+    dw += first, of_since += first, of_kept += first;
+    X sum = held[at];
+    for (int r = 0; r < L; ++r) {
+        dw[i64(r) * features] += sum;
+        sum += of_kept[i64(r) * features];
+    }
+    sum = X(0);
+    for (int r = L - 1; r >= 0; --r) {
+        sum += of_since[i64(r) * features];
+        dw[i64(r) * features] += sum;
+    }
 }
 
 // M = product ∘ E on and below the diagonal. A block has `rows` rows of a chunk, a thread some of its columns.
