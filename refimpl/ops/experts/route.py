@@ -164,7 +164,8 @@ def error_bound(logits, k, *, unit, store=0.0, order="topk_softmax", renormalize
 
     A weight is a quotient, so its error is relative: of its exponential 4 u |l - max l| (the subtraction, and a fast
     exponential's own), with the logarithm of the sum as a number 2 u max |l| more, of a sum of n positive terms n u, and
-    some single roundings. Half-precision code may round the weights, and those to be renormalised their sum too.
+    some single roundings. Half-precision code that is written out rounds that difference, the exponential, the sum and the
+    quotient, and once more what is renormalised.
     """
     logits = _noisy(logits, noise, rng)
     experts = np.argsort(-logits, axis=-1, kind="stable")[..., :k]
@@ -172,10 +173,11 @@ def error_bound(logits, k, *, unit, store=0.0, order="topk_softmax", renormalize
     finite = np.where(np.isfinite(logits), abs(logits), 0)
     away = np.max(logits, axis=-1, keepdims=True) - chosen if order != "sigmoid" else abs(chosen)
     shared = 2 * np.max(finite, axis=-1, keepdims=True) if order != "sigmoid" else 0
-    relative = unit * (8 + (1 + renormalize) * logits.shape[-1] + 4 * np.where(np.isfinite(away), away, 0) + shared)
+    away = np.where(np.isfinite(away), away, 0)
+    relative = unit * (8 + (1 + renormalize) * logits.shape[-1] + 4 * away + shared) + store * (2 + away)
     if renormalize:
         relative = relative + np.max(relative, axis=-1, keepdims=True)
-    return w * (relative + (1 + 2 * renormalize) * store), np.zeros_like(experts)
+    return w * (relative + store), np.zeros_like(experts)
 
 
 # -- what the forms share --------------------------------------------------------------------------------------------

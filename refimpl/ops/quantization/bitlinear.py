@@ -170,14 +170,14 @@ def error_bound(x, w, bias=None, *, unit, store=0.0, weights="ternary", activati
     x_size, w_size = abs(x_q * step), abs(w_q * scale)
     of_mean = (4 * np.sqrt(w.size) + 8) * unit
     level = abs(x) / _nonzero(step)
-    near = abs(level - np.floor(level) - 0.5) <= (8 * unit + 2 * store) * level
+    near = abs(level - np.floor(level) - 0.5) <= (8 * unit + 3 * store) * level
     x_off = np.where(near & (step != 0), step, 0 * x)
     if weights == "ternary":
         w_off = np.where(abs(abs(w) / _nonzero(scale) - 0.5) <= of_mean + 2 * store, scale, 0 * w)
     else:
         w_off = np.where(abs(w - _mean(w)) <= (of_mean + 2 * store) * scale, 2 * scale, 0 * w)
     total = x_size @ w_size
-    y = (w.shape[0] + 8) * unit * total + of_mean * total + 4 * store * abs((x_q @ w_q) * (step * scale))
+    y = (w.shape[0] + 8) * unit * total + of_mean * total + 5 * store * abs((x_q @ w_q) * (step * scale))
     y = y + x_off @ (w_size + w_off) + x_size @ w_off
     return y if bias is None else y + 2 * unit * abs(bias) + store * abs((x_q @ w_q) * (step * scale))
 
