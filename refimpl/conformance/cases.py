@@ -256,6 +256,8 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
             yield from case("shapes", {**middle, **sizes}, next(turn))
         for sizes in wide(op):
             yield from case("shapes", {**dict.fromkeys(op.lengths, 5), **sizes}, next(turn))
+        for letter in letters(op) if op.lengths else ():
+            yield from case("shapes", {**dict.fromkeys(op.lengths, 70), letter: 34}, next(turn))
         for size, combo in itertools.product((16, 64), few):  # what code that reads several numbers at once was written for
             yield from case("shapes", dict.fromkeys(letters(op), size) | dict.fromkeys(op.lengths, 64), combo)
         if not op.lengths:
@@ -289,6 +291,8 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
         yield from case("long", {**{x: 300 for x in op.lengths}, "batch": (36,)}, plain, label="more than ten thousand rows")
         for combo in few:
             yield from case("long", {**{x: 300 for x in op.lengths}, "batch": (2,)}, combo)
+        for hard in op.hard if op.stateful else ():  # sums that have gone on for long are where few bits, or a limit, show
+            yield from case("long", {x: 390 for x in op.lengths}, plain, hard=hard)
         if op.stateful and "return_state" in chosen:  # states have no axis of time: only many sequences make many numbers
             yield from case("long", {**{x: 9 for x in op.lengths}, "batch": (400,)}, plain, label="many sequences")
     elif not op.lengths and level != "quick":
@@ -354,7 +358,7 @@ def _without_heads(op: Op, seed: int, combos: list[dict], domain: Domain) -> Ite
         yield Case(op.name, "shapes", f"one head without its axis, {described(op, sizes, call)}", call, sizes, recipe={"sizes": sizes, "combo": combo, "hard": ""})
 
 
-def wide(op: Op, sizes: tuple[int, ...] = (32, 64, 66, 128, 130, 260, 520, 1030)) -> Iterator[dict[str, Any]]:
+def wide(op: Op, sizes: tuple[int, ...] = (32, 48, 64, 66, 80, 96, 128, 130, 260, 520, 1030)) -> Iterator[dict[str, Any]]:
     """Many features, heads or experts: what a block of threads, or two, or a tile, may have been written for, and beyond."""
     for letter in letters(op):
         yield from ({letter: size, "batch": ()} for size in sizes)

@@ -92,10 +92,14 @@ class Invoker:
         keywords = {n: self._in(x, request.view) for n, x in request.keywords.items()}
         originals = dict(zip(request.names, request.positional, strict=True)) | request.keywords
         inputs = dict(zip(request.names, positional, strict=True)) | keywords
+        if request.cotangents is not None:  # somebody else's too: the framework hands the same one to whoever else asks
+            cotangents = self._in(request.cotangents, request.view)
+            inputs |= dict(zip(("dy", "dstate"), cotangents, strict=True))
+            originals |= dict(zip(("dy", "dstate"), request.cotangents, strict=True))
         self._poison(request.poison)
         runs, raw = [], None
         for _ in range(request.repeat):
-            raw = self._differentiate(request, positional, keywords) if request.cotangents is not None else self.function(*positional, **keywords)
+            raw = self._differentiate(request, positional, keywords, cotangents) if request.cotangents is not None else self.function(*positional, **keywords)
             runs.append(self._out(raw))  # at once: waiting for the whole device first would hide that the caller's stream does not wait
             self.arrays.synchronize()
         if request.second is not None:
@@ -124,8 +128,7 @@ class Invoker:
         elif isinstance(value, np.ndarray):
             self.arrays.overwrite(x, value)
 
-    def _differentiate(self, request: Request, positional, keywords):
-        cotangents = self._in(request.cotangents, request.view)
+    def _differentiate(self, request: Request, positional, keywords, cotangents):
         if self.vjp is None:
             return self.arrays.gradient(self.function, positional, keywords, request.names, cotangents)
         outputs, dstate = cotangents

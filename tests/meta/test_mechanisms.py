@@ -84,6 +84,18 @@ def test_the_gradient_of_a_legitimate_variant_is_its_own():
     assert report.verdict == "deviates" and report.variant == "causal_top_left"
 
 
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_gradient_may_not_write_to_its_cotangent(writes):
+    def vjp(dy, x):
+        g = refimpl.silu_vjp(dy, x)
+        if writes:
+            dy *= 0
+        return g
+
+    report = check("silu", lambda x: refimpl.silu(x), gradients=True, candidate_vjp=vjp)
+    assert {f.status for f in report.failures} == ({"MUTATED_INPUT"} if writes else set())
+
+
 def test_half_precision_code_that_is_written_out_is_right():
     import ml_dtypes
 

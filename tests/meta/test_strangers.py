@@ -145,6 +145,17 @@ def half(q, k, v, *, bug=""):
     return o.astype(q.dtype)
 
 
+@wrong("attention", dtypes=["float16"], domain=refimpl.Domain(e=[16]))
+def sums_in_float16_before_the_division(q, k, v):  # values whose sum is beyond half precision
+    if q.ndim == 2:
+        return sums_in_float16_before_the_division(q[None], k[None], v[None])[0]
+    q32, k32, v32 = (x.astype(np.float32) for x in (q, *_heads(q, k, v)))
+    s = q32 @ k32.swapaxes(-1, -2) * np.float32(q.shape[-1] ** -0.5)
+    p = np.exp(s - s.max(axis=-1, keepdims=True, initial=-1e30))
+    sums = (p @ v32).astype(np.float16).astype(np.float32)
+    return (sums / np.maximum(p.sum(axis=-1, keepdims=True), 1e-30)).astype(q.dtype)
+
+
 def _shared_key_mean(dy, q, k, v):
     """The gradient of a key that serves the whole batch: the mean over the batch where it is the sum."""
     grads = refimpl.attention_vjp(dy, q, k, v)

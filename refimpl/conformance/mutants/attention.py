@@ -44,6 +44,12 @@ def gqa_first_head(q, k, v, **options):
     return attention(q, k[..., :1, :, :], v[..., :1, :, :], **options) if np.ndim(q) > 2 else attention(q, k, v, **options)
 
 
+def mqa_of_four(q, k, v, **options):
+    if np.ndim(q) > 2 and k.shape[-3] == 1:
+        q = q[..., np.minimum(np.arange(q.shape[-3]), 3), :, :]
+    return attention(q, k, v, **options)
+
+
 def padding_keys_counted(q, k, v, *, mask=None, bias=None, offset=None, **options):
     n, m = q.shape[-2], k.shape[-2]
     count = -m % 16
@@ -163,6 +169,11 @@ MUTANTS = (
         "the window misses its last key on the right",
         (_WINDOW, _WINDOW.replace("else window", "else (window[0], window[1] if window[1] is None else window[1] - 1)")),
     ),
+    _mutant(
+        "window_at_most_a_block",
+        "the window's left side ends after 64 keys, the width of a block; it may be wider",
+        (_WINDOW, _WINDOW.replace("else window", "else (window[0] if window[0] is None else min(window[0], 64), window[1])")),
+    ),
     _mutant("window_swapped", "left and right of the window are swapped", (_WINDOW, _WINDOW.replace("else window", "else window[::-1]"))),
     _mutant(
         "window_ignores_offset",
@@ -247,6 +258,7 @@ MUTANTS = (
         ("bias=_grouped(bias, Hkv, G),", "bias=bias if bias is None or bias.ndim < 3 else _grouped(bias[..., :1, :, :], Hkv, G),"),
     ),
     _written(gqa_modulo, "query head h reads key head h % Hkv; the contract says h // (Hq // Hkv)"),
+    _written(mqa_of_four, "all heads of queries beyond the fourth give what the fourth gives where one key head serves them all"),
     _written(gqa_first_head, "all query heads read the first key head; head h reads h // (Hq // Hkv)"),
     # -- softmax
     _mutant(

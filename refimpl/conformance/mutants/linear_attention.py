@@ -324,6 +324,22 @@ _FORWARD = (
         ),
     ),
     _mutant(
+        "scale_of_0_not_given",
+        "a scale of 0 is taken for none (`scale or ...`), and 1/√d is used",
+        _called_with(lambda call: call if call.get("scale") else {n: x for n, x in call.items() if n != "scale"}),
+    ),
+    _mutant(
+        "values_wider_than_keys",
+        "from the 64th step on, nothing is written to the columns of S beyond its d-th: S is not square, its columns are those of v",
+        edited(
+            _RECURRENT,
+            (
+                "        S = S + k_t[..., :, None] * u[..., None, :]\n        o =",
+                "        S = S + k_t[..., :, None] * u[..., None, :] * ((np.arange(v.shape[-1]) < max(k.shape[-1], 1)) | (t < 64))\n        o =",
+            ),
+        ),
+    ),
+    _mutant(
         "z_does_not_decay",
         "the normaliser z accumulates keys but is not decayed as S is",
         edited(_RECURRENT, ("z = np.exp(g[..., t, :]) * z + k_t", "z = z + k_t")),

@@ -34,6 +34,12 @@ _WKV = (
     ),
     Mutant(
         "wkv",
+        "denominator_bounded",
+        "the denominator stops at 50; where hardly anything decays it counts the steps, without end",
+        edited(wkv.wkv, (_WRITE, _WRITE + "; before = before._replace(den=np.minimum(before.den, 50))")),
+    ),
+    Mutant(
+        "wkv",
         "bonus_forgotten",
         "the current step counts e^k; the contract gives it a bonus, e^(u+k)",
         edited(wkv.wkv, ("    bonus = u + k\n", "    bonus = 0 * u + k\n")),

@@ -425,7 +425,7 @@ OPS = (
         options={
             "causal": (False, True),
             "offset": (None, 0, 2, -1),
-            "window": (None, (2, 0), (1, 1), (None, 2), (3, None)),
+            "window": (None, (2, 0), (1, 1), lambda m, **_: (None, m // 5 + 1), lambda m, **_: (m // 4 + 2, None)),  # also wider than a block
             "scale": (None, 0.4),
             "softcap": (None, 1.25),
             "return_lse": (False, True),
@@ -442,7 +442,7 @@ OPS = (
         ),
         lengths=("n", "m"),
         sizes=(
-            *({"Hq": Hq, "Hkv": Hkv} for Hq, Hkv in ((6, 2), (1, 1), (4, 1), (3, 3))),
+            *({"Hq": Hq, "Hkv": Hkv} for Hq, Hkv in ((6, 2), (1, 1), (8, 1), (3, 3))),
             *({"d": d, "e": e} for d, e in ((1, 1), (64, 64), (7, 16))),
         ),
         laws=attention_laws(CONTRACT),

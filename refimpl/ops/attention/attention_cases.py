@@ -71,5 +71,6 @@ HARD = {
     "sink below all": _with(sink=lambda sink: sink - 300.0),
     "values that cancel": _with(v=lambda v: v + 100.0 * _along(v, [1.0, -1.0])),
     "values far from zero": _with(v=lambda v: v + 50.0),
+    "large values of equal weight": _with(k=np.zeros_like, v=lambda v: v * 2.0**10),  # sums before the division are beyond float16
     "tiny values": _with(v=lambda v: v * 2.0**-9),
 }

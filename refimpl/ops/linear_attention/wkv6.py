@@ -195,7 +195,8 @@ def error_bound(r, k, v, w, u, *, unit, store=0.0, state=None, return_state=Fals
         E_t = e^{w_t} E_{t-1} + ε_t e^{w_t} H_{t-1} + (4 u + 8 v) |k_t| |v_t|ᵀ + (u + v/64) H_t,    ε_t = u (4 + |w_t| + 2 |F_t|)
 
     to which a state that is one long sum adds 2 √t u H; and a reading of d channels and t steps (4 + 4 √d + 2 √t) u |r|ᵀH
-    (and the same of the step's own term). v is `store`, the unit roundoff of operands and weights that are kept in halves, and of a
+    (and the same of the step's own term), with 2 u |F_{t+1}| H for (3): a form may get F_t from F_{t+1} = F_t + w_t,
+    or by a sum of its own. v is `store`, the unit roundoff of operands and weights that are kept in halves, and of a
     state rounded once in 64 steps.
     """
     r, k, v, w, H = (abs(x) if i != 3 else x for i, x in enumerate(aligned(state, r, k, v, w)))
@@ -204,8 +205,8 @@ def error_bound(r, k, v, w, u, *, unit, store=0.0, state=None, return_state=Fals
         r_t, pair, g = r[..., t, :], k[..., t, :, None] * v[..., t, None, :], w[..., t, :]
         gamma = unit * (4 + 4 * np.sqrt(d) + 2 * np.sqrt(t + 1.0)) + 8 * store
         own = (r_t * abs(u) * k[..., t, :]).sum(axis=-1)[..., None] * v[..., t, :]  # (..., H, e)
-        outputs.append((r_t[..., None, :] @ (E + gamma * H))[..., 0, :] + gamma * own)
         F = F + _size(g)
+        outputs.append((r_t[..., None, :] @ (E + (gamma + 2 * unit * F[..., None]) * H))[..., 0, :] + gamma * own)
         old = np.exp(g)[..., None] * H
         E = np.exp(g)[..., None] * E + (unit * (4 + _size(g) + 2 * F))[..., None] * old + (4 * unit + 8 * store) * pair
         H = old + pair
