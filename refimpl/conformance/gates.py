@@ -22,6 +22,7 @@ from refimpl.core.dtypes import real_dtype
 PEERS_FACTOR = 4.0  # G2: RMS error of a slice over the worst of the ensemble's
 BIAS_FLOOR = 0.3  # G3: in roundoffs of the result; a factor of 1.002 is 0.51 of bfloat16's
 BIAS_PEERS, PART_PEERS = 3.0, 6.0  # G3: over the ensemble's largest common factor, of a whole result and of a part of one
+BIAS_CHANCE = 6.0  # G3: what roundings of both signs leave of a factor, in standard deviations
 BIAS_SPREADS = 6.0  # G3, of all cases together: over the spread that the ensemble's common factors have
 ROWS = 1000  # G2: from so many rows on, each is looked at by itself
 ROW_FACTOR, ROW_LEAST = 2.5, 6.0  # G2: over what the ensemble's worst row stands out by, or this if that is less
@@ -206,7 +207,9 @@ def slice_errors(got: np.ndarray, right: np.ndarray) -> np.ndarray | None:
 def bias(got: np.ndarray, right: np.ndarray, others: float, unit: float, whole: bool = True) -> tuple[complex, float]:
     """G3: the common factor between a result, or a part of one, and the truth, less 1; and what is allowed of it."""
     factor = BIAS_PEERS if whole else PART_PEERS
-    return slope(got, right), max(BIAS_FLOOR * unit, factor * others, 8 * unit / np.sqrt(right.size))
+    squares = abs(right.astype(np.float64)) ** 2 if right.dtype.kind != "c" else abs(right) ** 2
+    few = float(np.sqrt(np.sum(squares**2)) / (np.sum(squares) or 1.0))  # 1/√N of N elements alike; of a few large ones, more
+    return slope(got, right), max(BIAS_FLOOR * unit, factor * others, BIAS_CHANCE * unit * few)
 
 
 def unbiased(name: str, got: np.ndarray, right: np.ndarray, others: Peers, unit: float) -> Finding | None:
