@@ -1,9 +1,9 @@
 """What is unusual about a call, and whether a candidate that fails on it simply does not do such calls.
 
-A kernel may be written for real arrays, for one batch axis, for one of the shapes that an argument may have, for sequences
-of at least one step. Where every call of such a trait makes it raise, and others pass, the trait is not applicable and
-is said to be; of empty sequences, where some calls do (the state after the last step is the natural one). A wrong number
-is never excused.
+A kernel may be written for real arrays (or, where those are usual, for complex ones), for one batch axis, for one of the
+shapes that an argument may have, for sequences of at least one step. Where every call of such a trait makes it raise, and
+others pass, the trait is not applicable and is said to be; of empty sequences, where some calls do (the state after the
+last step is the natural one). A wrong number is never excused.
 """
 
 from collections.abc import Callable
@@ -39,6 +39,7 @@ def traits(op: Op, call: dict) -> tuple[str, ...]:
     found = []
     if any(_complex(v) and n not in complex_names for n, v in arrays.items()):
         found.append(COMPLEX)
+    found += [f"a real {n}" for n, v in arrays.items() if n in complex_names and v is not None and not _complex(v)]
     for name, axes in op.contract.layout(**arrays).items():
         if axes != layout.get(name, axes):
             found.append(f"{name} of shape ({', '.join(['...', *axes]) if axes else ''})")
