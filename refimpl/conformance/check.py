@@ -71,8 +71,10 @@ def check(
     device : str, optional
         The framework's name of a device.
     dtypes : iterable of str
-        Precisions: float64, float32, float16, bfloat16, float8_e4m3fn, float8_e5m2. Complex arguments come in the complex
-        type of that precision.
+        Precisions: float64, float32, tf32, float16, bfloat16, float8_e4m3fn, float8_e5m2. Complex arguments come in the
+        complex type of that precision. Of ``"tf32"`` arrays are float32 whose values have TF32's 11 bits, and products may see
+        no more of what is computed on the way; under ``"float32"`` such products are wrong. Results of eight-bit arrays may
+        be given back in bfloat16, float16 or float32.
     gradients : bool
         Also judge gradients: the framework's (torch, JAX) or `candidate_vjp`'s, called as ``<op>_vjp`` is.
     layout : str, optional
