@@ -127,6 +127,7 @@ class Steps(chunk_steps.Steps):
         """What a product can read."""
         if not self.tf32:
             return cast(x, self.operand)
+        x = cast(x, self.operand)
         return self._scale(x, cp.ones((len(x), *(1,) * (x.ndim - 1)), self.wide), self.S, exponential=False)
 
     def scaled(self, x, factor):
