@@ -138,7 +138,7 @@ def _allowed(name: str, wrong: np.ndarray, lesser, limit: np.ndarray, e: Evidenc
         limit = np.maximum(limit, limit.max() / 2)
     unit = e.to.compute_unit if name.startswith("state") else e.to.unit
     size = abs(np.where(np.isfinite(wrong), wrong, 0)).astype(np.float64)
-    noise = np.nan_to_num(abs(np.asarray(lesser).astype(wrong.dtype) - wrong)).astype(np.float64) if np.shape(lesser) == wrong.shape else 0.0
+    noise = np.nan_to_num(abs(np.asarray(lesser).astype(wrong.dtype) - wrong)).astype(np.float64) if lesser is not None and np.shape(lesser) == wrong.shape else 0.0
     return np.asarray(2 * limit + unit * size + 64 * e.to.compute_unit * np.max(size, initial=0.0) + 8 * noise)
 
 
