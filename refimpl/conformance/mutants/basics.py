@@ -37,6 +37,7 @@ _RMS_NORM = (
     ),
     Mutant("rms_norm", "gradient_of_scale_missing", "dx = r dn: the root depends on x as well, -r n mean(n dn)", edited(rn.rms_norm_vjp, ("r * (dn - n * _mean(n * dn))", "r * dn")), of_gradient=True),
     Mutant("rms_norm", "gradient_sums_for_means", "dx lacks a factor 1/c: mean(n dn), not the sum", edited(rn.rms_norm_vjp, ("n * _mean(n * dn)", "n * np.sum(n * dn, axis=-1, keepdims=True)")), of_gradient=True),
+    Mutant("rms_norm", "gradient_of_weight_from_one_block", "dweight sums over the first 64 rows only: over all", edited(rn.rms_norm_vjp, ('"weight": last * n}', '"weight": last * n * (np.arange(r.size).reshape(r.shape) < 64)}')), of_gradient=True),
     Mutant("rms_norm", "gradient_of_gate_misses_weight", "dgate lacks the weight where the gate comes last", edited(rn.rms_norm_vjp, ("dy * (n if weight is None else n * weight)", "dy * n")), of_gradient=True),
 )  # fmt: skip
 

@@ -244,6 +244,13 @@ _CAUSAL_CONV1D = (
         edited(cc.causal_conv1d_vjp, ("        dseen[..., T:, :] += dstate\n", "        pass\n")),
         of_gradient=True,
     ),
+    Mutant(
+        "causal_conv1d",
+        "gradient_of_bias_from_one_sequence",
+        "the gradient of the bias is the first sequence's: it sums over the batch as well",
+        edited(cc.causal_conv1d_vjp, ('"bias": dz.sum(axis=-2)', '"bias": dz.sum(axis=-2) * (np.indices(dz.shape[:-2]).sum(axis=0) == 0)[..., None]')),
+        of_gradient=True,
+    ),
 )
 
 MUTANTS = _LONG_CONV + _MONARCH_MATMUL + _CAUSAL_CONV1D

@@ -1,5 +1,7 @@
 """Mistakes in gated recurrent networks: mLSTM, sLSTM, LSTM, GRU."""
 
+import numpy as np
+
 from refimpl.conformance.mutants import Mutant, edited
 from refimpl.ops.gated_rnn import gru, lstm, mlstm, slstm
 
@@ -434,7 +436,21 @@ def _lstm_gates(new: str):
     return edited(lstm.lstm, (_LSTM_GATES, f"i, f, g, o = ({new})"))
 
 
+def _decoding_from_one_state(x, W, R, b=None, *, state=None, return_state=False):
+    """A path for single steps that reads the first sequence's state for all."""
+    if state is not None and x.shape[-2] == 1 and state.h.ndim > 1:
+        first = lstm.State(*(part.reshape(-1, part.shape[-1])[:1] for part in state))
+        state = lstm.State(*(np.broadcast_to(one, part.shape) for one, part in zip(first, state, strict=True)))
+    return lstm.lstm(x, W, R, b, state=state, return_state=return_state)
+
+
 _LSTM = (
+    Mutant(
+        "lstm",
+        "decoding_from_one_state",
+        "a single step reads the first sequence's state for the whole batch: every sequence goes on from its own",
+        lambda: _decoding_from_one_state,
+    ),
     Mutant(
         "lstm",
         "gates_in_order_iofg",

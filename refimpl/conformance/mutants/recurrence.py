@@ -241,6 +241,13 @@ MUTANTS = (
     ),
     Mutant(
         "linear_recurrence",
+        "gradient_does_not_reach_the_state",
+        "no gradient reaches the initial state from more than 256 steps on: it goes back through every step",
+        edited(lr.linear_recurrence_vjp, ("g[..., 0, :] if b.shape[-2] else last", "g[..., 0, :] * (b.shape[-2] <= 256) if b.shape[-2] else last")),
+        of_gradient=True,
+    ),
+    Mutant(
+        "linear_recurrence",
         "initial_state_left_out_of_gradient",
         "the gradient of a_0 takes the initial state to be zero: da_0 = conj(state) g_0",
         edited(lr.linear_recurrence_vjp, ("np.concatenate([first[..., None, :], h]", "np.concatenate([0 * first[..., None, :], h]")),

@@ -301,6 +301,11 @@ MUTANTS = (
         ("T, n).sum(axis=-3)", "T, n)[..., -1, :, :]"),
     ),
     _wrong_gradient(
+        "gradient_of_decay_from_eight_heads",
+        "the gradient of A is there for the first eight heads only: for all",
+        ("_over_time(dA, dt, -1).sum(axis=-1),", "_over_time(dA, dt, -1).sum(axis=-1) * (np.arange(A.shape[0]) < 8),"),
+    ),
+    _wrong_gradient(
         "gradient_own_decay",
         "the adjoint recurrence decays by exp(dt_t A) before step t is added: R_t meets the decay of the step after, exp(dt_{t+1} A)",
         ("        R = decay[..., t, None, None] * R\n", ""),

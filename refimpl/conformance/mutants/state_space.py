@@ -26,6 +26,19 @@ def _split(call, cut):
     return parts
 
 
+def _sixteen_at_a_time(u, delta, A, B, C, D=None, **options):
+    """Channels are read sixteen at a time where they divide so; that path has one skip for all sixteen."""
+    if D is not None and len(D) % 16 == 0:
+        D = np.repeat(D[::16], 16)
+    return ss.selective_scan(u, delta, A, B, C, D, **options)
+
+
+def _gate_as_it_lies(u, delta, A, B, C, D=None, z=None, **options):
+    """The gate is read in the order of its memory, whatever its strides."""
+    z = None if z is None else z.ravel(order="K").reshape(z.shape)
+    return ss.selective_scan(u, delta, A, B, C, D, z, **options)
+
+
 def _run(call, **more):
     *arrays, options = call
     return ss.selective_scan(*arrays, **(options | more))
@@ -324,6 +337,18 @@ _SELECTIVE_SCAN = (
         "the gradients of B and C hold the last channel of a group only (written, not added): sum over all channels that read them",
         edited(ss.selective_scan_vjp, ("G, c // G, n).sum(axis=-2)", "G, c // G, n)[..., -1, :]")),
         of_gradient=True,
+    ),
+    Mutant(
+        "selective_scan",
+        "one_skip_for_sixteen_channels",
+        "where the channels divide into sixteens, each group has its first channel's skip: D has a number for every channel",
+        lambda: _sixteen_at_a_time,
+    ),
+    Mutant(
+        "selective_scan",
+        "gate_strides_ignored",
+        "the gate is read in the order of its memory: a part of a projection, or its transpose, has strides of its own",
+        lambda: _gate_as_it_lies,
     ),
     Mutant(
         "selective_scan",
