@@ -101,7 +101,7 @@ class Library:
 
     def __init__(self, folder: Path, kernels, mistake: tuple[str, str] | None = None) -> None:
         self.number = {kernel.name: i for i, kernel in enumerate(kernels)}
-        source, code = folder / "kernels.cpp", kernels[0].source
+        source, code = folder / "kernels.cpp", kernels[0].source.replace("extern __shared__", "extern")
         if mistake is not None:
             assert mistake[0] in code
             code = code.replace(*mistake)
@@ -378,6 +378,24 @@ def test_a_method_that_does_not_exist_is_refused(name):
     assert not chunkwise.wanted(name, "fused", None) and chunkwise.wanted(name, "chunkwise", 64)
     assert [chunkwise.length(T, False) for T in (0, 1, 9, 1000)] == [8, 8, 16, 128]
     assert chunkwise.length(1000, True) == 64 and chunkwise.length(1000, True, 30) == 32
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_stabilised_gates_of_the_host_are_the_kernels(dtype, rng, tmp_path, monkeypatch):
+    library = Library(tmp_path, [k for k in mlstm.KERNELS if "gates" in k.name])
+    monkeypatch.setattr(launch.Kernel, "__call__", lambda kernel, grid, block, args, shared=0: library(kernel, grid, block, args, shared))
+    monkeypatch.setattr(mlstm, "cp", np)
+    for T in (0, 1, 255, 256, 300):
+        F, i = (rng.normal(-1, 2, (3, T)).astype(dtype) for _ in range(2))
+        first = np.array([-np.inf, 0.5, 20], dtype)
+        want, got = gates(F, i, first), mlstm.gates(F, i, first)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=16 * np.finfo(dtype).eps)
+        d_old, d_new, d_read = (rng.standard_normal((3, T)).astype(dtype) for _ in range(3))
+        for d_last in (None, rng.standard_normal(3).astype(dtype)):
+            arguments = (F, i, first, want[2], d_old, d_new, d_read, d_last)
+            for a, b in zip(mlstm.gates_vjp(*arguments), gates_vjp(*arguments), strict=True):
+                np.testing.assert_allclose(a, b, rtol=0, atol=64 * np.finfo(dtype).eps * np.sqrt(T + 1))
 
 
 MISTAKES = {
