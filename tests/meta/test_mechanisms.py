@@ -1,9 +1,18 @@
 """What the kit is to see or to forgive by a mechanism of its own, shown by candidates that no mutant covers."""
 
+import importlib
+import re
+
 import numpy as np
 import pytest
 
 import refimpl
+from refimpl.conformance import trial_gradients
+from refimpl.conformance.cases import covering
+from refimpl.conformance.mutants import edited
+from refimpl.ops.gated_rnn import gru, lstm
+
+checking = importlib.import_module("refimpl.conformance.check")  # the package's `check` is its function
 
 
 def check(op, candidate, **settings):
@@ -107,3 +116,41 @@ def test_half_precision_code_that_is_written_out_is_right():
         return (wide * rounded(1 / (1 + np.exp(-wide)))).astype(x.dtype)
 
     assert check("silu", silu, dtypes=["bfloat16"], level="standard").ok
+
+
+def test_covering_combinations_hold_every_choice_that_departs():
+    combos = [{"D": False, "z": False, "mode": None}, {"D": True, "z": False, "mode": "a"}, {"D": True, "z": True, "mode": None}, {"D": False, "z": False, "mode": "b"}]
+    few = covering(combos)
+    assert {(n, v) for c in few for n, v in c.items()} >= {("D", True), ("z", True), ("mode", "a"), ("mode", "b")}
+    assert covering(combos[:1]) == combos[:1]
+
+
+@pytest.mark.parametrize(
+    "vjp, gates",
+    [
+        (gru.gru_vjp, ("np.tanh(n)) * sigmoid(z) * sigmoid(-z)", "d_n = dh * sigmoid(-z)", "d_r = d_r * sigmoid(r) * sigmoid(-r)")),
+        (lstm.lstm_vjp, ("sigmoid(o) * sigmoid(-o)", "sigmoid(i) * sigmoid(-i)", "sigmoid(f) * sigmoid(-f)")),
+    ],
+    ids=["gru", "lstm"],
+)
+def test_derivatives_of_gates_may_be_taken_from_their_values(vjp, gates, monkeypatch):
+    """s (1 - s), as native kernels have it, is off by a roundoff of 1 where a gate is nearly open."""
+    written = edited(vjp, *((old, re.sub(r"sigmoid\(-(\w)\)", r"(1 - sigmoid(\1))", old)) for old in gates))()
+    plan = {"T": 13}, {"b": True, "state": True, "return_state": True}, "saturated", ""
+    monkeypatch.setattr(checking, "result_jobs", lambda *_: iter(()))
+    monkeypatch.setattr(checking, "law_jobs", lambda *_: iter(()))
+    monkeypatch.setattr(trial_gradients, "_plans", lambda trial: [plan] * 20)
+    monkeypatch.setattr(trial_gradients, "_reshaped", lambda *_: iter(()))
+    name = vjp.__name__.removesuffix("_vjp")
+    report = check(name, getattr(refimpl, name), gradients=True, candidate_vjp=written)
+    assert len(report.cases) >= 20 and not report.failures, str(report)
+
+
+def test_a_kernel_for_complex_arrays_may_refuse_real_ones():
+    def complex_only(u, nu_log, theta_log, B, C, D, gamma=None, *, state=None, return_state=False):
+        if "c" not in B.dtype.kind + C.dtype.kind or B.dtype != C.dtype:
+            raise TypeError("expected complex matrices")
+        return refimpl.lru(u, nu_log, theta_log, B, C, D, gamma, state=state, return_state=return_state)
+
+    report = check("lru", complex_only, level="standard")
+    assert report.verdict == "conforms", str(report)
