@@ -20,6 +20,7 @@ from refimpl.op import Op
 SAME, SILENT, OTHER, UNKNOWN = "same", "silent", "other", "unknown"  # unknown: the mistake has no result here, or none that can be told apart
 _CLEARLY = 2.0  # times its bound: a mistake that a passing case contradicts is off by more
 _PART = 0.3  # of a mistake's deviation: how much more or less of it the candidate's may be
+_MOVED = 1e-2  # times what is allowed: a mistake that moves nothing by as much has no effect
 _GROSS = 1e3  # times what is allowed
 
 
@@ -125,7 +126,8 @@ def _compared(wrong: dict, lesser: dict, e: Evidence) -> str:
             theirs.append(((w - right)[fine] / allowed[fine]).astype(np.complex128))
     as_much = _as_much(ours, theirs)
     if not shows:
-        hidden = e.failed and not _beyond(e)  # only statistics say that the case fails, and may say why
+        moved = any(np.any(abs(t) > _MOVED) for t in theirs)  # a mistake without effect on this call explains nothing
+        hidden = moved and e.failed and not _beyond(e)  # only statistics say that the case fails, and may say why
         return SILENT if not hidden or as_much is False else SAME if same and as_much else UNKNOWN
     if not same:
         return OTHER

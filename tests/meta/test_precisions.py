@@ -72,6 +72,16 @@ def test_eight_bits_may_be_given_back_in_more(dtype, given_back):
     assert report.ok, str(report)
 
 
+def test_a_factor_is_no_convention():
+    """A mistake that only statistics see is not explained by variants that change nothing in these calls."""
+
+    def scaled(q, k, v, *, causal=False):
+        return (attention_of(np.asarray, np.float32)(q, k, v, causal=causal) * np.float32(1.003)).astype(q.dtype)
+
+    report = check(scaled, "bfloat16")
+    assert report.verdict == "wrong" and any(f.status == "BIAS" for f in report.failures), str(report)
+
+
 def test_eleven_bits():
     x = np.array([1 + 2.0**-11, 1 + 3 * 2.0**-11, 1 + 2.0**-10, -(1 + 3 * 2.0**-12), np.inf, -np.inf, 0.0, 1e-40], np.float32)
     want = np.array([1, 1 + 2.0**-9, 1 + 2.0**-10, -(1 + 2.0**-10), np.inf, -np.inf, 0.0, 1e-40], np.float32)  # ties to even; by hand
