@@ -262,10 +262,10 @@ def wanted(operator: str, method: str, chunk: int | None) -> bool:
     one_of(operator, "method", method, ("fused", "chunkwise"))
     if chunk is not None:
         if method != "chunkwise":
-            raise ValueError(f"{operator}: chunk must be None with method={method!r}, which has no chunks, got {chunk!r}")
-        positive_int(operator, "chunk", chunk)
+            raise ValueError(f"{operator}: chunk_length must be None with method={method!r}, which has no chunks, got {chunk!r}")
+        positive_int(operator, "chunk_length", chunk)
         if chunk > LONGEST:
-            raise ValueError(f"{operator}: chunk must be at most {LONGEST}, got {chunk}")
+            raise ValueError(f"{operator}: chunk_length must be at most {LONGEST}, got {chunk}")
     return method == "chunkwise"
 
 

@@ -23,7 +23,7 @@ from mirrored import normal, uniform
 import refimpl
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-METHODS = {"fused": {}, "chunks of 64": {"method": "chunkwise", "chunk": 64}, "chunks of 128": {"method": "chunkwise", "chunk": 128}}
+METHODS = {"fused": {}, "chunks of 64": {"method": "chunkwise", "chunk_length": 64}, "chunks of 128": {"method": "chunkwise", "chunk_length": 128}}
 
 
 def ssd(dtype, B=8, H=32, T=8192, p=64, n=128):
@@ -139,7 +139,7 @@ def timed(results: Results) -> None:
 
 def kit(folder: Path) -> None:
     for op in ("ssd", "mlstm", "linear_attention"):
-        f, vjp = (functools.partial(getattr(refimpl.gpu, name), method="chunkwise", chunk=8) for name in (op, f"{op}_vjp"))
+        f, vjp = (functools.partial(getattr(refimpl.gpu, name), method="chunkwise", chunk_length=8) for name in (op, f"{op}_vjp"))
         for dtype in ("float32", "bfloat16", "float16", "float64"):
             start = time.time()
             try:

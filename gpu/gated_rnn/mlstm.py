@@ -19,7 +19,7 @@ KERNELS = (*instances(low_rank=False, before=False), *chunk_kernels.BY_HEAD, *_G
 
 
 @mirror.form(chapter.CONTRACT)
-def mlstm(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=False, method="fused", chunk=None):
+def mlstm(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=False, method="fused", chunk_length=None):
     """mLSTM on CuPy arrays; arguments and results as `refimpl.mlstm`.
 
     Parameters
@@ -27,7 +27,7 @@ def mlstm(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=
     method : {"fused", "chunkwise"}
         How it is computed. In chunks it is made of cuBLAS's products, which read halves; that way is proved on the host and has not
         been timed on a device yet.
-    chunk : int, optional
+    chunk_length : int, optional
         Steps of a chunk.
 
     Notes
@@ -35,8 +35,8 @@ def mlstm(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=
     The stabiliser is computed first, by a walk through the gates. Fused: one kernel for the whole sequence, the memory in registers, in
     float32 for halves; keys of more than 1024 features run the chapter's steps one by one.
     """
-    if chunkwise.wanted("mlstm", method, chunk):
-        return Chunkwise(chunk_kernels.Steps, gates, gates_vjp, q, k, v, i, f, forget, eps, state, chunk).result(return_state)
+    if chunkwise.wanted("mlstm", method, chunk_length):
+        return Chunkwise(chunk_kernels.Steps, gates, gates_vjp, q, k, v, i, f, forget, eps, state, chunk_length).result(return_state)
     q, k, v, i, f = widened(q, k, v, i, f)
     if k.shape[-1] > WIDEST:
         return chapter.mlstm(q, k, v, i, f, forget=forget, eps=eps, state=state, return_state=return_state)
@@ -48,10 +48,10 @@ def mlstm(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=
 
 
 @mirror.gradient(chapter.CONTRACT)
-def mlstm_vjp(dy, q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, dstate=None, method="fused", chunk=None):
+def mlstm_vjp(dy, q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, dstate=None, method="fused", chunk_length=None):
     """Gradient of `mlstm` on CuPy arrays, as `refimpl.mlstm_vjp`, through the stabiliser. Keeps one state in eight, or in chunks one of each."""
-    if chunkwise.wanted("mlstm", method, chunk):
-        return Chunkwise(chunk_kernels.Steps, gates, gates_vjp, q, k, v, i, f, forget, eps, state, chunk).vjp(dy, dstate)
+    if chunkwise.wanted("mlstm", method, chunk_length):
+        return Chunkwise(chunk_kernels.Steps, gates, gates_vjp, q, k, v, i, f, forget, eps, state, chunk_length).vjp(dy, dstate)
     dy, q, k, v, i, f = widened(dy, q, k, v, i, f)
     if k.shape[-1] > WIDEST:
         return chapter.mlstm_vjp(dy, q, k, v, i, f, forget=forget, eps=eps, state=state, dstate=dstate)

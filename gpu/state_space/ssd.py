@@ -18,7 +18,7 @@ KERNELS = (*instances(low_rank=False, before=False), *chunk_kernels.BY_HEAD)
 @mirror.form(chapter.CONTRACT)
 def ssd(
     x, dt, A, B, C, D=None, z=None, dt_bias=None, *, dt_softplus=False, dt_limit=(0.0, np.inf), state=None, return_state=False,
-    method="fused", chunk=None,
+    method="fused", chunk_length=None,
 ):  # fmt: skip
     """Mamba-2 on CuPy arrays; arguments and results as `refimpl.ssd`.
 
@@ -27,7 +27,7 @@ def ssd(
     method : {"fused", "chunkwise"}
         How it is computed. In chunks it is made of cuBLAS's products, which read halves; that way is proved on the host and has not
         been timed on a device yet.
-    chunk : int, optional
+    chunk_length : int, optional
         Steps of a chunk.
 
     Notes
@@ -35,8 +35,8 @@ def ssd(
     Fused: one kernel for the whole sequence, the state in registers, in float32 for halves; more than 1024 states run the chapter's
     steps one by one.
     """
-    if chunkwise.wanted("ssd", method, chunk):
-        call = Chunkwise(chunk_kernels.Steps, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, chunk)
+    if chunkwise.wanted("ssd", method, chunk_length):
+        call = Chunkwise(chunk_kernels.Steps, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, chunk_length)
         return call.result(return_state)
     x, dt, A, B, C, D, z, dt_bias = widened(x, dt, A, B, C, D, z, dt_bias)
     options = {"dt_softplus": dt_softplus, "dt_limit": dt_limit}
@@ -52,11 +52,11 @@ def ssd(
 @mirror.gradient(chapter.CONTRACT)
 def ssd_vjp(
     dy, x, dt, A, B, C, D=None, z=None, dt_bias=None, *, dt_softplus=False, dt_limit=(0.0, np.inf), state=None, dstate=None,
-    method="fused", chunk=None,
+    method="fused", chunk_length=None,
 ):  # fmt: skip
     """Gradient of `ssd` on CuPy arrays, as `refimpl.ssd_vjp`. Keeps one state in eight, or in chunks one of each."""
-    if chunkwise.wanted("ssd", method, chunk):
-        return Chunkwise(chunk_kernels.Steps, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, chunk).vjp(dy, dstate)
+    if chunkwise.wanted("ssd", method, chunk_length):
+        return Chunkwise(chunk_kernels.Steps, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, chunk_length).vjp(dy, dstate)
     dy, x, dt, A, B, C, D, z, dt_bias = widened(dy, x, dt, A, B, C, D, z, dt_bias)
     options = {"dt_softplus": dt_softplus, "dt_limit": dt_limit}
     if B.shape[-1] > WIDEST:

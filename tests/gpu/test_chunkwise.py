@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 MISSING = importlib.util.find_spec("cupy") is None
 pytestmark = pytest.mark.skipif(MISSING, reason="not run: cupy not installed; pip install 'refimpl[compile]'")
 if not MISSING:
-    from refimpl.gpu import chunk_kernels, chunk_steps, chunkwise, launch
+    from refimpl.gpu import chunk_kernels, chunk_steps, chunkwise, launch, matrix_memory, mirror
     from refimpl.gpu.gated_rnn import mlstm
     from refimpl.gpu.linear_attention import linear_attention
     from refimpl.gpu.state_space import ssd
@@ -371,9 +371,9 @@ def test_one_call_of_cublas_where_a_batch_lies_evenly():
 def test_a_method_that_does_not_exist_is_refused(name):
     with pytest.raises(ValueError, match=f"{name}: method must be one of 'fused', 'chunkwise', got 'chunked'"):
         chunkwise.wanted(name, "chunked", None)
-    with pytest.raises(ValueError, match=f"{name}: chunk must be None with method='fused'.* got 32"):
+    with pytest.raises(ValueError, match=f"{name}: chunk_length must be None with method='fused'.* got 32"):
         chunkwise.wanted(name, "fused", 32)
-    with pytest.raises(ValueError, match=f"{name}: chunk must be at most 128, got 129"):
+    with pytest.raises(ValueError, match=f"{name}: chunk_length must be at most 128, got 129"):
         chunkwise.wanted(name, "chunkwise", 129)
     assert not chunkwise.wanted(name, "fused", None) and chunkwise.wanted(name, "chunkwise", 64)
     assert [chunkwise.length(T, False) for T in (0, 1, 9, 1000)] == [8, 8, 16, 128]
@@ -396,6 +396,48 @@ def test_the_stabilised_gates_of_the_host_are_the_kernels(dtype, rng, tmp_path, 
             arguments = (F, i, first, want[2], d_old, d_new, d_read, d_last)
             for a, b in zip(mlstm.gates_vjp(*arguments), gates_vjp(*arguments), strict=True):
                 np.testing.assert_allclose(a, b, rtol=0, atol=64 * np.finfo(dtype).eps * np.sqrt(T + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPS)
+def test_the_mirrors_functions_take_both_methods(name, rng, tmp_path, library, device, monkeypatch):
+    """`refimpl.gpu`'s own functions on the host, through the contract: the default is the fused recurrence, and both are right."""
+    chapter = {"ssd": ssd, "mlstm": mlstm, "linear_attention": linear_attention}[name]
+    small = ("matrix_memory<double, 8, 4, 2", "matrix_memory_vjp<double, 1, 8")
+    wanted = {"kernel_chunks.cu": library}
+    for file in ("kernel_matrix_memory.cu", "kernel_mlstm_gates.cu"):
+        instances = [k for k in chapter.KERNELS if k.file == file and (k.name.startswith(small) or "mlstm_gates" in k.name)]
+        if instances:
+            (tmp_path / file).mkdir()
+            wanted[file] = Library(tmp_path / file, instances)
+    used = []
+
+    def call(kernel, grid, block, args, shared=0):
+        used.append(kernel.file)
+        wanted[kernel.file](kernel, grid, block, args, shared)
+
+    monkeypatch.setattr(launch.Kernel, "__call__", call)
+    for module in (chapter, matrix_memory):
+        monkeypatch.setattr(module, "cp", np)
+    monkeypatch.setattr(chunk_kernels, "Steps", device)
+    monkeypatch.setattr(mirror, "on_device", lambda value, operator: value)
+    monkeypatch.setattr(matrix_memory, "multiprocessors", lambda: 4)
+    monkeypatch.setattr(matrix_memory, "shared_memory", lambda: 160 * 1024)
+    op, f, vjp = refimpl.OPS[name], getattr(chapter, name), getattr(chapter, f"{name}_vjp")
+    arguments = drawn(name, rng, np.float64, T=21)
+    bound = op.error_bound(**arguments, unit=2.0**-53)
+    want = op.definition(**arguments)
+    dy = rng.standard_normal(want.shape)
+    gradients = op.gradient(dy, **arguments)
+    for more in ({}, {"method": "chunkwise"}, {"method": "chunkwise", "chunk_length": 8}):
+        used.clear()
+        assert np.all(abs(f(**arguments, **more) - want) <= 2 * bound)
+        for argument, value in vjp(dy, **arguments, **more).items():
+            for a, b in zip(parts(value), parts(gradients[argument]), strict=True):
+                np.testing.assert_allclose(a, b, rtol=2.0**-30, atol=2.0**-30 * abs(b).max(), err_msg=argument)
+        assert set(used) - {"kernel_mlstm_gates.cu"} == {"kernel_chunks.cu" if more else "kernel_matrix_memory.cu"}
+    with pytest.raises(ValueError, match=f"{name}: chunk_length must be None"):
+        f(**arguments, chunk_length=8)
 
 
 MISTAKES = {

@@ -68,7 +68,7 @@ def test_conforms(op):
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("op", IN_CHUNKS)
 def test_conforms_in_chunks(op, dtype):
-    f, vjp = (functools.partial(getattr(mirror, name), method="chunkwise", chunk=8) for name in (op, f"{op}_vjp"))
+    f, vjp = (functools.partial(getattr(mirror, name), method="chunkwise", chunk_length=8) for name in (op, f"{op}_vjp"))
     report = refimpl.check(op, f, framework="cupy", dtypes=[dtype], gradients=True, candidate_vjp=vjp, level="standard")
     assert report.verdict == "conforms", str(report)
 
