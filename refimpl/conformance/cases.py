@@ -198,10 +198,11 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
     rng = np.random.default_rng([seed, *op.name.encode()])
     chosen = factors(op, support, domain)
     combos = pairwise(chosen, rng) if chosen else [{}]
-    plain = combos[0] | ({"return_state": True} if "return_state" in chosen else {})
+    returned = {"return_state": True} if "return_state" in chosen else {}
+    plain = combos[0] | returned
     rich = sorted(combos, key=lambda c: -sum(bool(v) for v in c.values() if not callable(v)))
     turn = itertools.cycle(rich)
-    few = covering(combos) if level != "quick" else rich[:1]
+    few = [combo | returned for combo in covering(combos)] if level != "quick" else rich[:1]
     seen: set[tuple] = set()
 
     def case(klass: str, sizes: dict, combo: dict, *, hard: str = "", view: str = "contiguous", label: str = "", scale=None, whole: bool = False):
