@@ -71,7 +71,7 @@ def _measured(op: Op, call: dict, to: Precision, right: Results) -> dict[str, Pe
 
 def _packed(found: dict[str, Peers]) -> Results:
     """As arrays by name; no array for what there is none of."""
-    arrays = {}
+    arrays: Results = {}
     for name, peers in found.items():
         arrays |= {f"{name}/slopes": peers.slopes, f"{name}/numbers": np.array([peers.spread, peers.outlier])}
         arrays |= {f"{name}/{part}": value for part, value in (("errors", peers.errors), ("rows", peers.rows)) if value is not None}
