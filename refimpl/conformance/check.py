@@ -241,6 +241,9 @@ def _conclude(trial: Trial, fail_fast: bool) -> None:
         if not fail_fast:
             report.smallest = smallest(trial)
         report.diagnosis, report.variant = explain(trial.op, trial.evidence)
+        biased = [f for f in report.failures if f.status == "BIAS"]
+        if biased and not report.diagnosis:
+            report.diagnosis.append(f"{max(biased, key=lambda f: f.ratio).message} ({len(biased)} cases)")
         unexplained = any(f.status in _NO_VARIANT for f in report.failures)
         if report.variant and (unexplained or not breaks_the_same_laws(trial, report.variant.split(" and "))):
             report.variant = ""

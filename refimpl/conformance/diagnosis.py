@@ -15,7 +15,8 @@ from refimpl.conformance.relations import relations
 from refimpl.op import Op
 
 _FAILING, _PASSING = 20, 40  # cases looked at
-_LARGE = 300_000  # elements of a case that is not looked at
+_GLANCE = 6  # failing cases, the cheap half, that decide whether a mistake is looked at further
+_LARGE = 60_000  # elements of a case that is not looked at where there are others
 _NAMES = 3  # mistakes that no case tells apart
 _ALIKE = 0.4  # of the failing cases: from there on a mistake is said to be alike
 _PARTNERS = 4  # mistakes that are tried together with every other
@@ -46,7 +47,7 @@ def chosen(evidence: list[Evidence]) -> tuple[list[Evidence], list[Evidence]]:
     found: list[list[Evidence]] = []
     for failed, most in ((True, _FAILING), (False, _PASSING)):
         of = [e for e in evidence if e.failed == failed]
-        of = [e for e in of if e.elements < _LARGE] or of[:3]
+        of = [e for e in of if e.elements < _LARGE] or sorted(of, key=lambda e: e.elements)[:3]
         kinds: dict[tuple, list[Evidence]] = {}
         for e in sorted(of, key=lambda e: max(e.elements / 1000, 1000 / (e.elements + 1))):
             kinds.setdefault(e.kind, []).append(e)
@@ -83,7 +84,11 @@ def _named(table: _Table, candidates: list[Mutant], failing: list[Evidence], pas
     """Sentences about these failures, and the mistakes that explain them all."""
     if not failing:
         return [], []
-    some = {id(m): sum(table(m, e) == SAME for e in failing) for m in candidates}
+    cheap = sorted(failing, key=lambda e: e.elements)
+    glance = cheap[: len(cheap) // 2 + 1 : max(1, len(cheap) // (2 * _GLANCE))]
+    more = {e.kind: e for e in reversed(cheap) if e.kind not in {g.kind for g in glance}}
+    worth = [m for m in candidates if _may_explain(table, m, glance, [*more.values(), cheap[-1]])]
+    some = {id(m): sum(table(m, e) == SAME for e in failing) if m in worth else 0 for m in candidates}
     candidates = sorted((m for m in candidates if some[id(m)]), key=lambda m: -some[id(m)])
     whole = [m for m in candidates if table.explains(m, failing, passing)]
     if whole:
@@ -94,6 +99,12 @@ def _named(table: _Table, candidates: list[Mutant], failing: list[Evidence], pas
     if pair:
         return [f"{whose}matches `{a.name}`, together with `{b.name}`: {a.says}" for a, b in (pair, pair[::-1])], list(pair)
     return _alike(table, candidates, failing, passing, whose), []
+
+
+def _may_explain(table: _Table, mutant: Mutant, glance: list[Evidence], more: list[Evidence]) -> bool:
+    """Whether a mistake explains one of a few cheap cases; or shows in none of them, and explains one of another kind, or the largest."""
+    found = [table(mutant, e) for e in glance]
+    return SAME in found or (OTHER not in found and any(table(mutant, e) == SAME for e in more))
 
 
 # -- two mistakes at once ----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ A mistake may show in a case, or be silent there: then its results are right. Wh
 the same, within what two right implementations of that mistake may differ by, and off from the truth by as much; or other.
 """
 
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ SAME, SILENT, OTHER, UNKNOWN = "same", "silent", "other", "unknown"  # unknown: 
 _CLEARLY = 2.0  # times its bound: a mistake that a passing case contradicts is off by more
 _PART = 0.3  # of a mistake's deviation: how much more or less of it the candidate's may be
 _MOVED = 1e-2  # times what is allowed: a mistake that moves nothing by as much has no effect
-_GROSS = 1e3  # times what is allowed
+_GROSS = 1e3  # times what is allowed; in a half precision, where that is much,
+_GROSS_IN_HALF = 20
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Evidence:
     def kind(self) -> tuple:
         """What cases have in common that differ in sizes alone: precision, class, hard input, options, optional arrays."""
         options = [f"{n}={v!r}" if isinstance(v, bool | int | float | str | tuple | None) else n for n, v in self.call.items()]
-        return (self.to.name, self.cotangents is None, self.case.partition(",")[0].partition("=")[0], *sorted(options))
+        label = re.split(r",|=|#", self.case)[0]
+        return (self.to.name, self.cotangents is None, label, *sorted(options))
 
 
 def likeness(op: Op, mutant: Mutant, e: Evidence) -> str:
@@ -177,7 +180,7 @@ def _grossly(wrong: dict, e: Evidence) -> bool:
         if not isinstance(got, np.ndarray) or got.shape != w.shape or w.dtype.kind not in "fc":
             continue
         limit = np.broadcast_to(np.asarray(e.limits.get(name, 0.0)), w.shape)
-        off = error_ratio(got, w, _GROSS * _allowed(name, w, None, limit, e))
+        off = error_ratio(got, w, (_GROSS_IN_HALF if e.to.half else _GROSS) * _allowed(name, w, None, limit, e))
         if np.mean(off > 1) > 0.1:
             return True
     return False

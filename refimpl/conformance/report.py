@@ -189,7 +189,12 @@ class Report:
 
     def why_not(self) -> str:
         """Why there is no verdict, where something other than failures says so."""
-        return self.reason or ("the run was interrupted" if self.interrupted else "")
+        if self.reason or self.interrupted:
+            return self.reason or "the run was interrupted"
+        if self.verdict == "inconclusive" and self.cases:
+            first = next(iter(self.failures), self.cases[0])
+            return f"every call {'fails' if self.failures else 'is refused'}, the first ({first.id}) with {first.message}"
+        return ""
 
     def counts(self) -> str:
         """How many cases pass, in which precisions, with which seed, and where the candidate ran."""
@@ -199,7 +204,7 @@ class Report:
         dtypes = ", ".join(dict.fromkeys(c.dtype for c in self.cases))
         text = f"{passed} of {len(judged)} cases pass ({dtypes}; seed {self.settings.get('seed', 0)}; {self.seconds:.1f} s"
         text += f"; {skipped} not applicable" if skipped else ""
-        text += "" if self.settings.get("isolate", True) else "; cooperative"  # it could reach what judged it
+        text += "" if self.settings.get("isolate", True) else "; cooperative: in this process"  # it could reach what judged it
         return text + (") - interrupted" if self.interrupted else ")")
 
     def by_class(self) -> list[tuple[str, str, int, int, str]]:

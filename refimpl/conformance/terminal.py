@@ -72,8 +72,8 @@ def _map(r: Result, width: int) -> list[Text]:
         grid = np.maximum.reduceat(grid, np.arange(0, grid.shape[axis], step), axis=axis)
     wide = max(1, min(3, (width - 4) // grid.shape[1]))
     pixels = np.repeat(colours(grid), wide, axis=1)
-    head = f"error over bound of {r.output} in {r.id}" + (f"; down {rows['name']} 0 … {rows['size'] - 1}" if rows["size"] > 1 else "")
-    lines = [Text(f"{head}; across {columns['name']} 0 … {columns['size'] - 1}", style="dim")]
+    head = f"error over bound of {r.output} in {r.id}" + (f"; down {rows['name']}: 0 … {rows['size'] - 1}" if rows["size"] > 1 else "")
+    lines = [Text(f"{head}; across {columns['name']}: 0 … {columns['size'] - 1}", style="dim")]
     for i in range(0, len(pixels), 2):
         line = Text("  ")
         for j in range(pixels.shape[1]):
@@ -83,7 +83,7 @@ def _map(r: Result, width: int) -> list[Text]:
             else:
                 line.append("▀", style=upper)
         lines.append(line)
-    samples = ((-4.0, "within the bound"), (1.0, "10 ×"), (4.0, "10⁴ ×"), (9.0, "10⁶ × and more"), (99.0, "NaN or infinite"))
+    samples = ((-4.0, "within the bound"), (1.0, "10 ×"), (4.0, "10⁴ ×"), (9.0, "10⁶ × and more"), (99.0, "NaN, infinite or another integer"))
     legend = Text("  ")
     for value, words in samples:
         legend.append("■ ", style=_hex(colours(np.array([[value]]))[0, 0]))
