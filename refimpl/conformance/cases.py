@@ -207,7 +207,7 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
 
     def case(klass: str, sizes: dict, combo: dict, *, hard: str = "", view: str = "contiguous", label: str = "", scale=None, whole: bool = False):
         sizes = domain.fit({**default_sizes(op), **sizes})
-        if sizes is None or not affordable(op, sizes, level):
+        if sizes is None or not affordable(op, sizes, level, options=combo):
             return
         key = (klass, hard, view, label, scale, repr(sorted(sizes.items())), repr(sorted((k, repr(v) if not callable(v) else id(v)) for k, v in combo.items())))
         if key in seen:
@@ -398,12 +398,15 @@ def _lengths(op: Op, level: str) -> Iterator[dict[str, int]]:
             yield {op.lengths[0]: a, op.lengths[1]: b}
 
 
-def affordable(op: Op, sizes: dict, level: str, calls: int = 1) -> bool:
-    """Within a second or so of NumPy work for the truth, which takes that many calls."""
+def affordable(op: Op, sizes: dict, level: str, calls: int = 1, options: dict[str, Any] | None = None) -> bool:
+    """Within a second or so of NumPy work for the truth, which takes that many calls; a cost with `**` is told the options, too."""
     alone = {k: v for k, v in sizes.items() if k != "batch"}
     batch = math.prod(sizes.get("batch", ()))
+    cost = next(iter(op.forms.values())).cost
+    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cost).parameters.values()):
+        alone = {**(options or {}), **alone}
     try:
-        work = next(iter(op.forms.values())).cost(**alone, batch=batch).work
+        work = cost(**alone, batch=batch).work
     except (TypeError, ZeroDivisionError, ValueError):
         return True
     return calls * work <= {"quick": 2e7, "standard": 2e8, "exhaustive": 2e9}[level]

@@ -71,7 +71,7 @@ def _plans(trial: Trial) -> list[tuple[dict, dict, str, str]]:
         for _ in range(20):
             sizes, combo, _ = at_random(op, rng, chosen)
             plans.append((sizes, combo, "", ""))
-    return [plan for plan in plans if affordable(op, {**default_sizes(op), **plan[0]}, trial.level, _CALLS)]
+    return [plan for plan in plans if affordable(op, {**default_sizes(op), **plan[0]}, trial.level, _CALLS, plan[1])]
 
 
 def _reshaped(trial: Trial, to: Precision, sizes: dict, combos: list[dict]) -> Iterator[tuple[Drawn, str]]:

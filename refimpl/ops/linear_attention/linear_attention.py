@@ -294,11 +294,13 @@ def _transposed(x):
 
 
 def _cost(work, depth, peak):
-    return lambda T, d, e, Hq=1, Hkv=1, batch=1, chunk=64, **_: Cost(
-        work(T, d, e, min(chunk, max(T, 1)), Hkv / Hq) * Hq * batch,
-        depth(T, d, min(chunk, max(T, 1))),
-        peak(T, d, e, min(chunk, max(T, 1))) * Hq * batch,
-    )
+    def cost(T, d, e, Hq=1, Hkv=1, batch=1, chunk=64, **options):
+        if options.get("feature_map") == "taylor":
+            d = 1 + d + d * d
+        c = min(chunk, max(T, 1))
+        return Cost(work(T, d, e, c, Hkv / Hq) * Hq * batch, depth(T, d, c), peak(T, d, e, c) * Hq * batch)
+
+    return cost
 
 
 OPS = (
