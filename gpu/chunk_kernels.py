@@ -234,23 +234,26 @@ class Steps(chunk_steps.Steps):
         _kernel("chunk_spans_vjp", self.X)((-(-entries * features // 128),), (128,), (*arrays, np.int64(entries), *_ints(L, features)))
         return dw
 
-    def weigh(self, product, w, strict: bool):
-        """product ∘ E on and below the diagonal (`strict`: below), for a product to read."""
+    def weigh(self, product, w, strict: bool, gain=None):
+        """product ∘ E, columns times e^gain, on and below the diagonal (`strict`: below), for a product to read."""
+        gain = np.uint64(0) if gain is None else cp.ascontiguousarray(gain)
         w, (lead, product_heads, w_heads) = cp.ascontiguousarray(w), _heads(product, w)
         chunks, L = product.shape[2:4]
         weights = cp.empty((*lead, chunks, L, L), self.operand)
         sizes = (np.int64(chunks), np.int32(L), np.int32(_ROWS), *_ints(strict, lead[1], product_heads, w_heads))
         grid = (math.prod(lead) * chunks, -(-L // _ROWS))
-        _kernel("chunk_weigh", self.X, self.S)(grid, (_threads(L),), (product, w, weights, *sizes))
+        _kernel("chunk_weigh", self.X, self.S)(grid, (_threads(L),), (product, w, gain, weights, *sizes))
         return weights
 
-    def weigh_vjp(self, product, weights, w, strict: bool):
+    def weigh_vjp(self, product, weights, w, strict: bool, gain=None):
         """Cotangents of the product (for a product to read) and of w."""
+        gain = np.uint64(0) if gain is None else cp.ascontiguousarray(gain)
         w, (G, H, chunks, L) = cp.ascontiguousarray(w), weights.shape[:4]
         d_product, dw = cp.empty(weights.shape, self.operand), cp.empty((G, H, chunks, L, 1), self.wide)
         sizes = (np.int64(chunks), *_ints(L, strict, H, product.shape[1], w.shape[1]))
         shared = (32 * (L + 1) + L) * self.wide.itemsize
-        _kernel("chunk_weigh_vjp", self.X, self.S)((G * H * chunks,), (_threads(L),), (product, weights, w, d_product, dw, *sizes), shared)
+        arrays = (product, weights, w, gain, d_product, dw)
+        _kernel("chunk_weigh_vjp", self.X, self.S)((G * H * chunks,), (_threads(L),), (*arrays, *sizes), shared)
         return d_product, dw
 
     def pairs(self, q, k, w, strict: bool):

@@ -125,13 +125,16 @@ class Steps:
         before = np.concatenate([np.zeros_like(of_kept[..., :1, :]), np.cumsum(of_kept, axis=-2)[..., :-1, :]], axis=-2)
         return dw + held[..., None, :] + before + _from_behind(of_since)
 
-    def weigh(self, product, w, strict: bool):
-        """product ∘ E on and below the diagonal (`strict`: below), for a product to read; w (..., L, 1)."""
-        return self.store(self._under(times_exp(product, _exponents(w)[..., 0, :, :]), strict))
+    def weigh(self, product, w, strict: bool, gain=None):
+        """product ∘ E on and below the diagonal (`strict`: below), for a product to read; w (..., L, 1).
 
-    def weigh_vjp(self, product, weights, w, strict: bool):
+        The gain (..., L, 1) is one more exponent of each column.
+        """
+        return self.store(self._under(times_exp(product, _exponents_of_pairs(w, gain)), strict))
+
+    def weigh_vjp(self, product, weights, w, strict: bool, gain=None):
         """Cotangents of the product (for a product to read) and of w (..., L, 1), of those of the weights."""
-        faded = self._under(times_exp(weights, _exponents(w)[..., 0, :, :]), strict)
+        faded = self._under(times_exp(weights, _exponents_of_pairs(w, gain)), strict)
         return self.store(faded), _over_spans(faded * product)[..., None]
 
     def pairs(self, q, k, w, strict: bool):
@@ -197,6 +200,12 @@ def _exponents(w):
     """w_{s+1} + ... + w_t at [t, s] of each feature: (..., L, f) -> (..., f, L, L)."""
     w = w.swapaxes(-1, -2)
     return gate_exponents(w, np.zeros_like(w))
+
+
+def _exponents_of_pairs(w, gain):
+    """Of decays of a head, with those of the columns: (..., L, L)."""
+    A = _exponents(w)[..., 0, :, :]
+    return A if gain is None else A + gain.swapaxes(-1, -2)
 
 
 def _over_spans(z):

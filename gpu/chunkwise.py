@@ -70,6 +70,8 @@ class Memory:
     beta : array, shape (G, 1 or H, T, 1), optional
     state : array, shape (G, 1 or H, d, e)
         In the precision of sums.
+    gain : array, shape (G, 1 or H, T, 1), optional
+        Logarithms of factors of the keys, of the heads of w; with decays of a head, and without beta.
     chunk : int
         Steps of a chunk.
 
@@ -79,12 +81,14 @@ class Memory:
         The state after the last step.
     """
 
-    def __init__(self, steps, q, k, v, w, beta=None, state=None, *, chunk: int):
+    def __init__(self, steps, q, k, v, w, beta=None, state=None, gain=None, *, chunk: int):
         self.steps, self.T, self.d, self.e = steps, q.shape[2], q.shape[3], v.shape[3]
         self.per_channel = w.shape[3] > 1
         self.q, self.k, self.v = (steps.cut(x, chunk) for x in (q, k, v))
         self.w = steps.cut(w, chunk, features=self.per_channel)
         self.since, self.peak, self.rest, self.kept = steps.spans(self.w)
+        self.gain = None if gain is None else steps.cut(gain, chunk, features=False)
+        self.kept = self.kept if gain is None else self.kept + self.gain
         self.reader = self._reader(self.q, strict=False)
         state = steps.padded(state)
         if beta is None:
@@ -102,7 +106,7 @@ class Memory:
         if self.per_channel:
             return _Reader(x, strict, None, self.steps.pairs(x, self.k, self.w, strict))
         product = self.steps.product(x, _T(self.k))
-        return _Reader(x, strict, product, self.steps.weigh(product, self.w, strict))
+        return _Reader(x, strict, product, self.steps.weigh(product, self.w, strict, self.gain))
 
     def _written(self, u):
         """(K ∘ K_s)ᵀ U."""
@@ -214,7 +218,7 @@ class Memory:
         if self.per_channel:
             dx, dk, dw = steps.pairs_vjp(reader.x, self.k, self.w, weights, reader.strict)
         else:
-            d_product, dw = steps.weigh_vjp(reader.product, weights, self.w, reader.strict)
+            d_product, dw = steps.weigh_vjp(reader.product, weights, self.w, reader.strict, self.gain)
             if d_product.shape[1] > reader.x.shape[1] == self.k.shape[1]:  # heads that share both: one product for all
                 d_product = steps.store(_shared(cast(d_product, steps.wide), reader.x))
             dx, dk = steps.product(d_product, self.k), steps.product(_T(d_product), reader.x)

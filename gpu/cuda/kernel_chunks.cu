@@ -186,16 +186,17 @@ chunk_spans_vjp(X* dw, const X* of_since, const X* of_kept, const X* held, i64 e
     }
 }
 
-// M = product ∘ E on and below the diagonal. A block has `rows` rows of a chunk, a thread some of its columns.
+// M = product ∘ E on and below the diagonal, with an exponent more for each column where there is a gain. A block has `rows` rows of a chunk, a thread some of its columns.
 template <class X, class S>
 __global__ void __launch_bounds__(128)
-chunk_weigh(const X* product, const X* w, S* weights, i64 chunks, int L, int rows, int strict, int heads, int product_heads, int w_heads) {
+chunk_weigh(const X* product, const X* w, const X* gain, S* weights, i64 chunks, int L, int rows, int strict, int heads, int product_heads, int w_heads) {
     const i64 gh = blockIdx.x / chunks, c = blockIdx.x % chunks;
     product += (entry(gh, heads, product_heads) * chunks + c) * L * L, w += (entry(gh, heads, w_heads) * chunks + c) * L;
+    if (gain) gain += (entry(gh, heads, w_heads) * chunks + c) * L;
     weights += blockIdx.x * i64(L) * L;
     const int first = blockIdx.y * rows, end = min(first + rows, L);
     for (int s = threadIdx.x; s < L; s += blockDim.x) {
-        X exponent = X(0);
+        X exponent = gain ? gain[s] : X(0);
         for (int t = 1; t < first; ++t) exponent += t > s ? w[t] : X(0);
         for (int t = first; t < end; ++t) {
             exponent += t > s ? w[t] : X(0);
@@ -209,14 +210,15 @@ chunk_weigh(const X* product, const X* w, S* weights, i64 chunks, int L, int row
 // one of each column down again. The barriers are between these three.
 template <class X, class S>
 __global__ void __launch_bounds__(128)
-chunk_weigh_vjp(const X* product, const X* weights, const X* w, S* d_product, X* dw, i64 chunks, int L, int strict, int heads,
+chunk_weigh_vjp(const X* product, const X* weights, const X* w, const X* gain, S* d_product, X* dw, i64 chunks, int L, int strict, int heads,
                 int product_heads, int w_heads) {
     extern __shared__ double memory[];
     X *upto = reinterpret_cast<X*>(memory), *exponents = upto + 32 * (L + 1);  // (32, L + 1), (L): before column r, the walk's sums
     const i64 gh = blockIdx.x / chunks, c = blockIdx.x % chunks;
     product += (entry(gh, heads, product_heads) * chunks + c) * L * L, w += (entry(gh, heads, w_heads) * chunks + c) * L;
+    if (gain) gain += (entry(gh, heads, w_heads) * chunks + c) * L;
     weights += blockIdx.x * i64(L) * L, d_product += blockIdx.x * i64(L) * L, dw += blockIdx.x * i64(L);
-    for (int s = threadIdx.x; s < L; s += blockDim.x) exponents[s] = X(0), dw[s] = X(0);
+    for (int s = threadIdx.x; s < L; s += blockDim.x) exponents[s] = gain ? gain[s] : X(0), dw[s] = X(0);
     for (int first = 0; first < L; first += 32) {
         const int rows = min(32, L - first);
         for (int s = threadIdx.x; s < L; s += blockDim.x) {

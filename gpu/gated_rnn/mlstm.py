@@ -10,7 +10,7 @@ from refimpl.gpu.launch import Kernel
 from refimpl.gpu.matrix_memory import WIDEST, flat, instances, read, read_vjp
 from refimpl.gpu.precision import widened
 
-from refimpl.core.numerics import constant, log_sigmoid, sigmoid, sqrt_of
+from refimpl.core.numerics import constant, finite_or_zero, log_sigmoid, sigmoid, sqrt_of
 from refimpl.ops.gated_rnn import mlstm as chapter
 
 _GATES = {x: Kernel("kernel_mlstm_gates.cu", f"mlstm_gates<{c}>") for x, c in (("float32", "float"), ("float64", "double"))}
@@ -105,7 +105,7 @@ class Chunkwise:
         q, k, v = (cast(x, steps.operand) for x in (q, k, v))
         i, self.f = (cast(x, steps.wide) for x in (i, f))
         F = log_sigmoid(self.f) if forget == "sigmoid" else self.f
-        self.root, d, e = sqrt_of(k.shape[-1], i), k.shape[-1], v.shape[-1]
+        root, d, e = sqrt_of(k.shape[-1], i), k.shape[-1], v.shape[-1]
         batch = [x.shape[: x.ndim - own] for own, xs in ((2, (q, k, v)), (1, (i, F))) for x in xs]
         self.batch = np.broadcast_shapes(*batch, *(() if state is None else (state[2].shape,)))
         if state is None:
@@ -113,11 +113,13 @@ class Chunkwise:
         else:
             S, m = xp.concatenate([state[0], state[1][..., None]], axis=-1), state[2]
         self.F, self.i, self.first = (self.flat(x, own) for x, own in ((F, 1), (i, 1), (m, 0)))
-        log_f, self.i_prime, self.m = gates(self.F, self.i, self.first)
+        log_f, _, self.m = gates(self.F, self.i, self.first)
+        gain = self.i - finite_or_zero(self.m) - np.log(root)  # of a key: log i'/√d, so that no product i' k is rounded
         q, k, v, S = (self.flat(x, 2)[:, None] for x in (q, k, v, S))
-        self.k = steps.scaled(k, (self.i_prime / self.root)[:, None, :, None])
+        self.k = k
         length = chunkwise.length(q.shape[2], False, chunk)
-        self.memory = chunkwise.Memory(steps, q, self.k, steps.with_ones(v), log_f[:, None, :, None], None, S, chunk=length)
+        log_f, gain = (x[:, None, :, None] for x in (log_f, gain))
+        self.memory = chunkwise.Memory(steps, q, k, steps.with_ones(v), log_f, None, S, gain, chunk=length)
 
     def flat(self, x, own):
         """Batch axes written out and made one."""
@@ -142,8 +144,7 @@ class Chunkwise:
         g = self.memory.vjp(self.steps.store(d_memory[:, None]), dlast)
         d_new = self.steps.dots(g.k, self.k)[:, 0]  # of log i'
         dF, di, d_first = self.gates_vjp(self.F, self.i, self.first, self.m, g.w[:, 0, :, 0], d_new, dm_read, dm_last)
-        dk = g.k[:, 0] * (self.i_prime / self.root)[..., None]
-        gradients = {"q": g.q[:, 0], "k": dk, "v": g.v[:, 0, :, :-1], "i": di, "f": dF}
+        gradients = {"q": g.q[:, 0], "k": g.k[:, 0], "v": g.v[:, 0, :, :-1], "i": di, "f": dF}
         gradients = {name: self.whole(x) for name, x in gradients.items()}
         if self.forget == "sigmoid":
             gradients["f"] = gradients["f"] * sigmoid(-self.f)
