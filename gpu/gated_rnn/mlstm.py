@@ -10,7 +10,7 @@ from refimpl.gpu.launch import Kernel
 from refimpl.gpu.matrix_memory import WIDEST, flat, instances, read, read_vjp
 from refimpl.gpu.precision import widened
 
-from refimpl.core.numerics import constant, finite_or_zero, log_sigmoid, sigmoid, sqrt_of
+from refimpl.core.numerics import constant, log_sigmoid, sigmoid, sqrt_of
 from refimpl.ops.gated_rnn import mlstm as chapter
 
 _GATES = {x: Kernel("kernel_mlstm_gates.cu", f"mlstm_gates<{c}>") for x, c in (("float32", "float"), ("float64", "double"))}
@@ -114,7 +114,8 @@ class Chunkwise:
             S, m = xp.concatenate([state[0], state[1][..., None]], axis=-1), state[2]
         self.F, self.i, self.first = (self.flat(x, own) for x, own in ((F, 1), (i, 1), (m, 0)))
         log_f, _, self.m = gates(self.F, self.i, self.first)
-        gain = self.i - finite_or_zero(self.m) - np.log(root)  # of a key: log i'/√d, so that no product i' k is rounded
+        top = xp.where(self.m == -np.inf, xp.zeros_like(self.m), self.m)
+        gain = self.i - top - np.log(root)  # of a key: log i'/√d, so that no product i' k is rounded
         q, k, v, S = (self.flat(x, 2)[:, None] for x in (q, k, v, S))
         self.k = k
         length = chunkwise.length(q.shape[2], False, chunk)
