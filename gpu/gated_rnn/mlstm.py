@@ -51,7 +51,7 @@ def mlstm(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=
 def mlstm_vjp(dy, q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, dstate=None, method="fused", chunk_length=None):
     """Gradient of `mlstm` on CuPy arrays, as `refimpl.mlstm_vjp`, through the stabiliser. Keeps one state in eight, or in chunks one of each."""
     if chunkwise.wanted("mlstm", method, chunk_length):
-        return Chunkwise(chunk_kernels.Steps, gates, gates_vjp, q, k, v, i, f, forget, eps, state, chunk_length).vjp(dy, dstate)
+        return Chunkwise(chunk_kernels.Steps, gates, gates_vjp, q, k, v, i, f, forget, eps, state, chunk_length, gradient=True).vjp(dy, dstate)
     dy, q, k, v, i, f = widened(dy, q, k, v, i, f)
     if k.shape[-1] > WIDEST:
         return chapter.mlstm_vjp(dy, q, k, v, i, f, forget=forget, eps=eps, state=state, dstate=dstate)
@@ -99,8 +99,10 @@ class _Call:
 class Chunkwise:
     """A call in chunks, in the arithmetic of `steps`; `gates` and `gates_vjp` are this module's, or do the same on the host."""
 
-    def __init__(self, steps, gates, gates_vjp, q, k, v, i, f, forget, eps, state, chunk):
-        self.steps, self.gates_vjp, self.forget, self.eps = steps(q.dtype), gates_vjp, forget, eps
+    def __init__(self, steps, gates, gates_vjp, q, k, v, i, f, forget, eps, state, chunk, gradient=False):
+        # where n·q nearly cancels, gradients come near the end of float16's range, and 11 digits would take them beyond
+        precision = np.float32 if gradient and q.dtype == np.float16 else q.dtype
+        self.steps, self.gates_vjp, self.forget, self.eps = steps(precision), gates_vjp, forget, eps
         steps, xp = self.steps, self.steps.xp
         q, k, v = (cast(x, steps.operand) for x in (q, k, v))
         i, self.f = (cast(x, steps.wide) for x in (i, f))

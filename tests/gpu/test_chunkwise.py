@@ -54,7 +54,7 @@ def operator(name: str, steps, chunk: int | None):
             return mlstm.Chunkwise(steps, gates, gates_vjp, q, k, v, i, f, forget, eps, state, chunk).result(return_state)
 
         def vjp(dy, q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, dstate=None):
-            return mlstm.Chunkwise(steps, gates, gates_vjp, q, k, v, i, f, forget, eps, state, chunk).vjp(dy, dstate)
+            return mlstm.Chunkwise(steps, gates, gates_vjp, q, k, v, i, f, forget, eps, state, chunk, gradient=True).vjp(dy, dstate)
 
     else:
 
