@@ -204,7 +204,7 @@ class Report:
         dtypes = ", ".join(dict.fromkeys(c.dtype for c in self.cases))
         text = f"{passed} of {len(judged)} cases pass ({dtypes}; seed {self.settings.get('seed', 0)}; {self.seconds:.1f} s"
         text += f"; {skipped} not applicable" if skipped else ""
-        text += "" if self.settings.get("isolate", True) else "; cooperative: in this process"  # it could reach what judged it
+        text += "" if self.settings.get("isolate", True) else "; cooperative"  # it could reach what judged it
         return text + (") - interrupted" if self.interrupted else ")")
 
     def by_class(self) -> list[tuple[str, str, int, int, str]]:

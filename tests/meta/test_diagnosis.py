@@ -13,6 +13,7 @@ import pytest
 import refimpl
 
 KNOWN, UNKNOWN, BOTH = [], [], []
+SLOW = ("attention", "gru", "lstm", "selective_scan")
 
 
 def known(op, *names, bug=None, **settings):
@@ -44,7 +45,8 @@ def _add(where, op, names, bug, settings):
 
             kept = [p for p in inspect.signature(f).parameters.values() if p.name != "bug"]
             g.__signature__ = inspect.Signature(kept)
-        marks = [pytest.mark.peers] if settings.get("framework") == "torch" else []
+        slow = op in SLOW or len(where) % 3  # all of them by `pytest tests/meta --run thorough`
+        marks = [pytest.mark.peers] if settings.get("framework") == "torch" else [pytest.mark.thorough] if slow else []
         where.append(pytest.param(op, g, names, settings, marks=marks, id=f"{op}-{bug or f.__name__}"))
         return f
 
