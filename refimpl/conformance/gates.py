@@ -140,7 +140,7 @@ def peers(right: np.ndarray, results: list[np.ndarray], directions: dict[str, np
     slopes = [[abs(slope(p[at], right[at])) for p in results] for _, at in parts(right.shape)]
     gains = {n: max(abs(_gain(_signed(p, right), d)) for p in results) for n, d in directions.items()}
     worst = None if errors[0] is None else np.max([e for e in errors if e is not None], axis=0)
-    spread = float(np.sqrt(np.mean(np.abs(whole) ** 2) + unit**2 / (12 * max(right.size, 1))))
+    spread = float(np.sqrt(np.mean(np.abs(whole) ** 2) + (unit * _few(right)) ** 2 / 12))
     rows, outlier = _typical_rows(right, results, unit) if _many_rows(right) else (None, 0.0)
     return Peers(worst, spread, np.array([max(s) for s in slopes]), gains, rows, outlier)
 
@@ -207,9 +207,7 @@ def slice_errors(got: np.ndarray, right: np.ndarray) -> np.ndarray | None:
 def bias(got: np.ndarray, right: np.ndarray, others: float, unit: float, whole: bool = True) -> tuple[complex, float]:
     """G3: the common factor between a result, or a part of one, and the truth, less 1; and what is allowed of it."""
     factor = BIAS_PEERS if whole else PART_PEERS
-    squares = abs(right.astype(np.float64)) ** 2 if right.dtype.kind != "c" else abs(right) ** 2
-    few = float(np.sqrt(np.sum(squares**2)) / (np.sum(squares) or 1.0))  # 1/√N of N elements alike; of a few large ones, more
-    return slope(got, right), max(BIAS_FLOOR * unit, factor * others, BIAS_CHANCE * unit * few)
+    return slope(got, right), max(BIAS_FLOOR * unit, factor * others, BIAS_CHANCE * unit * _few(right))
 
 
 def unbiased(name: str, got: np.ndarray, right: np.ndarray, others: Peers, unit: float) -> Finding | None:
@@ -235,7 +233,7 @@ def ungained(name: str, got: np.ndarray, right: np.ndarray, others: Peers, direc
         if right.size < 1000 or square == 0:
             continue
         ours = _gain(error, direction)
-        noise = float(np.sqrt(np.sum(abs(right.astype(direction.dtype) * direction) ** 2))) / square
+        noise = float(np.sqrt(np.sum(abs(_finite(right) * direction) ** 2))) / square
         allowed = max(GAIN_FLOOR * unit, 6 * others.gains.get(argument, 0.0), 8 * unit * noise)
         if abs(ours) > allowed and allowed < GAIN_MOST:
             message = f"{name} is what {1 + ours:.6g} times {argument} would give, where rounding leaves a factor within {allowed:.2g} of 1"
@@ -325,6 +323,16 @@ def slope(got: np.ndarray, right: np.ndarray) -> complex:
     g, r = g[fine], r[fine]
     square = float(np.sum(abs(r) ** 2))
     return complex(np.vdot(r, g - r) / square) if square else 0j
+
+
+def _few(right: np.ndarray) -> float:
+    """How much independent errors of all elements leave of a common factor: 1/√N of N elements alike; of a few large ones, more."""
+    squares = np.abs(_finite(right)) ** 2
+    return float(np.sqrt(np.sum(squares**2)) / (np.sum(squares) or 1.0))
+
+
+def _finite(x: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(x), _wide(x), 0)
 
 
 def _gain(error: np.ndarray, direction: np.ndarray) -> float:

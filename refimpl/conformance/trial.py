@@ -113,7 +113,7 @@ class Trial:
                 finding = gates.ungained(name, g, r, others, directions[name], to.common)
             if finding is not None:
                 return finding
-            if r.size >= _FEW:
+            if r.size >= _FEW and others.spread:  # none of a result that is zero throughout
                 self.slopes.setdefault((to.name, name), []).append((gates.slope(g, r), others.spread))
         return None
 
