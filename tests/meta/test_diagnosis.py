@@ -405,7 +405,7 @@ if importlib.util.find_spec("torch"):
     import torch.nn.functional as F
 
 
-@known("attention", "scale_twice", framework="torch")
+@known("attention", "scale_twice", "scale_one_over_d", framework="torch")
 def scaled_before_and_after(q, k, v):
     q, k, v = (x[None] if x.ndim == 2 else x for x in (q, k, v)) if q.ndim == 2 else (q, k, v)
     k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
