@@ -106,7 +106,7 @@ def _ask(trial: Trial, to: Precision, sizes: dict[str, Any], combo: dict[str, An
 def _rule(asked: dict[int, bool | None], features: bool) -> tuple[Any, str] | None:
     """The rule that these answers follow, and its words; None where none is refused, or they follow none."""
     taken, refused = ([size for size, answer in asked.items() if answer is yes] for yes in (True, False))
-    if not taken or not refused or None in asked.values() and len(taken) + len(refused) < 0.7 * len(asked):
+    if not taken or not refused or (None in asked.values() and len(taken) + len(refused) < 0.7 * len(asked)):
         return None
     factor = math.gcd(*taken)
     if factor > 1 and len(taken) >= (2 if features else _KNOWN) and all(size % factor for size in refused):
