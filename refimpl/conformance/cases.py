@@ -293,7 +293,7 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
         for combo in few:
             yield from case("long", {**{x: 300 for x in op.lengths}, "batch": (2,)}, combo)
         for hard in op.hard if op.stateful else ():  # sums that have gone on for long are where few bits, or a limit, show
-            yield from case("long", {x: 390 for x in op.lengths}, plain, hard=hard)
+            yield from case("hard", {x: 390 for x in op.lengths}, plain, hard=hard)
         if op.stateful and "return_state" in chosen:  # states have no axis of time: only many sequences make many numbers
             yield from case("long", {**{x: 9 for x in op.lengths}, "batch": (400,)}, plain, label="many sequences")
     elif not op.lengths and level != "quick":
