@@ -22,6 +22,7 @@ from refimpl.core.dtypes import real_dtype
 PEERS_FACTOR = 4.0  # G2: RMS error of a slice over the worst of the ensemble's
 BIAS_FLOOR = 0.3  # G3: in roundoffs of the result; a factor of 1.002 is 0.51 of bfloat16's
 BIAS_PEERS, PART_PEERS = 3.0, 6.0  # G3: over the ensemble's largest common factor, of a whole result and of a part of one
+BITS_FROM = 24  # numbers of a state that all end in zeros
 BIAS_CHANCE = 6.0  # G3: what roundings of both signs leave of a factor, in standard deviations
 BIAS_SPREADS = 6.0  # G3, of all cases together: over the spread that the ensemble's common factors have
 ROWS = 1000  # G2: from so many rows on, each is looked at by itself
@@ -78,6 +79,23 @@ def exact(name: str, got, right: np.ndarray, to: Precision, wanted: np.dtype, st
             has = "has" if test(g)[index] else "lacks"
             return Finding("NONFINITE", f"{name} {has} {label} where the contract {'has none' if has == 'has' else 'has it'}", name, index, got[index], right[index], 0.0, np.inf, wrong)
     return None
+
+
+def narrow(name: str, got: np.ndarray, right: np.ndarray, to: Precision, outputs: list[np.ndarray]) -> Finding | None:
+    """Whether a state that is due in float32 holds no more bits than the half precision: it was rounded on the way.
+
+    Not judged: what the truth itself needs no more bits for (inputs that are kept, their maximum), and a state that is the
+    last row of a result, which some kernels feed back as they gave it out.
+    """
+    if not to.half or got.dtype != np.float32 or any(y.ndim > 1 and y.shape[-2] and np.array_equal(y[..., -1, :], got) for y in outputs):
+        return None
+    with np.errstate(all="ignore"):
+        known = np.isfinite(right) & (right.astype(to.dtype) != right.astype(np.float32))
+        if np.count_nonzero(known) < BITS_FROM or not np.array_equal(got[known].astype(to.dtype).astype(np.float32), got[known]):
+            return None
+    index = tuple(int(i) for i in np.argwhere(known)[0])
+    message = f"{name} holds numbers of {to.name} in float32: it was rounded on the way, and is handed over in float32"
+    return Finding("NUMERIC", message, name, index, got[index], right[index], ratio=np.inf, bad=known)
 
 
 def result_dtype(right: np.ndarray, compute: np.dtype | None, out: np.dtype | None, state: bool) -> np.dtype:

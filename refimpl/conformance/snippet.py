@@ -68,4 +68,4 @@ def _nested(value: np.ndarray) -> str:
         return repr(x.item())
     if not np.isfinite(x):
         return "np.nan" if np.isnan(x) else "np.inf" if x > 0 else "-np.inf"
-    return np.format_float_positional(x, trim="-") if x == 0 or 1e-4 < abs(x) < 1e6 else np.format_float_scientific(x, trim="-")
+    return np.format_float_positional(x, trim="-") if x == 0 or 1e-4 < abs(float(x)) < 1e6 else np.format_float_scientific(x, trim="-")

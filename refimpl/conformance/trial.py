@@ -93,6 +93,10 @@ class Trial:
             finding = gates.exact(name, got[name], exact, to, wanted, state, secondary=name != first, mixed=mixed)
             if finding is not None:
                 return finding
+        outputs = [y.astype(np.float32) for n, y in got.items() if not n.startswith("state") and y.dtype.kind not in "c"]
+        for name in (n for n in right if n.startswith("state") and right[n].dtype.kind == "f"):
+            if (finding := gates.narrow(name, got[name], right[name], to, outputs)) is not None:
+                return finding
         findings = [f for name in right if (f := gates.bounded(name, got[name], right[name], limits[name])) is not None]
         if findings:
             return max(findings, key=lambda f: f.ratio)

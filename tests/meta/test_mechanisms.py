@@ -154,3 +154,17 @@ def test_a_kernel_for_complex_arrays_may_refuse_real_ones():
 
     report = check("lru", complex_only, level="standard")
     assert report.verdict == "conforms", str(report)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_state_of_few_bits_was_rounded(dtype):
+    import ml_dtypes
+
+    def keeps_few_bits(x, W, R, b=None, *, state=None, return_state=False):
+        y, (h, c) = refimpl.lstm(x, W, R, b, state=state, return_state=True)
+        c = c.astype(getattr(ml_dtypes, dtype, dtype)).astype(c.dtype) if x.shape[-2] else c
+        return (y, (h, c)) if return_state else y
+
+    report = refimpl.check("lstm", keeps_few_bits, dtypes=[dtype], level="quick")
+    assert report.verdict == "wrong"
+    assert "rounded on the way" in report.worst.message
