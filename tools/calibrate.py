@@ -52,7 +52,7 @@ def readings(op: Op, function, call: dict, to, right: dict, limits: dict, peers:
         error, allowed = gates.slice_errors(y, exact), gates.allowed_error(others, floor)
         if error is not None and allowed is not None:
             found["G2"] = max(found.get("G2", 0.0), float(np.max(error / allowed)))
-        apart = gates.row_apart(y, exact, others)
+        apart = gates.row_apart(y, exact, others, limits[name])
         if apart is not None:
             found["G2"] = max(found.get("G2", 0.0), float(np.max(apart)))
         for (_, at), slope in zip(gates.parts(exact.shape), others.slopes, strict=True):

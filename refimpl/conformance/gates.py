@@ -163,9 +163,9 @@ def peers(right: np.ndarray, results: list[np.ndarray], directions: dict[str, np
     return Peers(worst, spread, np.array([max(s) for s in slopes]), gains, rows, outlier)
 
 
-def no_row_apart(name: str, got: np.ndarray, right: np.ndarray, others: Peers) -> Finding | None:
+def no_row_apart(name: str, got: np.ndarray, right: np.ndarray, others: Peers, limit: np.ndarray) -> Finding | None:
     """G2 of many rows: none is off by much more than right algorithms are there, while the result's other rows are not."""
-    ratio = row_apart(got, right, others)
+    ratio = row_apart(got, right, others, limit)
     if ratio is None or not np.any(ratio > 1):
         return None
     row = int(np.argmax(ratio))
@@ -176,11 +176,16 @@ def no_row_apart(name: str, got: np.ndarray, right: np.ndarray, others: Peers) -
     return Finding("NUMERIC", message, name, index, got[index], right[index], ratio=float(ratio[row]), bad=bad)
 
 
-def row_apart(got: np.ndarray, right: np.ndarray, others: Peers) -> np.ndarray | None:
-    """How far every row stands out, as a ratio to what is allowed; None of few rows."""
+def row_apart(got: np.ndarray, right: np.ndarray, others: Peers, limit: np.ndarray) -> np.ndarray | None:
+    """How far every row stands out, as a ratio to what is allowed; None of few rows.
+
+    A row of which the bound says that it may stand out, where a number lies half way between two integers, say, may.
+    """
     if others.rows is None:
         return None
     ratio = _rows(_difference(got, right)) / others.rows
+    known = _rows(_finite(limit)) / others.rows
+    ratio = ratio / np.maximum(known / (np.median(known) or 1.0), 1.0)
     return ratio / max(float(np.median(ratio)), 1.0) / (ROW_FACTOR * max(others.outlier, ROW_LEAST))
 
 

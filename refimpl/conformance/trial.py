@@ -101,17 +101,17 @@ class Trial:
         if findings:
             return max(findings, key=lambda f: f.ratio)
         if to.coarse and klass in _PEERED and any(v.size >= _FEW for v in right.values()):
-            return self._statistics(got, right, call, to)
+            return self._statistics(got, right, limits, call, to)
         return None
 
-    def _statistics(self, got: dict, right: dict, call: dict, to: Precision) -> Finding | None:
+    def _statistics(self, got: dict, right: dict, limits: dict, call: dict, to: Precision) -> Finding | None:
         """G2 and G3, in a half precision, where rounding is so coarse that mistakes hide below the bound; of every result, and every state."""
         known = readings(self.op, call, to, right, keep=not self.subject.isolated)
         directions = None
         for name, others in known.items():
             g, r = got[name], right[name]
             floor = 0.5 * to.unit * np.abs(r).astype(np.float64) + truth.smallest(to)
-            finding = gates.like_peers(name, g, r, others, floor) or gates.no_row_apart(name, g, r, others) or gates.unbiased(name, g, r, others, to.common)
+            finding = gates.like_peers(name, g, r, others, floor) or gates.no_row_apart(name, g, r, others, limits[name]) or gates.unbiased(name, g, r, others, to.common)
             if finding is None and others.gains:
                 directions = slopes(self.op, call, to, right) if directions is None else directions
                 finding = gates.ungained(name, g, r, others, directions[name], to.common)

@@ -216,16 +216,16 @@ def test_one_row_in_ten_thousand_is_caught(name):
     op, to = refimpl.OPS[name], precision("bfloat16")
     call, right, known = large_call(op, to, "ten thousand")
     first = next(iter(right))
-    others = known[first]
+    others, limit = known[first], truth.tolerance(op, call, to, right)[first]
     got = op.contract.named(op.definition(**call), call.get("return_state", False))[first]
-    assert gates.no_row_apart(first, got, right[first], others) is None
+    assert gates.no_row_apart(first, got, right[first], others, limit) is None
     wrong = got.reshape(-1, got.shape[-1]).copy()
     strong = np.argsort(-np.abs(wrong.astype(np.float32)).min(axis=-1))[:50]  # rows that are not nearly zero
     found = 0
     for row in strong:
         one = wrong.copy()
         one[row] *= one.dtype.type(1.05)
-        found += gates.no_row_apart(first, one.reshape(got.shape), right[first], others) is not None
+        found += gates.no_row_apart(first, one.reshape(got.shape), right[first], others, limit) is not None
     assert found > len(strong) / 2
 
 
