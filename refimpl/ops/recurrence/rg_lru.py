@@ -261,7 +261,7 @@ OPS = (
         sample=_sample,
         options={"exponent": (8.0, 2.0)},
         hard={
-            "a decay of nearly 1": _with(log_a=lambda rng, a: np.where(np.arange(len(a)) % 2 == 0, -(2.0**-14), a)),
+            "a decay of nearly 1": _with(log_a=lambda rng, a: np.where(np.arange(len(a)) % 2 == 0, -(2.0**-11), a)),
             "a decay of 0": _with(log_a=lambda rng, a: np.where(np.arange(len(a)) % 2 == 0, -1e3, a)),
             "long memory": _with(log_a=lambda rng, a: a / 1000),
             "gates nearly closed": _with(r=lambda rng, r: r * 1e-4),
