@@ -121,6 +121,9 @@ class Op:
         ``tangent(call) -> function``: what the gradient at `call` differentiates, where that is not the operator itself
         because its roundings are straight-through: the function equals the operator at `call`, and adds there constants
         where the operator rounds.
+    bound_work : callable or None
+        ``bound_work(**sizes, batch=1) -> number``: operations of `error_bound`, where products of matrices make it far
+        dearer than the operator.
     """
 
     name: str
@@ -138,6 +141,7 @@ class Op:
     laws: tuple[Law, ...] = ()
     arrange: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     tangent: Callable[[dict[str, Any]], Callable] | None = None
+    bound_work: Callable[..., float] | None = None
 
     @property
     def definition(self) -> Callable:

@@ -398,18 +398,21 @@ def _lengths(op: Op, level: str) -> Iterator[dict[str, int]]:
             yield {op.lengths[0]: a, op.lengths[1]: b}
 
 
+_PRODUCTS = 1000  # operations within products of matrices take a thousandth of the time of others
+
+
 def affordable(op: Op, sizes: dict, level: str, calls: int = 1, options: dict[str, Any] | None = None) -> bool:
     """Within a second or so of NumPy work for the truth, which takes that many calls; a cost with `**` is told the options, too."""
     alone = {k: v for k, v in sizes.items() if k != "batch"}
     batch = math.prod(sizes.get("batch", ()))
-    cost = next(iter(op.forms.values())).cost
+    cost, of_bound = next(iter(op.forms.values())).cost, op.bound_work(**alone, batch=batch) / _PRODUCTS if op.bound_work else 0.0
     if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cost).parameters.values()):
         alone = {**(options or {}), **alone}
     try:
         work = cost(**alone, batch=batch).work
     except (TypeError, ZeroDivisionError, ValueError):
         return True
-    return calls * work <= {"quick": 2e7, "standard": 2e8, "exhaustive": 2e9}[level]
+    return calls * max(work, of_bound) <= {"quick": 2e7, "standard": 2e8, "exhaustive": 2e9}[level]
 
 
 def hard_call(op: Op, name: str, rng, sizes: dict, combo: dict, support: Support, domain: Domain) -> dict | None:

@@ -46,9 +46,13 @@ class Evidence:
     @property
     def kind(self) -> tuple:
         """What cases have in common that differ in sizes alone: precision, class, hard input, options, optional arrays."""
-        options = [f"{n}={v!r}" if isinstance(v, bool | int | float | str | tuple | None) else n for n, v in self.call.items()]
+        options = [n if _holds_arrays(v) else f"{n}={v!r}" for n, v in self.call.items()]
         label = re.split(r",|=|#", self.case)[0]
         return (self.to.name, self.cotangents is None, label, *sorted(options))
+
+
+def _holds_arrays(value) -> bool:
+    return any(isinstance(v, np.ndarray) for v in (value if isinstance(value, tuple) else (value,)))
 
 
 def likeness(op: Op, mutant: Mutant, e: Evidence) -> str:

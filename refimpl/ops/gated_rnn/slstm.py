@@ -370,6 +370,7 @@ OPS = (
             "no initial state": _with(state=lambda rng, s: None),
         },
         error_bound=error_bound,
+        bound_work=lambda T, H, d, batch=1: batch * T * H * 4 * (3 * d) ** 3,
         references=("beck2024, section 2.2, appendix A.2",),
         sizes=({"d": 1}, {"d": 16}, {"H": 1}, {"H": 3, "batch": (2,)}, {"batch": (2, 2)}),
         laws=(causal(CONTRACT, "z", "i", "f", "o"), hand_off(CONTRACT), Law("mean_of_z", _mean_of_z, ("z", "R"))),

@@ -324,6 +324,7 @@ OPS = (
             "no initial state": _with(state=lambda rng, S: None),
         },
         error_bound=error_bound,
+        bound_work=lambda T, H, d, e, batch=1: batch * T * H * e * 4 * d**3,
         references=("peng2025, sections 3 and 4.1, equation 17", "yang2024delta, section 3"),
         sizes=({"d": 1, "e": 1}, {"H": 1, "d": 5, "e": 5}, {"d": 16, "e": 8}, {"H": 3, "batch": (2,)}),
         laws=(
