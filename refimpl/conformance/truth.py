@@ -43,8 +43,8 @@ def tolerance(op: Op, call: dict, to: Precision, right: dict[str, np.ndarray]) -
     limits = {}
     for name, exact in right.items():
         unit = to.compute_unit if name.startswith("state") else to.unit
-        limit = slack * np.nan_to_num(np.asarray(named[name], dtype=np.float64), nan=0.0, posinf=np.inf)
         with np.errstate(all="ignore"):
+            limit = slack * np.nan_to_num(np.asarray(named[name], dtype=np.float64), nan=0.0, posinf=np.inf)
             limits[name] = np.broadcast_to(limit + unit * abs(exact).astype(np.float64) + flushed, np.shape(exact))
     return limits
 
