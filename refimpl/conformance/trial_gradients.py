@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 
 from refimpl.conformance import gates, truth
-from refimpl.conformance.cases import VIEWS, Case, affordable, at_random, covering, default_sizes, described, wide
+from refimpl.conformance.cases import VIEWS, Case, affordable, at_random, covering, default_sizes, described, parameters, wide
 from refimpl.conformance.gates import Finding
 from refimpl.conformance.likeness import Evidence
 from refimpl.conformance.precision import Precision
 from refimpl.conformance.report import Result
 from refimpl.conformance.shapes import reshaped, shared
-from refimpl.conformance.traits import COMPLEX, traits
+from refimpl.conformance.traits import COMPLEX, OF_ONE_SIDE, traits
 from refimpl.conformance.trial import Drawn, Trial, trouble
+from refimpl.op import Op
 
 _LENGTHS = {
     "quick": (1, 2, 5, 17, 37, 66),
@@ -97,6 +98,13 @@ def _gradient(trial: Trial, to: Precision, number: int, sizes: dict, combo: dict
         _judge(trial, to, number, drawn, hard, kind)
 
 
+def _one_sided(op: Op, call: dict) -> list[str]:
+    """Which optional arrays are given where others are not: a framework may have no gradient of a bias without a weight, and raises."""
+    optional = parameters(op)[1]
+    given, absent = ([n for n in optional if (call.get(n) is None) is missing] for missing in (False, True))
+    return [f"{OF_ONE_SIDE}{g} with no {a}" for g in given for a in absent]
+
+
 def _judge(trial: Trial, to: Precision, number: int, drawn: Drawn, label: str, kind: str) -> None:
     """The gradient of one call for random cotangents, which `kind` may make special."""
     rng = np.random.default_rng([trial.seed, number, 18])
@@ -111,7 +119,7 @@ def _judge(trial: Trial, to: Precision, number: int, drawn: Drawn, label: str, k
     start = time.perf_counter()
     answer = trial.subject.gradient(call, dy, dstate, view=kind if kind in VIEWS else "contiguous")
     seconds = time.perf_counter() - start
-    marks = traits(trial.op, call)
+    marks = (*traits(trial.op, call), *_one_sided(trial.op, call))
     failed = trouble(answer)
     if failed is not None:
         raised = failed[0] == "ERROR"

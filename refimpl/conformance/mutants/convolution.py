@@ -10,7 +10,12 @@ _LONG_CONV = (
         "long_conv",
         "circular",
         "the transform is as long as the input, so the tail wraps onto the beginning and the past hears the future: pad to at least T + K - 1",
-        edited(lc.long_conv_fft, ("    length = u.shape[-2] + kernel.shape[-2] - 1\n", "    length = u.shape[-2]\n")),
+        edited(
+            lc.long_conv_fft,
+            ("    length = u.shape[-2] + kernel.shape[-2] - 1\n", "    length = u.shape[-2]\n"),
+            ("n = scipy.fft.next_fast_len(length)\n", "n = length\n"),
+            ("n = scipy.fft.next_fast_len(length, real=True)\n", "n = length\n"),
+        ),
     ),
     Mutant(
         "long_conv",
