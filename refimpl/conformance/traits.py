@@ -2,8 +2,8 @@
 
 A kernel may be written for real arrays (or, where those are usual, for complex ones), for one batch axis, for one of the
 shapes that an argument may have, for sequences of at least one step. Where every call of such a trait makes it raise, and
-others pass, the trait is not applicable and is said to be; of empty sequences, where some calls do (the state after the
-last step is the natural one). A wrong number is never excused.
+others pass, the trait is not applicable and is said to be; of empty sequences (the state after the last step is the
+natural one) and of arrays that are not contiguous (some strides may do), where some calls do. A wrong number is never excused.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from refimpl.conformance.shapes import shared
 from refimpl.op import Op
 
 COMPLEX = "complex arrays"
+STRIDED = " inputs"
 OF_ONE_SIDE = "gradients of "  # one optional array where another is not given
 _USUAL: dict[Callable, tuple[dict, frozenset]] = {}
 
@@ -33,7 +34,7 @@ def _drawn(op: Op) -> tuple[dict, frozenset]:
     return op.contract.layout(**call), frozenset(n for n, v in call.items() if _complex(v))
 
 
-def traits(op: Op, call: dict) -> tuple[str, ...]:
+def traits(op: Op, call: dict, view: str = "contiguous") -> tuple[str, ...]:
     """The unusual things about a call, in words."""
     arrays = {n: v for n, v in call.items() if n in {a.name.partition(".")[0] for a in op.contract.arrays}}
     layout, complex_names = _usual(op)
@@ -46,6 +47,7 @@ def traits(op: Op, call: dict) -> tuple[str, ...]:
             found.append(f"{name} of shape ({', '.join(['...', *axes]) if axes else ''})")
     found += [f"one {name} for the whole batch" for name in shared(op, call)]
     found += empty(op, call)
+    found += [f"{view}{STRIDED}"] if view != "contiguous" else []
     _, batch = op.contract.sizes(**arrays)
     found.append({0: "no batch axis", 1: "one batch axis"}.get(len(batch), f"{len(batch)} batch axes"))
     return tuple(found)
@@ -69,7 +71,7 @@ def excuse(report: Report) -> None:
         having = [c for c in report.cases if trait in c.traits and c.status != "NOT_APPLICABLE"]
         if not trait.startswith(OF_ONE_SIDE):
             having = [c for c in having if not (c.klass == "gradients" and c.status == "PASS")]
-        if trait.endswith(" = 0"):
+        if trait.endswith((" = 0", STRIDED)):
             having = [c for c in having if c.status != "PASS"]
         lacking = [c for c in report.cases if trait not in c.traits]
         if having and all(c.excusable for c in having) and any(c.status == "PASS" and c.klass != "laws" for c in lacking):

@@ -117,9 +117,10 @@ def _judge(trial: Trial, to: Precision, number: int, drawn: Drawn, label: str, k
     if not right or not all(np.all(np.isfinite(v)) for v in right.values()):
         return
     start = time.perf_counter()
-    answer = trial.subject.gradient(call, dy, dstate, view=kind if kind in VIEWS else "contiguous")
+    view = kind if kind in VIEWS else "contiguous"
+    answer = trial.subject.gradient(call, dy, dstate, view=view)
     seconds = time.perf_counter() - start
-    marks = (*traits(trial.op, call), *_one_sided(trial.op, call))
+    marks = (*traits(trial.op, call, view), *_one_sided(trial.op, call))
     failed = trouble(answer)
     if failed is not None:
         raised = failed[0] == "ERROR"

@@ -74,7 +74,7 @@ def _case(trial: Trial, case: Case, to: Precision) -> None:
     answer = trial.subject.call(call, view=case.view, poison=[v.nbytes for v in right.values()])
     seconds = time.perf_counter() - start
     result = _judged(trial, case, call, to, right, answer)
-    result.seconds, result.traits = seconds, traits(trial.op, call)
+    result.seconds, result.traits = seconds, traits(trial.op, call, case.view)
     result.features = features(trial.op, case, call, result.traits)
     if result.status not in ("PASS", "NOT_APPLICABLE"):
         result.excusable = _excusable(trial, result, call, to, right, answer)

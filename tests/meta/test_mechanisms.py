@@ -168,3 +168,17 @@ def test_a_state_of_few_bits_was_rounded(dtype):
     report = refimpl.check("lstm", keeps_few_bits, dtypes=[dtype], level="quick")
     assert report.verdict == "wrong"
     assert "rounded on the way" in report.worst.message
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_arrays_that_are_not_contiguous_may_be_refused_but_not_got_wrong(wrong):
+    def wants_rows(a, b, *, state=None, return_state=False):
+        if not b.flags.c_contiguous:
+            if not wrong:
+                raise RuntimeError("b must be contiguous")
+            b = 0 * b
+        return refimpl.linear_recurrence(a, b, state=state, return_state=return_state)
+
+    report = check("linear_recurrence", wants_rows)
+    assert report.verdict == ("wrong" if wrong else "conforms")
+    assert wrong or "transposed inputs" in report.not_checked
