@@ -29,10 +29,10 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/refimpl survey
 
 test: $(VENV)/.test
-	$(ONE_THREAD) $(VENV)/bin/pytest -n auto --run slow
+	$(ONE_THREAD) $(VENV)/bin/pytest -n auto --dist worksteal --run slow
 
 test-peers: $(PEERS)/.peers
-	$(ONE_THREAD) $(PEERS)/bin/pytest -n auto -m peers tests
+	$(ONE_THREAD) $(PEERS)/bin/pytest -n auto --dist worksteal -m peers tests
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
