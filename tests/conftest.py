@@ -5,9 +5,11 @@
 
 import os
 import re
+from pathlib import Path
 
 for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")  # small products, several workers: more threads only wait for each other
+os.environ.setdefault("REFIMPL_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "refimpl"))  # not the user's
 
 import numpy as np
 import pytest

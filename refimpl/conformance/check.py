@@ -139,7 +139,7 @@ def check(
     start = time.perf_counter()
     try:
         journal = _journal(report, subject, save, resume)
-        any(settle(trial, p) for p in precisions)
+        any(settle(trial, p) for p in precisions)  # the first precision in which it answers tells
         _work(trial, [functools.partial(_jobs, trial, p, gradients) for p in precisions], journal, fail_fast, progress)
         _conclude(trial, fail_fast)
     except KeyboardInterrupt:

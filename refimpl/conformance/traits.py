@@ -66,7 +66,7 @@ def real_parts(call: dict) -> dict:
 
 
 def excuse(report: Report) -> None:
-    """Turn failures that share a trait, of which no call works, into "not applicable"."""
+    """Turn failures that share a trait into "not applicable": one of which no call works, or that may be refused now and then."""
     for trait in dict.fromkeys(t for c in report.failures for t in c.traits):
         having = [c for c in report.cases if trait in c.traits and c.status != "NOT_APPLICABLE"]
         if not trait.startswith(OF_ONE_SIDE):

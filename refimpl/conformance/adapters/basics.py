@@ -6,11 +6,11 @@ from refimpl.conformance.adapters.common import like_operator, refuse
 
 
 @like_operator("softplus")
-def elementwise(f: Callable, **options) -> Callable:
-    """A function of one array (``torch.nn.functional.silu``, ``jax.nn.softplus``), with fixed options."""
+def elementwise(f: Callable) -> Callable:
+    """A function of one array: ``torch.nn.functional.silu``, ``jax.nn.softplus``."""
 
     def apply(x):
-        return f(x, **options)
+        return f(x)
 
     return apply
 

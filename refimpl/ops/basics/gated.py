@@ -136,8 +136,8 @@ def geglu_vjp(dy, gate, up, *, approximate="none"):
 
 def geglu_bound(gate, up, *, unit, store=0.0, approximate="none"):
     """|computed - exact|: gelu's, times up, and a rounding; half-precision kernels may round gelu, and its steps, before the product."""
-    at = {"unit": unit, "store": store, "approximate": approximate}
-    return gelu_bound(gate, **at) * abs(up) + (2 * unit + store) * abs(gelu(gate, approximate=approximate) * up)
+    of_gelu = gelu_bound(gate, unit=unit, store=store, approximate=approximate)
+    return of_gelu * abs(up) + (2 * unit + store) * abs(gelu(gate, approximate=approximate) * up)
 
 
 # -- the records -----------------------------------------------------------------------------------------------------
