@@ -282,7 +282,7 @@ LONG = {
 
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("arithmetic", ["numpy", "kernels"])
-def test_lengths_that_are_no_multiple_of_a_chunk(name, arithmetic, rng, request):
+def test_lengths_that_are_no_multiple_of_a_chunk(name, arithmetic, rng, request, farthest):
     """Results and gradients against the chapter's, through several chunks; float64, so that only a mistake can be as large."""
     steps = chunk_steps.Steps if arithmetic == "numpy" else request.getfixturevalue("device")
     op = refimpl.OPS[name]
@@ -297,11 +297,7 @@ def test_lengths_that_are_no_multiple_of_a_chunk(name, arithmetic, rng, request)
                 assert np.all(abs(a - b) <= 2 * limit)
             dy = rng.standard_normal(want.shape)
             dstate = type(state)(*(rng.standard_normal(x.shape) for x in state)) if isinstance(state, tuple) else rng.standard_normal(state.shape)
-            want, got = op.gradient(dy, **call, dstate=dstate), vjp(dy, **call, dstate=dstate)
-            assert want.keys() == got.keys()
-            for argument in want:
-                for a, b in zip(parts(got[argument]), parts(want[argument]), strict=True):
-                    np.testing.assert_allclose(a, b, rtol=2.0**-30, atol=2.0**-30 * abs(b).max(), err_msg=argument)
+            assert farthest(name, call, dy, dstate, vjp(dy, **call, dstate=dstate)) <= 1
 
 
 def parts(x):
@@ -400,7 +396,7 @@ def test_the_stabilised_gates_of_the_host_are_the_kernels(dtype, rng, tmp_path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPS)
-def test_the_mirrors_functions_take_both_methods(name, rng, tmp_path, library, device, monkeypatch):
+def test_the_mirrors_functions_take_both_methods(name, rng, tmp_path, library, device, monkeypatch, farthest):
     """`refimpl.gpu`'s own functions on the host, through the contract: the default is the fused recurrence, and both are right."""
     chapter = {"ssd": ssd, "mlstm": mlstm, "linear_attention": linear_attention}[name]
     small = ("matrix_memory<double, 8, 4, 2", "matrix_memory_vjp<double, 1, 8")
@@ -428,13 +424,10 @@ def test_the_mirrors_functions_take_both_methods(name, rng, tmp_path, library, d
     bound = op.error_bound(**arguments, unit=2.0**-53)
     want = op.definition(**arguments)
     dy = rng.standard_normal(want.shape)
-    gradients = op.gradient(dy, **arguments)
     for more in ({}, {"method": "chunkwise"}, {"method": "chunkwise", "chunk_length": 8}):
         used.clear()
         assert np.all(abs(f(**arguments, **more) - want) <= 2 * bound)
-        for argument, value in vjp(dy, **arguments, **more).items():
-            for a, b in zip(parts(value), parts(gradients[argument]), strict=True):
-                np.testing.assert_allclose(a, b, rtol=2.0**-30, atol=2.0**-30 * abs(b).max(), err_msg=argument)
+        assert farthest(name, arguments, dy, None, vjp(dy, **arguments, **more)) <= 1
         assert set(used) - {"kernel_mlstm_gates.cu"} == {"kernel_chunks.cu" if more else "kernel_matrix_memory.cu"}
     with pytest.raises(ValueError, match=f"{name}: chunk_length must be None"):
         f(**arguments, chunk_length=8)
@@ -457,16 +450,16 @@ MISTAKES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_a_kernel_is_seen(mistake, tmp_path, rng, monkeypatch, device):
+def test_a_mistake_in_a_kernel_is_seen(mistake, tmp_path, rng, monkeypatch, device, farthest):
     """The proof can fail: for each mistake planted in the kernels' text one operator at least goes wrong."""
     wrong = Library(tmp_path, [k for k in chunk_kernels.KERNELS if "double" in k.name], MISTAKES[mistake])
     monkeypatch.setattr(launch.Kernel, "__call__", lambda kernel, grid, block, args, shared=0: wrong(kernel, grid, block, args, shared))
     with np.errstate(all="ignore"):
-        seen = [name for name in OPS if not _as_the_chapter(name, device, rng)]
+        seen = [name for name in OPS if not _as_the_chapter(name, device, rng, farthest)]
     assert seen, mistake
 
 
-def _as_the_chapter(name, steps, rng) -> bool:
+def _as_the_chapter(name, steps, rng, farthest) -> bool:
     op = refimpl.OPS[name]
     function, vjp = operator(name, steps, 8)
     for sizes in LONG[name]:
@@ -474,13 +467,10 @@ def _as_the_chapter(name, steps, rng) -> bool:
             call = {n: x for n, x in drawn(name, rng, np.float64, **sizes).items() if n != "beta" or beta}
             y = op.definition(**call)
             dy = rng.standard_normal(y.shape)
-            want = {"y": y, **op.gradient(dy, **call)}
             try:
-                got = {"y": function(**call), **vjp(dy, **call)}
+                got, gradients = function(**call), vjp(dy, **call)
             except AssertionError:
                 return False
-            for argument in want:
-                for a, b in zip(parts(got[argument]), parts(want[argument]), strict=True):
-                    if not np.allclose(a, b, rtol=2.0**-30, atol=2.0**-30 * abs(b).max()):
-                        return False
+            if not np.all(abs(got - y) <= 2 * op.error_bound(**call, unit=2.0**-53)) or not farthest(name, call, dy, None, gradients) <= 1:
+                return False
     return True

@@ -1,0 +1,23 @@
+"""What the mirror's tests share: how far the kit lets gradients be from the truth."""
+
+import pytest
+
+import refimpl
+from refimpl.conformance import truth
+from refimpl.conformance.precision import precision
+
+
+@pytest.fixture
+def farthest():
+    """``farthest(operator, call, dy, dstate, gradients, dtype)``: the largest error of gradients, in units of what the kit allows."""
+
+    def measure(name, call, dy, dstate, gradients, dtype="float64"):
+        op, to = refimpl.OPS[name], precision(dtype)
+        call = call | ({} if dstate is None else {"return_state": True})
+        right = truth.gradient_truth(op, call, dy, dstate, to)
+        limits = truth.flat(truth.gradient_tolerance(op, call, dy, dstate, to, right, truth.truth(op, call, to)))
+        right, got = truth.flat(right), truth.flat(gradients)
+        assert right.keys() == got.keys()
+        return max(float((abs(got[n].astype(right[n].dtype) - right[n]) / limits[n]).max(initial=0.0)) for n in right)
+
+    return measure
