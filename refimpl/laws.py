@@ -60,8 +60,11 @@ def hand_off(contract: Contract, letter: str = "T") -> Law:
     return Law("hand_off", holds, ("state",))
 
 
-def linear(contract: Contract, *names: str) -> Law:
-    """The results are linear in `names` together: f(2x) = 2 f(x) exactly, f(x + x') = f(x) + f(x')."""
+def linear(contract: Contract, *names: str, hides_nothing: bool = True) -> Law:
+    """The results are linear in `names` together: f(2x) = 2 f(x) exactly, f(x + x') = f(x) + f(x').
+
+    With `hides_nothing`: whatever depends on an element that is NaN is not finite either.
+    """
 
     def holds(f: Callable, call: dict, bound: Callable, rng) -> Iterator[Comparison]:
         names_here = [n for n in names if call.get(n) is not None]
@@ -74,6 +77,13 @@ def linear(contract: Contract, *names: str) -> Law:
         for name in base:
             yield f"{name} of twice the input", twice[name], 2 * base[name], 4 * limit[name]
             yield f"{name} of a sum", both[name], base[name] + second[name], limit[name] + limit2[name] + limit3[name]
+        for changed in (n for n in names_here if hides_nothing and isinstance(call[n], np.ndarray) and call[n].size):
+            place = tuple(int(rng.integers(size)) for size in call[changed].shape)
+            nudged = _named(contract, f, {**call, changed: _with(call[changed], place, 2 * call[changed][place] + 1)})
+            hidden = _named(contract, f, {**call, changed: _with(call[changed], place, np.nan)})
+            for name in base:
+                depends = np.abs(nudged[name] - base[name]) > 16 * limit[name]
+                yield f"{name} where it depends on a NaN of {changed}", hidden[name][depends], np.full_like(base[name][depends], np.nan), limit[name][depends]
 
     return Law("linear", holds, names)
 
@@ -155,6 +165,12 @@ def _change_after(x: np.ndarray, axis: int, cut: int, rng) -> np.ndarray:
     future = x[_slice(axis, cut, x.shape[axis])]
     order = rng.permutation(future.shape[axis])
     x[_slice(axis, cut, x.shape[axis])] = np.take(future, order, axis=axis) / 2 if x.dtype.kind in "fc" else np.take(future, order, axis=axis)
+    return x
+
+
+def _with(x: np.ndarray, place: tuple, value) -> np.ndarray:
+    x = x.copy()
+    x[place] = value
     return x
 
 

@@ -55,8 +55,11 @@ def _law(trial: Trial, law: Law, to: Precision, T: int, combo: dict, label: str)
             raise _NoAnswer("NOT_APPLICABLE", f"the law speaks of {outside}, which the candidate does not take")
         answer = trial.subject.call(call)
         failed = trouble(answer)
-        if failed is not None and failed[0] == "ERROR" and (none := empty(trial.op, call)):  # judged by the cases that have the trait
-            raise _NoAnswer("NOT_APPLICABLE", f"it does not take {', '.join(none)}: {failed[1]}")
+        if failed is not None and failed[0] == "ERROR":
+            if none := empty(trial.op, call):  # judged by the cases that have the trait
+                raise _NoAnswer("NOT_APPLICABLE", f"it does not take {', '.join(none)}: {failed[1]}")
+            if any(isinstance(v, np.ndarray) and v.dtype.kind in "fc" and np.isnan(v).any() for v in call.values()):
+                raise _NoAnswer("NOT_APPLICABLE", f"it does not take NaN: {failed[1]}")
         if failed is not None:
             raise _NoAnswer(*failed)
         return answer.result
@@ -109,7 +112,10 @@ def _difference(got: np.ndarray, want: np.ndarray, limit) -> tuple[str, float]:
     wide = np.result_type(got.dtype, np.float64) if got.dtype.kind in "fc" else np.float64
     got, want = got.astype(wide), want.astype(got.dtype).astype(wide)
     odd = np.isfinite(got) != np.isfinite(want)
-    ratio = np.where(odd, np.inf, gates.error_ratio(got, want, np.broadcast_to(limit, got.shape)))
+    if odd.any():
+        value, expected = got[odd][0], want[odd][0]
+        return f"is {value:.6g}, expected {expected:.6g}", np.inf
+    ratio = gates.error_ratio(got, want, np.broadcast_to(limit, got.shape))
     worst = float(np.max(ratio, initial=0.0))
     return (f"differs by {worst:.3g} times the bound", worst) if worst > 1 else ("", worst)
 

@@ -21,7 +21,8 @@ def attention_laws(contract: Contract) -> tuple[Law, ...]:
         return contract.named(f(**call))
 
     def linear_in_values(f, call, bound, rng):
-        yield from linear(contract, "v").holds(f, _without(call, "return_lse"), bound, rng)
+        # rows without a key are often cleared by turning every NaN into 0: not a fault worth a verdict
+        yield from linear(contract, "v", hides_nothing=False).holds(f, _without(call, "return_lse"), bound, rng)
 
     def causal(f, call, bound, rng):
         """Keys from `cut` on do not reach queries that stand before it."""
