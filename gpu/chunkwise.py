@@ -32,8 +32,7 @@ and in chunks (G, H, T/L, L, features).
 from typing import Any, NamedTuple
 
 from refimpl.gpu.arrays import cast
-
-from refimpl.core.options import one_of, positive_int
+from refimpl.gpu.chunk_policy import LONGEST
 
 
 class Gradients(NamedTuple):
@@ -243,9 +242,6 @@ class Memory:
         return x.reshape(G, H, chunks * length, f)[:, :, : self.T, :features]
 
 
-LONGEST = 128
-
-
 def length(T: int, per_channel: bool, chunk: int | None = None) -> int:
     """Steps of a chunk: what is asked for, or by default 128, of decays per channel 64, in whole runs of 8.
 
@@ -253,24 +249,6 @@ def length(T: int, per_channel: bool, chunk: int | None = None) -> int:
     """
     wanted = chunk or (64 if per_channel else LONGEST)
     return -(-max(1, min(wanted, T)) // 8) * 8
-
-
-def wanted(operator: str, method: str, chunk: int | None) -> bool:
-    """Whether a call asks for chunks.
-
-    Raises
-    ------
-    ValueError
-        If the method is unknown, or a length of chunks is given for another or is too large.
-    """
-    one_of(operator, "method", method, ("fused", "chunkwise"))
-    if chunk is not None:
-        if method != "chunkwise":
-            raise ValueError(f"{operator}: chunk_length must be None with method={method!r}, which has no chunks, got {chunk!r}")
-        positive_int(operator, "chunk_length", chunk)
-        if chunk > LONGEST:
-            raise ValueError(f"{operator}: chunk_length must be at most {LONGEST}, got {chunk}")
-    return method == "chunkwise"
 
 
 def _shared(x, like):

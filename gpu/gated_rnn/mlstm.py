@@ -4,7 +4,7 @@ import math
 
 import cupy as cp
 import numpy as np
-from refimpl.gpu import chunk_kernels, chunkwise, mirror
+from refimpl.gpu import chunk_kernels, chunk_policy, chunkwise, mirror
 from refimpl.gpu.arrays import cast
 from refimpl.gpu.launch import Kernel
 from refimpl.gpu.matrix_memory import WIDEST, flat, instances, read, read_vjp
@@ -19,14 +19,14 @@ KERNELS = (*instances(low_rank=False, before=False), *chunk_kernels.BY_HEAD, *_G
 
 
 @mirror.form(chapter.CONTRACT)
-def mlstm(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=False, method="fused", chunk_length=None):
+def mlstm(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=False, method=None, chunk_length=None):
     """mLSTM on CuPy arrays; arguments and results as `refimpl.mlstm`.
 
     Parameters
     ----------
-    method : {"fused", "chunkwise"}
-        How it is computed. In chunks it is made of cuBLAS's products, which read halves; that way is proved on the host and has not
-        been timed on a device yet.
+    method : {"fused", "chunkwise"}, optional
+        How it is computed. In chunks it is made of cuBLAS's products, which read halves. By default what is fastest, of what was
+        measured (`chunk_policy`).
     chunk_length : int, optional
         Steps of a chunk.
 
@@ -35,8 +35,9 @@ def mlstm(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=
     The stabiliser is computed first, by a walk through the gates. Fused: one kernel for the whole sequence, the memory in registers, in
     float32 for halves; keys of more than 1024 features run the chapter's steps one by one.
     """
-    if chunkwise.wanted("mlstm", method, chunk_length):
-        return Chunkwise(chunk_kernels.Steps, gates, gates_vjp, q, k, v, i, f, forget, eps, state, chunk_length).result(return_state)
+    how = _chosen(method, chunk_length, q, v, gradient=False)
+    if how.method == "chunkwise":
+        return Chunkwise(chunk_kernels.Steps, gates, gates_vjp, q, k, v, i, f, forget, eps, state, how.chunk).result(return_state)
     q, k, v, i, f = widened(q, k, v, i, f)
     if k.shape[-1] > WIDEST:
         return chapter.mlstm(q, k, v, i, f, forget=forget, eps=eps, state=state, return_state=return_state)
@@ -48,10 +49,11 @@ def mlstm(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=
 
 
 @mirror.gradient(chapter.CONTRACT)
-def mlstm_vjp(dy, q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, dstate=None, method="fused", chunk_length=None):
+def mlstm_vjp(dy, q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, dstate=None, method=None, chunk_length=None):
     """Gradient of `mlstm` on CuPy arrays, as `refimpl.mlstm_vjp`, through the stabiliser. Keeps one state in eight, or in chunks one of each."""
-    if chunkwise.wanted("mlstm", method, chunk_length):
-        return Chunkwise(chunk_kernels.Steps, gates, gates_vjp, q, k, v, i, f, forget, eps, state, chunk_length, gradient=True).vjp(dy, dstate)
+    how = _chosen(method, chunk_length, q, v, gradient=True)
+    if how.method == "chunkwise":
+        return Chunkwise(chunk_kernels.Steps, gates, gates_vjp, q, k, v, i, f, forget, eps, state, how.chunk, gradient=True).vjp(dy, dstate)
     dy, q, k, v, i, f = widened(dy, q, k, v, i, f)
     if k.shape[-1] > WIDEST:
         return chapter.mlstm_vjp(dy, q, k, v, i, f, forget=forget, eps=eps, state=state, dstate=dstate)
@@ -72,6 +74,10 @@ def mlstm_vjp(dy, q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, dstat
     d_forget = dF * sigmoid(-pre_activation) if forget == "sigmoid" else dF
     dv = g.v.reshape(*call.batch, *g.v.shape[1:])[..., :-1]
     return {"q": g.q.reshape(*call.batch, *g.q.shape[1:]), "k": dk, "v": dv, "i": di, "f": d_forget} | {"state": call.state(g.state, d_first)}
+
+
+def _chosen(method, chunk, q, v, gradient: bool) -> chunk_policy.Choice:
+    return chunk_policy.chosen("mlstm", method, chunk, kind="head", gradient=gradient, work=q.size * v.shape[-1], dtype=q.dtype)
 
 
 class _Call:

@@ -4,7 +4,7 @@ import math
 
 import cupy as cp
 import numpy as np
-from refimpl.gpu import chunk_kernels, chunkwise, mirror
+from refimpl.gpu import chunk_kernels, chunk_policy, chunkwise, mirror
 from refimpl.gpu.arrays import cast
 from refimpl.gpu.matrix_memory import WIDEST, flat, instances, read, read_vjp
 from refimpl.gpu.precision import widened
@@ -22,15 +22,15 @@ KERNELS = (*instances(low_rank=False, before=False), *instances(low_rank=True, b
 @mirror.form(CONTRACT)
 def linear_attention(
     q, k, v, *, decay=None, beta=None, feature_map=None, normalize=False, scale=None, state=None, return_state=False,
-    method="fused", chunk_length=None,
+    method=None, chunk_length=None,
 ):  # fmt: skip
     """Linear attention on CuPy arrays; arguments and results as `refimpl.linear_attention`.
 
     Parameters
     ----------
-    method : {"fused", "chunkwise"}
-        How it is computed. In chunks it is made of cuBLAS's products, which read halves (float32 with the delta rule); that way is
-        proved on the host and has not been timed on a device yet.
+    method : {"fused", "chunkwise"}, optional
+        How it is computed. In chunks it is made of cuBLAS's products, which read halves (float32 with the delta rule). By default what is fastest, of what was
+        measured (`chunk_policy`).
     chunk_length : int, optional
         Steps of a chunk.
 
@@ -39,8 +39,9 @@ def linear_attention(
     Fused: one kernel for the whole sequence, the memory in registers, in float32 for halves; heads of q that share a memory compute it
     each for itself. Keys of more than 1024 features run the chapter's steps one by one. A callable feature map gets CuPy arrays.
     """
-    if chunkwise.wanted("linear_attention", method, chunk_length):
-        return Chunkwise(chunk_kernels.Steps, q, k, v, decay, beta, feature_map, normalize, scale, state, chunk_length).result(return_state)
+    how = _chosen(method, chunk_length, q, v, decay, beta, feature_map, gradient=False)
+    if how.method == "chunkwise":
+        return Chunkwise(chunk_kernels.Steps, q, k, v, decay, beta, feature_map, normalize, scale, state, how.chunk).result(return_state)
     q, k, v, decay, beta = widened(q, k, v, decay, beta)
     options = {"feature_map": feature_map, "normalize": normalize, "scale": scale, "state": state}
     if width(feature_map, k) > WIDEST:
@@ -56,20 +57,20 @@ def linear_attention(
 @mirror.gradient(CONTRACT)
 def linear_attention_vjp(
     dy, q, k, v, *, decay=None, beta=None, feature_map=None, normalize=False, scale=None, state=None, dstate=None,
-    method="fused", chunk_length=None,
+    method=None, chunk_length=None,
 ):  # fmt: skip
     """Gradient of `linear_attention` on CuPy arrays, as `refimpl.linear_attention_vjp`.
 
     Keeps one state in eight, for each head of q; in chunks one of each, for each head of k.
     """
-    in_chunks = chunkwise.wanted("linear_attention", method, chunk_length)
+    how = _chosen(method, chunk_length, q, v, decay, beta, feature_map, gradient=True)
     phi = feature_map_of(feature_map)
     if phi is not None and not callable(getattr(phi, "vjp", None)):
         raise TypeError(f"linear_attention: feature_map must have a method vjp(dphi, x) for the gradient (see FeatureMap), got {phi!r}")
     if dstate is not None and isinstance(dstate, tuple) != bool(normalize):
         raise TypeError(f"linear_attention: dstate must be {'a tuple (dS, dz)' if normalize else 'one array'}, as the state is")
-    if in_chunks:
-        return Chunkwise(chunk_kernels.Steps, q, k, v, decay, beta, feature_map, normalize, scale, state, chunk_length).vjp(dy, dstate)
+    if how.method == "chunkwise":
+        return Chunkwise(chunk_kernels.Steps, q, k, v, decay, beta, feature_map, normalize, scale, state, how.chunk).vjp(dy, dstate)
     dy, q, k, v, decay, beta = widened(dy, q, k, v, decay, beta)
     options = {"feature_map": feature_map, "normalize": normalize, "scale": scale, "state": state}
     if width(feature_map, k) > WIDEST:
@@ -96,6 +97,12 @@ def linear_attention_vjp(
     per_channel = decay is not None and decay.ndim == q.ndim
     gradients |= {"q": dq, "k": dk, "v": dv[..., :-1] if normalize else dv, "decay": dg if per_channel else dg.sum(axis=-1)}
     return gradients | {"state": call.state_like(dS)}
+
+
+def _chosen(method, chunk, q, v, decay, beta, feature_map, gradient: bool) -> chunk_policy.Choice:
+    kind = "delta" if beta is not None else "channel" if decay is not None and decay.ndim == q.ndim else "head"
+    work = math.prod(q.shape[:-1]) * width(feature_map, q) * v.shape[-1]
+    return chunk_policy.chosen("linear_attention", method, chunk, kind=kind, gradient=gradient, work=work, dtype=q.dtype)
 
 
 class _Call:

@@ -4,7 +4,7 @@ import math
 
 import cupy as cp
 import numpy as np
-from refimpl.gpu import chunk_kernels, chunkwise, mirror
+from refimpl.gpu import chunk_kernels, chunk_policy, chunkwise, mirror
 from refimpl.gpu.arrays import cast
 from refimpl.gpu.matrix_memory import WIDEST, flat, instances, read, read_vjp
 from refimpl.gpu.precision import widened
@@ -18,15 +18,15 @@ KERNELS = (*instances(low_rank=False, before=False), *chunk_kernels.BY_HEAD)
 @mirror.form(chapter.CONTRACT)
 def ssd(
     x, dt, A, B, C, D=None, z=None, dt_bias=None, *, dt_softplus=False, dt_limit=(0.0, np.inf), state=None, return_state=False,
-    method="fused", chunk_length=None,
+    method=None, chunk_length=None,
 ):  # fmt: skip
     """Mamba-2 on CuPy arrays; arguments and results as `refimpl.ssd`.
 
     Parameters
     ----------
-    method : {"fused", "chunkwise"}
-        How it is computed. In chunks it is made of cuBLAS's products, which read halves; that way is proved on the host and has not
-        been timed on a device yet.
+    method : {"fused", "chunkwise"}, optional
+        How it is computed. In chunks it is made of cuBLAS's products, which read halves. By default what is fastest, of what was
+        measured (`chunk_policy`).
     chunk_length : int, optional
         Steps of a chunk.
 
@@ -35,8 +35,9 @@ def ssd(
     Fused: one kernel for the whole sequence, the state in registers, in float32 for halves; more than 1024 states run the chapter's
     steps one by one.
     """
-    if chunkwise.wanted("ssd", method, chunk_length):
-        call = Chunkwise(chunk_kernels.Steps, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, chunk_length)
+    how = _chosen(method, chunk_length, x, B, gradient=False)
+    if how.method == "chunkwise":
+        call = Chunkwise(chunk_kernels.Steps, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, how.chunk)
         return call.result(return_state)
     x, dt, A, B, C, D, z, dt_bias = widened(x, dt, A, B, C, D, z, dt_bias)
     options = {"dt_softplus": dt_softplus, "dt_limit": dt_limit}
@@ -52,11 +53,12 @@ def ssd(
 @mirror.gradient(chapter.CONTRACT)
 def ssd_vjp(
     dy, x, dt, A, B, C, D=None, z=None, dt_bias=None, *, dt_softplus=False, dt_limit=(0.0, np.inf), state=None, dstate=None,
-    method="fused", chunk_length=None,
+    method=None, chunk_length=None,
 ):  # fmt: skip
     """Gradient of `ssd` on CuPy arrays, as `refimpl.ssd_vjp`. Keeps one state in eight, or in chunks one of each."""
-    if chunkwise.wanted("ssd", method, chunk_length):
-        return Chunkwise(chunk_kernels.Steps, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, chunk_length).vjp(dy, dstate)
+    how = _chosen(method, chunk_length, x, B, gradient=True)
+    if how.method == "chunkwise":
+        return Chunkwise(chunk_kernels.Steps, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, how.chunk).vjp(dy, dstate)
     dy, x, dt, A, B, C, D, z, dt_bias = widened(dy, x, dt, A, B, C, D, z, dt_bias)
     options = {"dt_softplus": dt_softplus, "dt_limit": dt_limit}
     if B.shape[-1] > WIDEST:
@@ -88,6 +90,10 @@ def ssd_vjp(
         return gradient
     p = chapter._skip_and_gate(read_out.reshape(x.shape), x, D, None)
     return gradient | {"z": dy * p * silu_derivative(z)}
+
+
+def _chosen(method, chunk, x, B, gradient: bool) -> chunk_policy.Choice:
+    return chunk_policy.chosen("ssd", method, chunk, kind="head", gradient=gradient, work=x.size * B.shape[-1], dtype=x.dtype)
 
 
 def _of_raw(d_dt, raw, unclipped, dt_softplus, dt_limit):

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 MISSING = importlib.util.find_spec("cupy") is None
 pytestmark = pytest.mark.skipif(MISSING, reason="not run: cupy not installed; pip install 'refimpl[compile]'")
 if not MISSING:
-    from refimpl.gpu import chunk_kernels, chunk_steps, chunkwise, launch, matrix_memory, mirror
+    from refimpl.gpu import chunk_kernels, chunk_policy, chunk_steps, chunkwise, launch, matrix_memory, mirror
     from refimpl.gpu.gated_rnn import mlstm
     from refimpl.gpu.linear_attention import linear_attention
     from refimpl.gpu.state_space import ssd
@@ -365,15 +365,31 @@ def test_one_call_of_cublas_where_a_batch_lies_evenly():
 
 @pytest.mark.parametrize("name", OPS)
 def test_a_method_that_does_not_exist_is_refused(name):
+    def chosen(method, chunk):
+        return chunk_policy.chosen(name, method, chunk, kind="head", gradient=False, work=1, dtype=np.dtype(np.float32))
+
     with pytest.raises(ValueError, match=f"{name}: method must be one of 'fused', 'chunkwise', got 'chunked'"):
-        chunkwise.wanted(name, "chunked", None)
-    with pytest.raises(ValueError, match=f"{name}: chunk_length must be None with method='fused'.* got 32"):
-        chunkwise.wanted(name, "fused", 32)
+        chosen("chunked", None)
+    for method in ("fused", None):
+        with pytest.raises(ValueError, match=f"{name}: chunk_length is for method='chunkwise', got 32"):
+            chosen(method, 32)
     with pytest.raises(ValueError, match=f"{name}: chunk_length must be at most 128, got 129"):
-        chunkwise.wanted(name, "chunkwise", 129)
-    assert not chunkwise.wanted(name, "fused", None) and chunkwise.wanted(name, "chunkwise", 64)
+        chosen("chunkwise", 129)
+    assert chosen("fused", None) == ("fused", None) and chosen("chunkwise", 64) == ("chunkwise", 64)
     assert [chunkwise.length(T, False) for T in (0, 1, 9, 1000)] == [8, 8, 16, 128]
     assert chunkwise.length(1000, True) == 64 and chunkwise.length(1000, True, 30) == 32
+
+
+def test_what_was_measured_chooses_the_method():
+    """The rows of the first run, and what is too small for launches to pay."""
+
+    def chosen(kind, gradient, work=10**9, dtype="float32", method=None):
+        return chunk_policy.chosen("ssd", method, None, kind=kind, gradient=gradient, work=work, dtype=np.dtype(dtype)).method
+
+    assert [chosen(kind, gradient) for kind in ("head", "channel", "delta") for gradient in (False, True)] == [
+        "chunkwise", "chunkwise", "fused", "chunkwise", "fused", "fused",
+    ]  # fmt: skip
+    assert chosen("head", False, work=10**6) == chosen("head", False, dtype="float64") == chosen("head", True, method="fused") == "fused"
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -429,7 +445,7 @@ def test_the_mirrors_functions_take_both_methods(name, rng, tmp_path, library, d
         assert np.all(abs(f(**arguments, **more) - want) <= 2 * bound)
         assert farthest(name, arguments, dy, None, vjp(dy, **arguments, **more)) <= 1
         assert set(used) - {"kernel_mlstm_gates.cu"} == {"kernel_chunks.cu" if more else "kernel_matrix_memory.cu"}
-    with pytest.raises(ValueError, match=f"{name}: chunk_length must be None"):
+    with pytest.raises(ValueError, match=f"{name}: chunk_length is for method='chunkwise'"):
         f(**arguments, chunk_length=8)
 
 

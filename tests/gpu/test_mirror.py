@@ -13,7 +13,7 @@ cp = pytest.importorskip("cupy")
 mirror = pytest.importorskip("refimpl.gpu")
 
 SCANS = ("linear_recurrence", "selective_scan", "causal_conv1d", "rg_lru", "discretize_diagonal")
-IN_CHUNKS = ("linear_attention", "ssd", "mlstm")  # have a second method, which no run has decided on yet
+IN_CHUNKS = ("linear_attention", "ssd", "mlstm")  # have several methods; small calls take the fused one by default
 OPS = (*SCANS, "long_conv", "linear_attention", "ssd", "mlstm", "slstm", "wkv", "wkv6", "wkv7", "route", "moe")
 SIZES = {
     "linear_recurrence": {"T": 2048, "c": 256},
@@ -82,10 +82,10 @@ def test_both_methods_agree(op, dtype, farthest):
     call = {name: _on_device(x) if name == "state" else _on_device(x).astype(kind) for name, x in drawn.items()}
     exact = {name: _exact(x) for name, x in call.items()}
     bound = refimpl.OPS[op].error_bound(**exact, unit=2.0**-24, store=store)
-    y, other = (getattr(mirror, op)(**call, **more).astype(cp.float32).get() for more in ({}, {"method": "chunkwise"}))
+    y, other = (getattr(mirror, op)(**call, **more).astype(cp.float32).get() for more in ({"method": "fused"}, {"method": "chunkwise"}))
     assert np.all(abs(y - other) <= 2 * bound + 2 * store * abs(y))
     dy, given = _on_device(y).astype(kind), {n: x if n == "state" else x.astype(kind) for n, x in exact.items()}
-    for more in ({}, {"method": "chunkwise"}):
+    for more in ({"method": "fused"}, {"method": "chunkwise"}):
         gradients = {name: _exact(x) for name, x in getattr(mirror, f"{op}_vjp")(dy, **call, **more).items()}
         assert farthest(op, given, _exact(dy).astype(kind), None, gradients, dtype) <= 1
 

@@ -1,0 +1,58 @@
+"""Which method computes a matrix memory where the caller leaves it open: the one place, and data.
+
+Of one H100 (`asv_benchmarks/results/device/2026-11-22-chunkwise.json`): with a decay of each head chunks are 3 to 4 times as fast as the
+fused recurrence, and 5 to 7 times in the gradient; with decays of each channel only the gradient is faster, in chunks of 64; with the
+delta rule nothing is. A call in chunks is 20 launches, its gradient 40: where the recurrence takes no longer than those, it stays.
+"""
+
+from typing import NamedTuple
+
+from refimpl.core.options import one_of, positive_int
+
+
+class Choice(NamedTuple):
+    """A method, and steps of a chunk, None for what `chunkwise.length` says."""
+
+    method: str
+    chunk: int | None = None
+
+
+METHODS = ("fused", "chunkwise")
+CHUNKED = {  # by what decays, and whether it is the gradient: what is faster than the fused recurrence at all
+    ("head", False): Choice("chunkwise", 128),
+    ("head", True): Choice("chunkwise", 128),
+    ("channel", True): Choice("chunkwise", 64),
+}
+LEAST = {False: 250_000_000, True: 100_000_000}  # numbers of all states, times steps, from which launches no longer dominate
+LONGEST = 128
+NEVER = ("float64",)  # not timed in chunks
+
+
+def chosen(operator: str, method: str | None, chunk: int | None, *, kind: str, gradient: bool, work: int, dtype) -> Choice:
+    """The method of a call: what is asked for, or with None what the table says.
+
+    Parameters
+    ----------
+    kind : {"head", "channel", "delta"}
+        Decays of each head, of each channel, or the delta rule.
+    work : int
+        Memories that are computed, times steps, times d, times e.
+
+    Raises
+    ------
+    ValueError
+        If the method is unknown, or a length of chunks is given for one that has none, or is too large.
+    """
+    if method is not None:
+        one_of(operator, "method", method, METHODS)
+    if chunk is not None:
+        if method != "chunkwise":
+            raise ValueError(f"{operator}: chunk_length is for method='chunkwise', got {chunk!r} with method={method!r}")
+        positive_int(operator, "chunk_length", chunk)
+        if chunk > LONGEST:
+            raise ValueError(f"{operator}: chunk_length must be at most {LONGEST}, got {chunk}")
+    if method is not None:
+        return Choice(method, chunk)
+    if work < LEAST[gradient] or dtype.name in NEVER:
+        return Choice("fused")
+    return CHUNKED.get((kind, gradient), Choice("fused"))
