@@ -69,6 +69,54 @@ def test_a_snippet_reproduces_its_failure(op, candidate, more):
         assert off.max() > 1e-3 * np.abs(np.asarray(expected).astype(np.float64)).max(), f"{result.id}\n{result.snippet}"
 
 
+def wrong_gradient(dy, a, b, **options):
+    found = refimpl.linear_recurrence_vjp(dy, a, b, **options)
+    return found | {"a": 1.5 * found["a"]}
+
+
+def backwards(a, b):
+    return refimpl.linear_recurrence(a, b, reverse=True)
+
+
+def wrong_gradient_backwards(dy, a, b):
+    return wrong_gradient(dy, a, b, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "vjp", "more"),
+    [
+        (refimpl.linear_recurrence, wrong_gradient, {}),
+        (backwards, wrong_gradient_backwards, {"domain": refimpl.Domain(options={"reverse": [True]}, batch=[(2,)])}),
+    ],
+)
+def test_a_snippet_reproduces_a_wrong_gradient(candidate, vjp, more):
+    report = refimpl.check("linear_recurrence", candidate, level="quick", dtypes=["float32"], gradients=True, candidate_vjp=vjp, **more)
+    assert {"recall_gradient(" in f.snippet for f in report.failures} == {True, False}
+    for failure in report.failures:
+        names = {candidate.__name__: candidate, vjp.__name__: vjp}
+        exec(failure.snippet, names)
+        assert not np.array_equal(names["got"]["a"], names["expected"]["a"]), failure.snippet
+        np.testing.assert_allclose(names["got"]["a"], 1.5 * names["expected"]["a"], rtol=1e-5)
+
+
+@pytest.mark.peers
+def test_a_snippet_for_the_gradient_of_torch():
+    torch = pytest.importorskip("torch")
+
+    def forgets_a(a, b):
+        h, out = torch.zeros_like(b[..., 0, :]), []
+        for t in range(b.shape[-2]):
+            h = a[..., t, :].detach() * h + b[..., t, :]
+            out.append(h)
+        return torch.stack(out, -2) if out else b + 0 * a
+
+    report = refimpl.check("linear_recurrence", forgets_a, framework="torch", dtypes=["float64"], gradients=True, level="quick")
+    shown = next(f for f in report.failures if f.klass == "gradients" and f.snippet)
+    names = {"forgets_a": forgets_a}
+    exec(shown.snippet, names)
+    assert not np.array_equal(names["got"]["a"], names["expected"]["a"])
+
+
 @pytest.mark.peers
 def test_a_snippet_for_torch():
     torch = pytest.importorskip("torch")
@@ -132,7 +180,14 @@ def test_options_are_written_as_python():
     from refimpl.conformance.snippet import snippet
 
     op = refimpl.OPS["linear_recurrence"]
-    call = {"a": np.array([1 + 2j, complex(np.inf, 0)]), "limits": (0.0, np.inf), "eps": np.float64(0.1), "one": (np.longdouble(3),), "flag": np.bool_(True), "none": None}
+    call = {
+        "a": np.array([1 + 2j, complex(np.inf, 0)]),
+        "limits": (0.0, np.inf),
+        "eps": np.float64(0.1),
+        "one": (np.longdouble(3),),
+        "flag": np.bool_(True),
+        "none": None,
+    }
     names = {"f": lambda *args: None}
     exec("\n".join(snippet(op, "f", call, ["a"], [], "", "h", "").splitlines()[:-1]), names)
     assert names["call"]["limits"] == (0.0, np.inf) and names["call"]["one"] == (3.0,) and names["call"]["eps"] == 0.1

@@ -35,6 +35,7 @@ class Candidate:
         self.op, self.layout = op, Layout(op, layout) if layout else None
         self.fixed = fixed or {}
         self.can_differentiate = vjp is not None or framework != "numpy"
+        self.vjp = plain_name(vjp) if vjp is not None else ""
         if isolate:
             self._invoke: Any = Child(function, framework, device, vjp, timeout, memory)
             names, self.source = self._invoke.keywords, self._invoke.source
@@ -127,6 +128,12 @@ class Candidate:
         return self.layout.results_back(result) if self.layout and result is not None else result
 
 
+def plain_name(function: Callable | str) -> str:
+    """What a function is called where it is defined."""
+    name = function if isinstance(function, str) else getattr(function, "__qualname__", type(function).__name__)
+    return name.rpartition(":")[2].rpartition(".")[2]
+
+
 def given(operator: str, call: dict, *, framework: str = "numpy", device: str | None = None, view: str = "contiguous", layout: str | None = None) -> dict:
     """A call as a candidate is given it: in a framework's arrays, with a memory layout and an order of axes."""
     from refimpl.catalogue import operator as find
@@ -139,6 +146,18 @@ def given(operator: str, call: dict, *, framework: str = "numpy", device: str | 
         return arrays.array(x, view) if isinstance(x, np.ndarray) else x
 
     return {n: put(moved.argument_in(n, v, call) if moved else v) for n, v in call.items()}
+
+
+def gradient_of(operator: str, function: Callable, call: dict, dy, dstate=None, *, framework="numpy", device=None, layout=None, vjp=None, view="contiguous") -> dict:
+    """A candidate's gradients by argument, as arrays of NumPy: its framework's, or those that `vjp` returns."""
+    from refimpl.catalogue import operator as find
+
+    subject = Candidate(find(operator), function, framework=framework, device=device, layout=layout, vjp=vjp)
+    subject.fixed = {n: v for n, v in call.items() if not subject.support.takes(n)}
+    answer = subject.gradient(call, dy, dstate, view=view)
+    if answer.status != "OK":
+        raise RuntimeError(f"{answer.status}: {answer.message}")
+    return answer.result
 
 
 def printable(text: str) -> str:

@@ -15,22 +15,45 @@ def snippet(op: Op, candidate: str, call: dict, required: list[str], passed: lis
 
     `way` says in which framework, memory layout and order of axes the candidate is given them, where that is not as they are.
     """
-    lines = ["import numpy as np, refimpl"]
-    if sum(_size(v) for v in call.values()) <= INLINE and not any(callable(v) for v in call.values()):
-        text = f"call = dict({', '.join(f'{n}={_literal(v)}' for n, v in call.items())})"
-        lines += ["import ml_dtypes"] if "ml_dtypes." in text else []
-        lines += textwrap.wrap(text, 132, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-    else:
-        names = "Domain, multiple_of" if "multiple_of(" in recall else "Domain" if "Domain(" in recall else ""
-        lines = ["import refimpl", *([f"from refimpl import {names}"] if names else []), "from refimpl.conformance.cases import recall"]
-        lines.append(f"call = recall({recall})")
-    source = "call"
+    lines, source = _inputs({"call": _call(call)}, call, "call = recall", recall), "call"
     if way:
         source = "there"
         lines += ["from refimpl.conformance.candidate import given", f"there = given({op.name!r}, call, {way})"]
     arguments = ", ".join([*(f'{source}["{n}"]' for n in required), *(f'{n}={source}["{n}"]' for n in passed)])
     lines += [f"got = {candidate}({arguments})  # {output} is wrong", f"expected = refimpl.{op.name}(**call)"]
     return "\n".join(lines)
+
+
+def gradient_snippet(op: Op, candidate: str, vjp: str, call: dict, cotangents: tuple, recall: str, output: str, way: str) -> str:
+    """The same for a gradient: of the candidate by its framework, or by the function named `vjp`."""
+    dy, dstate = cotangents
+    given = {"call": _call(call), "dy": _literal(dy)} | ({} if dstate is None else {"dstate": _literal(dstate)})
+    lines = _inputs(given, call | {"dy": dy, "dstate": dstate}, "call, dy, dstate = recall_gradient", recall)
+    arguments = ["call", "dy", *(["dstate"] if "dstate" in given else []), *([f"vjp={vjp}"] if vjp else []), *([way] if way else [])]
+    state = ", dstate=dstate" if "dstate" in given else ""
+    lines += [
+        "from refimpl.conformance.candidate import gradient_of",
+        f"got = gradient_of({op.name!r}, {candidate}, {', '.join(arguments)})  # {output} is wrong",
+        f"expected = refimpl.{op.name}_vjp(dy, **{{n: v for n, v in call.items() if n != 'return_state'}}{state})",
+    ]
+    return "\n".join(lines)
+
+
+def _inputs(written: dict[str, str], values: dict, recalled: str, recall: str) -> list[str]:
+    """Lines that bind each name to what is written, or, where that is long, to what is drawn again."""
+    if sum(_size(v) for v in values.values()) <= INLINE and not any(callable(v) for v in values.values()):
+        texts = [f"{name} = {text}" for name, text in written.items()]
+        lines = ["import numpy as np, refimpl", *(["import ml_dtypes"] if any("ml_dtypes." in text for text in texts) else [])]
+        for text in texts:
+            lines += textwrap.wrap(text, 132, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+        return lines
+    names = "Domain, multiple_of" if "multiple_of(" in recall else "Domain" if "Domain(" in recall else ""
+    place = "trial_gradients import recall_gradient" if "gradient" in recalled else "cases import recall"
+    return ["import refimpl", *([f"from refimpl import {names}"] if names else []), f"from refimpl.conformance.{place}", f"{recalled}({recall})"]
+
+
+def _call(call: dict) -> str:
+    return f"dict({', '.join(f'{n}={_literal(v)}' for n, v in call.items())})"
 
 
 def _size(value) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.conformance import gates, truth
-from refimpl.conformance.candidate import Candidate
+from refimpl.conformance.candidate import Candidate, plain_name
 from refimpl.conformance.cases import Case, choose, default_sizes, factors, hard_call, pairwise, parameters
 from refimpl.conformance.domain import Domain
 from refimpl.conformance.ensemble import readings, slopes
@@ -18,7 +18,7 @@ from refimpl.conformance.pattern import axes_of, describe
 from refimpl.conformance.pictures import picture
 from refimpl.conformance.precision import Precision, rounded
 from refimpl.conformance.report import Report, Result
-from refimpl.conformance.snippet import snippet
+from refimpl.conformance.snippet import gradient_snippet, snippet
 from refimpl.op import Op
 
 GRADIENT_OF = "the gradient of "  # as findings name them
@@ -121,7 +121,7 @@ class Trial:
                 self.slopes.setdefault((to.name, name), []).append((gates.slope(g, r), others.spread))
         return None
 
-    def failure(self, case: Case, to: Precision, finding: Finding, call: dict) -> Result:
+    def failure(self, case: Case, to: Precision, finding: Finding, call: dict, cotangents: tuple | None = None) -> Result:
         """A finding as the report shows it: the place, the pattern in words, Python that reproduces it."""
         pattern = describe(finding.bad, self._axes(finding.output, call)) if finding.bad is not None else ""
         recall = f"{self.op.name!r}, {case.id!r}, dtype={to.name!r}, level={self.level!r}, seed={self.seed}"
@@ -129,12 +129,16 @@ class Trial:
             recall += f", keywords={sorted(self.subject.support.keywords & keywords(self.op))!r}"
         if repr(self.domain) != "Domain()":
             recall += f", domain={self.domain!r}"
-        name = self.report.candidate.rpartition(":")[2].rpartition(".")[2] or "candidate"
+        name = plain_name(self.report.candidate) or "candidate"
         how = {n: self.report.settings.get(n) for n in ("framework", "device", "layout")} | {"view": case.view}
         plain = {"framework": "numpy", "device": None, "layout": None, "view": "contiguous"}
         way = ", ".join(f"{n}={v!r}" for n, v in how.items() if v != plain[n])
-        text = snippet(self.op, name, call, self.required, self.subject.passed(call), recall, finding.output or "the result", way)
-        if "recall(" in text and (not case.recipe or "<l" in recall):  # in no list of cases, or in one that only a lambda draws
+        output, listed = finding.output or "the result", bool(case.recipe)
+        if cotangents is None:
+            text = snippet(self.op, name, call, self.required, self.subject.passed(call), recall, output, way)
+        else:
+            text, listed = gradient_snippet(self.op, name, self.subject.vjp, call, cotangents, recall, output, way), True
+        if "import recall" in text and (not listed or "<l" in recall):  # in no list of cases, or in one that only a lambda draws
             text = ""
         return Result(
             case.id, case.klass, to.name, finding.status, finding.message, finding.output, finding.index, finding.got, finding.expected, finding.bound,

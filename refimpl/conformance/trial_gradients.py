@@ -4,19 +4,21 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from refimpl.conformance import gates, truth
-from refimpl.conformance.cases import VIEWS, Case, affordable, at_random, covering, default_sizes, described, parameters, wide
+from refimpl.conformance.cases import VIEWS, Case, Support, affordable, at_random, covering, default_sizes, described, parameters, wide
+from refimpl.conformance.domain import Domain
 from refimpl.conformance.gates import Finding
 from refimpl.conformance.likeness import Evidence
-from refimpl.conformance.precision import Precision
-from refimpl.conformance.report import Result
+from refimpl.conformance.precision import Precision, precision
+from refimpl.conformance.report import Report, Result
 from refimpl.conformance.shapes import reshaped, shared
 from refimpl.conformance.traits import COMPLEX, OF_ONE_SIDE, traits
-from refimpl.conformance.trial import Drawn, Trial, trouble
+from refimpl.conformance.trial import GRADIENT_OF, Drawn, Trial, trouble
 from refimpl.op import Op
 
 _LENGTHS = {
@@ -91,11 +93,40 @@ def _reshaped(trial: Trial, to: Precision, sizes: dict, combos: list[dict]) -> I
             yield Drawn(call, truth.truth(trial.op, call, to), drawn.sizes), label
 
 
+def recall_gradient(
+    operator: str, id: str, *, dtype: str, level: str = "standard", seed: int = 0, keywords: list[str] | None = None, domain: Domain | None = None
+) -> tuple[dict[str, Any], Any, Any]:
+    """Call and cotangents of a trial of gradients by its id, in a precision: what a report's snippet draws again.
+
+    Raises
+    ------
+    ValueError
+        If there is no such trial.
+    """
+    from refimpl.catalogue import operator as find
+
+    op, to, number = find(operator), precision(dtype), int(id.rpartition("#")[2].rstrip("]"))
+    subject: Any = SimpleNamespace(support=Support(None if keywords is None else frozenset(keywords)))
+    trial = Trial(op, subject, Report(operator, ""), level, seed, domain or Domain())
+    plans, drawn, kind = _plans(trial), None, ""
+    if number < len(plans):
+        sizes, combo, hard, kind = plans[number]
+        drawn = _drawn(trial, to, number, sizes, combo, hard)
+    else:
+        drawn, _ = next(itertools.islice(_reshaped(trial, to, _middle(trial), trial.combos(5)), number - len(plans), None), (None, ""))
+    if drawn is None:
+        raise ValueError(f"recall_gradient: {operator} has no trial {id!r} at level {level!r}, seed {seed}")
+    return drawn.call, *_cotangents(trial, drawn, number, kind)
+
+
 def _gradient(trial: Trial, to: Precision, number: int, sizes: dict, combo: dict, hard: str, kind: str) -> None:
-    rng = np.random.default_rng([trial.seed, number, 17])
-    drawn = trial.draw(rng, sizes, combo, to, hard)
+    drawn = _drawn(trial, to, number, sizes, combo, hard)
     if drawn is not None:
         _judge(trial, to, number, drawn, hard, kind)
+
+
+def _drawn(trial: Trial, to: Precision, number: int, sizes: dict, combo: dict, hard: str) -> Drawn | None:
+    return trial.draw(np.random.default_rng([trial.seed, number, 17]), sizes, combo, to, hard)
 
 
 def _one_sided(op: Op, call: dict) -> list[str]:
@@ -107,17 +138,16 @@ def _one_sided(op: Op, call: dict) -> list[str]:
 
 def _judge(trial: Trial, to: Precision, number: int, drawn: Drawn, label: str, kind: str) -> None:
     """The gradient of one call for random cotangents, which `kind` may make special."""
-    rng = np.random.default_rng([trial.seed, number, 18])
     call = drawn.call
     name = ", ".join(filter(None, [label, kind, described(trial.op, drawn.sizes, call), f"#{number}"]))
-    case = Case(trial.op.name, "gradients", name, call, drawn.sizes)
-    dy, dstate = _cotangents(trial, drawn, rng, kind)
+    view = kind if kind in VIEWS else "contiguous"
+    case = Case(trial.op.name, "gradients", name, call, drawn.sizes, view=view)
+    dy, dstate = _cotangents(trial, drawn, number, kind)
     gradient = truth.gradient_truth(trial.op, call, dy, dstate, to)
     right = truth.flat(gradient)
     if not right or not all(np.all(np.isfinite(v)) for v in right.values()):
         return
     start = time.perf_counter()
-    view = kind if kind in VIEWS else "contiguous"
     answer = trial.subject.gradient(call, dy, dstate, view=view)
     seconds = time.perf_counter() - start
     marks = (*traits(trial.op, call, view), *_one_sided(trial.op, call))
@@ -131,10 +161,9 @@ def _judge(trial: Trial, to: Precision, number: int, drawn: Drawn, label: str, k
         finding = _gate(got, right, limits, call, to)
         if set(right) <= set(got):
             trial.keep(Evidence(call, to, {n: got[n] for n in right}, right, limits, (dy, dstate), failed=finding is not None, case=case.id))
-        result = Result(case.id, case.klass, to.name, "PASS") if finding is None else trial.failure(case, to, finding, call)
+        result = Result(case.id, case.klass, to.name, "PASS")
         if finding is not None:
-            trial.drawn(result, finding, got, right, limits, call)
-            result.snippet = ""
+            result = trial.drawn(trial.failure(case, to, finding, call, (dy, dstate)), finding, got, right, limits, call)
             result.excusable = COMPLEX in marks or ("shape" in finding.message and bool(shared(trial.op, call)))
     result.seconds, result.traits = seconds, marks
     trial.report.cases.append(result)
@@ -150,22 +179,23 @@ def _gate(got: dict, right: dict, limits: dict, call: dict, to: Precision) -> Fi
     for name, exact in right.items():
         g = got[name]
         if g.shape != exact.shape:
-            return Finding("GRADIENT", f"the gradient of {name} has shape {g.shape}, expected {exact.shape}", name)
+            return Finding("GRADIENT", f"{GRADIENT_OF}{name} has shape {g.shape}, expected {exact.shape}", GRADIENT_OF + name)
         if g.dtype != arguments[name].dtype:
-            return Finding("GRADIENT", f"the gradient of {name} has dtype {g.dtype}, expected {arguments[name].dtype}", name)
+            return Finding("GRADIENT", f"{GRADIENT_OF}{name} has dtype {g.dtype}, expected {arguments[name].dtype}", GRADIENT_OF + name)
         with np.errstate(all="ignore"):
             wild = ~np.isfinite(g.astype(exact.dtype)) & (abs(exact) < 0.9 * to.largest)
         if np.any(wild):
             index = tuple(int(i) for i in np.argwhere(wild)[0])
-            return Finding("GRADIENT", f"the gradient of {name} is not finite", name, index, g[index], exact[index], 0.0, np.inf, wild)
-        f = gates.bounded(f"the gradient of {name}", g, exact, np.broadcast_to(limits[name], exact.shape))
+            return Finding("GRADIENT", f"{GRADIENT_OF}{name} is not finite", GRADIENT_OF + name, index, g[index], exact[index], 0.0, np.inf, wild)
+        f = gates.bounded(f"{GRADIENT_OF}{name}", g, exact, np.broadcast_to(limits[name], exact.shape))
         if f is not None:
             findings.append(Finding("GRADIENT", f.message, f.output, f.index, f.got, f.expected, f.bound, f.ratio, f.bad))
     return max(findings, key=lambda f: f.ratio, default=None)
 
 
-def _cotangents(trial: Trial, drawn: Drawn, rng, kind: str) -> tuple[Any, Any]:
+def _cotangents(trial: Trial, drawn: Drawn, number: int, kind: str) -> tuple[Any, Any]:
     """Random cotangents of the results, and of the final state where it is returned."""
+    rng = np.random.default_rng([trial.seed, number, 18])
     compute, out = trial.op.contract.precision(**drawn.call)
 
     def draw(name: str, like: np.ndarray) -> np.ndarray:
