@@ -122,6 +122,13 @@ template <class X> X __shfl_sync(unsigned, X x, int lane) {
     host::pause();
     return x;
 }
+template <class X> X __shfl_up_sync(unsigned, X x, int away) {
+    std::memcpy(&exchanged[threadIdx.x], &x, sizeof x);
+    host::pause();
+    if (int(threadIdx.x % 32) >= away) std::memcpy(&x, &exchanged[threadIdx.x - away], sizeof x);
+    host::pause();
+    return x;
+}
 inline unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
 inline float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 inline float __int_as_float(int bits) { float x; std::memcpy(&x, &bits, 4); return x; }
