@@ -205,13 +205,19 @@ class Steps(chunk_steps.Steps):
                 _address(out), _CUDA_TYPES[out.dtype.name], columns, size, count, compute, -1,
             )  # fmt: skip
         else:
-            pointers = [_pointers(b, first, batch), _pointers(a, second, batch), _address(out) + cp.arange(count, dtype=np.uint64) * (size * out.itemsize)]
+            pointers = [
+                _pointers(b, first, batch),
+                _pointers(a, second, batch),
+                _address(out) + cp.arange(count, dtype=np.uint64) * (size * out.itemsize),
+            ]
             status = cublas_function("cublasGemmBatchedEx")(
                 *common, _address(pointers[0]), kind, first.ld, _address(pointers[1]), kind, second.ld, ctypes.byref(zero),
                 _address(pointers[2]), _CUDA_TYPES[out.dtype.name], columns, count, compute, -1,
             )  # fmt: skip
         if status:
-            raise RuntimeError(f"cuBLAS: status {status} for {count} products of {rows} x {inner} and {inner} x {columns} {self.operand.name}")
+            raise RuntimeError(
+                f"cuBLAS: status {status} for {count} products of {rows} x {inner} and {inner} x {columns} {self.operand.name}"
+            )
         return out
 
     # -- decays --------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ fused recurrence, and 5 to 7 times in the gradient; with decays of each channel 
 delta rule nothing is. A call in chunks is 20 launches, its gradient 40: where the recurrence takes no longer than those, it stays.
 """
 
+import math
 from typing import NamedTuple
 
 from refimpl.core.options import one_of, positive_int
@@ -17,26 +18,42 @@ class Choice(NamedTuple):
     chunk: int | None = None
 
 
-METHODS = ("fused", "chunkwise")
+METHODS = ("fused", "chunkwise", "tensor")
 CHUNKED = {  # by what decays, and whether it is the gradient: what is faster than the fused recurrence at all
     ("head", False): Choice("chunkwise", 128),
     ("head", True): Choice("chunkwise", 128),
     ("channel", True): Choice("chunkwise", 64),
 }
 LEAST = {False: 250_000_000, True: 100_000_000}  # numbers of all states, times steps, from which launches no longer dominate
-LONGEST = 128
+LEAST_TENSOR = 20_000_000
+LONGEST = 128  # steps of a chunk
+WIDEST = 128  # features of a key that the kernel on tensor cores holds
 NEVER = ("float64",)  # not timed in chunks
 
 
-def chosen(operator: str, method: str | None, chunk: int | None, *, kind: str, gradient: bool, work: int, dtype) -> Choice:
+def chosen(
+    operator: str,
+    method: str | None,
+    chunk: int | None,
+    *,
+    kind: str,
+    gradient: bool,
+    heads: tuple[int, ...],
+    T: int,
+    d: int,
+    e: int,
+    dtype,
+) -> Choice:
     """The method of a call: what is asked for, or with None what the table says.
 
     Parameters
     ----------
     kind : {"head", "channel", "delta"}
         Decays of each head, of each channel, or the delta rule.
-    work : int
-        Memories that are computed, times steps, times d, times e.
+    heads : tuple of int
+        Batch axes and heads: how many memories are computed.
+    T, d, e : int
+        Steps, features of a key, of a value.
 
     Raises
     ------
@@ -51,8 +68,14 @@ def chosen(operator: str, method: str | None, chunk: int | None, *, kind: str, g
         positive_int(operator, "chunk_length", chunk)
         if chunk > LONGEST:
             raise ValueError(f"{operator}: chunk_length must be at most {LONGEST}, got {chunk}")
+    tensor = kind == "head" and not gradient and dtype.name == "bfloat16" and 0 < d <= WIDEST and e > 0
+    if method == "tensor" and not tensor:
+        return Choice("chunkwise")
     if method is not None:
         return Choice(method, chunk)
+    work = math.prod(heads) * T * d * e
+    if tensor and work >= LEAST_TENSOR:
+        return Choice("tensor")
     if work < LEAST[gradient] or dtype.name in NEVER:
         return Choice("fused")
     return CHUNKED.get((kind, gradient), Choice("fused"))

@@ -139,7 +139,9 @@ class Memory:
         """o (G, H, T, e) in the precision of sums; `after`, arrays of the shape of o among it, is what `Steps.finish` does with it."""
         within = self.steps.product(self.reader.weights, self.u)
         before, factor = self._read_state(self.q, self.S)
-        after = {name: x if name in ("D", "scale", "dtype") or x is None else self.steps.cut(x, self.q.shape[3]) for name, x in after.items()}
+        after = {
+            name: x if name in ("D", "scale", "dtype") or x is None else self.steps.cut(x, self.q.shape[3]) for name, x in after.items()
+        }
         return self._joined(self.steps.finish(within, before, factor, **after), self.e)
 
     # -- backward ------------------------------------------------------------------------------------------------------

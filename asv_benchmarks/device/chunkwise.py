@@ -1,12 +1,14 @@
 """A matrix memory in chunks against the fused recurrence, on a device: python chunkwise.py FOLDER [PART ...]
 
-In one run, in this order, each part by itself so that one that fails costs no other: `compile` (kernels, all cores at once), `agree`
+In one run, in this order, each part by itself so that one that fails costs no other: `compile` (kernels, all cores at once), `tensor`
+(the kernel on tensor cores by itself), `agree`
 (both methods at sizes of the kit's and at large ones, against the definition in float64 and each other, and the stream test),
 `time` (both methods, forward and gradient, chunks of 64 and 128), `kit` (level quick under the kit, each operator and precision).
 `FOLDER/chunkwise.json` has the rows, `FOLDER/kit-*.txt` the reports.
 """
 
 import functools
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -23,7 +25,12 @@ from mirrored import normal, uniform
 import refimpl
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-METHODS = {"fused": {"method": "fused"}, "chunks of 64": {"method": "chunkwise", "chunk_length": 64}, "chunks of 128": {"method": "chunkwise", "chunk_length": 128}}
+METHODS = {
+    "fused": {"method": "fused"},
+    "chunks of 64": {"method": "chunkwise", "chunk_length": 64},
+    "chunks of 128": {"method": "chunkwise", "chunk_length": 128},
+    "tensor": {"method": "tensor"},
+}
 
 
 def ssd(dtype, B=8, H=32, T=8192, p=64, n=128):
@@ -138,6 +145,58 @@ def timed(results: Results) -> None:
                 results.add(op, f"{work}, {dtype.name}, gradient", shape, 2.2 * floor, gradients, **more)
 
 
+def conforms(op: str, folder: str) -> None:
+    """The kernel on tensor cores under the kit, level standard."""
+    f, start = functools.partial(getattr(refimpl.gpu, op), method="tensor"), time.time()
+    try:
+        report = refimpl.check(op, f, framework="cupy", dtypes=["bfloat16"], level="standard")
+        text, verdict = str(report), report.verdict
+    except Exception as error:
+        text, verdict = traceback.format_exc(), type(error).__name__
+    Path(folder, f"kit-{op}-tensor.txt").write_text(text, encoding="utf-8")
+    print(f"kit {op} tensor: {verdict} ({time.time() - start:.0f} s)\n{text if verdict != 'conforms' else ''}"[:3000], flush=True)
+
+
+def tensor(results: Results, folder: Path) -> None:
+    """The kernel on tensor cores: against the definition in float64 at many lengths, under the kit, and timed, whole and by itself."""
+    from refimpl.gpu import chunk_tensor
+
+    small = {"ssd": {"B": 2, "H": 4}, "mlstm": {"B": 2, "H": 2}, "linear_attention": {"B": 2, "H": 2}}
+    for op, _, make, *_ in ROWS[:3]:
+        for T in (1, 63, 64, 65, 777):
+            call, f = make(BF16, **small[op], T=T), getattr(refimpl.gpu, op)
+            want = f(**{name: wide(x).astype(cp.float64) for name, x in call.items()}, method="fused")
+            errors = [difference(f(**call, method=method), want) for method in ("tensor", "chunkwise", "fused")]
+            print(f"agree {op} T={T}: tensor, chunkwise, fused {errors}", flush=True)
+    started = [multiprocessing.get_context("spawn").Process(target=conforms, args=(op, str(folder))) for op in small]
+    read, seen = chunk_tensor.read, []
+    for op, work, make, floor, target, peer in ROWS[:3]:
+        call, f = make(BF16), getattr(refimpl.gpu, op)
+        chunk_tensor.read = lambda *arguments, **more: seen.append((arguments, more)) or read(*arguments, **more)
+        one = f(**call, method="tensor")
+        chunk_tensor.read = read
+        again, (arguments, more) = f(**call, method="tensor"), seen.pop()
+        times = {
+            name: median_ms(lambda f=f, call=call, how=how: f(**call, **how), [()], 9, 3)
+            for name, how in METHODS.items()
+            if name != "fused"
+        }
+        times["the kernel of it"] = median_ms(lambda arguments=arguments, more=more: read(*arguments, **more), [()], 9, 3)
+        off = difference(one, f(**call, method="chunkwise"))
+        results.add(
+            op, f"{work}, bfloat16", "", floor, times, target_ms=target, peer=peer, off_chunkwise=off, same_again=bool((one == again).all())
+        )
+        del arguments, more, one, again
+        cp.get_default_memory_pool().free_all_blocks()
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(100)
+        if process.is_alive():
+            process.kill()
+            print("kit: not done in time", flush=True)
+
+
 def kit(folder: Path) -> None:
     for op in ("ssd", "mlstm", "linear_attention"):
         f, vjp = (functools.partial(getattr(refimpl.gpu, name), method="chunkwise", chunk_length=8) for name in (op, f"{op}_vjp"))
@@ -155,7 +214,10 @@ def kit(folder: Path) -> None:
 def main(folder: str, parts: list[str]) -> None:
     results = Results()
     jobs = {
-        "compile": lambda: subprocess.run([sys.executable, str(Path(__file__).with_name("precompile.py")), "chunk_", "matrix_memory<", "mlstm_gates"]),
+        "compile": lambda: subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("precompile.py")), "chunk_", "memory_tensor", "matrix_memory<", "mlstm_gates"]
+        ),
+        "tensor": lambda: tensor(results, Path(folder)),
         "agree": lambda: agree(results),
         "time": lambda: timed(results),
         "kit": lambda: kit(Path(folder)),

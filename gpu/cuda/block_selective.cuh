@@ -21,25 +21,22 @@ __device__ __forceinline__ float reciprocal(float x) {
 __device__ __forceinline__ float quotient(float x, float y) { return x * reciprocal(y); }
 __device__ __forceinline__ double quotient(double x, double y) { return x / y; }
 
-// log(1 + e^x) = max(x, 0) + 2 artanh(e / (2 + e)), e = e^-|x| <= 1: relatively exact however small it is, and of the
-// special functions it takes two. (x² <= 1/9 in the series of artanh.)
-__device__ __forceinline__ float softplus(float x) {
-    const float e = exponential(-fabsf(x)), s = quotient(e, 2 + e), q = s * s;
-    float p = 1.f / 13;
-    p = fmaf(p, q, 1.f / 11);
-    p = fmaf(p, q, 1.f / 9);
-    p = fmaf(p, q, 1.f / 7);
-    p = fmaf(p, q, 1.f / 5);
-    p = fmaf(p, q, 1.f / 3);
-    return fmaxf(x, 0.f) + fmaf(2 * s * q, p, 2 * s);
+// log(1 + e^x) = max(x, 0) + log(1 + e), e = e^-|x| <= 1, and log(1 + e) = e p(e), p a polynomial: relatively exact however
+// small it is, and one special function. Of degree 8 it errs by 3e-8, of degree 5, for halves, by 8e-6.
+template <int DEGREE> __device__ __forceinline__ float softplus_by(const float (&p)[DEGREE + 1], float x) {
+    const float e = exponential(-fabsf(x));
+    float sum = p[DEGREE];
+#pragma unroll
+    for (int i = DEGREE - 1; i >= 0; --i) sum = fmaf(sum, e, p[i]);
+    return fmaf(sum, e, fmaxf(x, 0.f));
 }
-// For halves, by log2(1 + e^x): absolutely, not relatively exact, and so by its series where it is small.
+__device__ __forceinline__ float softplus(float x) {
+    const float p[] = {0.99999997f, -0.499994931f, 0.333190967f, -0.248429817f, 0.19106005f, -0.136632425f, 0.0782259175f, -0.0295052199f, 0.00523269003f};
+    return softplus_by<8>(p, x);
+}
 __device__ __forceinline__ float short_softplus(float x) {
-    const float e = exponential(fminf(x, 80.f));
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1 + e));
-    y = e < 0.015625f ? e * fmaf(e, fmaf(e, 1.f / 3, -0.5f), 1.f) : LN_2 * y;
-    return x > 20.f ? x : y;
+    const float p[] = {0.999991598f, -0.499361365f, 0.32520668f, -0.210048693f, 0.101222292f, -0.0238691554f};
+    return softplus_by<5>(p, x);
 }
 __device__ __forceinline__ double softplus(double x) { return fmax(x, 0.) + log1p(exp(-fabs(x))); }
 template <class S> __device__ __forceinline__ Arithmetic<S> step_size(Arithmetic<S> x) {
@@ -51,6 +48,15 @@ template <class R> __device__ __forceinline__ R silu(R x) { return quotient(x, 1
 template <class R> __device__ __forceinline__ R silu_slope(R x) {
     const R s = sigmoid(x);
     return s == 0 ? R(0) : s * (1 + x * (1 - s));
+}
+
+// yes ? x : y without a branch, which would cut a tile's instructions into pieces that cannot overlap: the compiler likes to
+// compute x only where it is wanted.
+template <class R> __device__ __forceinline__ R choose(bool yes, R x, R y) { return yes ? x : y; }
+__device__ __forceinline__ float choose(bool yes, float x, float y) {
+    float z;
+    asm("{.reg .pred p; setp.ne.s32 p, %3, 0; selp.f32 %0, %1, %2, p;}" : "=f"(z) : "f"(x), "f"(y), "r"(int(yes)));
+    return z;
 }
 
 // Rates are kept in the units that make e^(dt A) cheapest: base 2 for float, as they are otherwise.
@@ -67,6 +73,26 @@ template <class R> __device__ __forceinline__ Complex<R> decay(R dt, Complex<R> 
     sincos(dt * rate.im, &sine, &cosine);
     return {size * cosine, size * sine};
 }
+// The same without the special-function unit, which is the narrowest: 2^x = 2^i p(x - i), with i the integer next to x, added
+// to the exponent. p errs by 9e-8 and is exact where nothing decays.
+__device__ __forceinline__ float decay_by_polynomial(float dt, float rate) {
+    const float x = fminf(fmaxf(dt * rate, -127.f), 128.f), to_integer = 12582912.f;  // 1.5 2^23: what is added to it loses its fraction
+    const float shifted = x + to_integer, f = x - (shifted - to_integer);
+    float p = 0.001326472749f;
+    p = fmaf(p, f, 0.009671512642f);
+    p = fmaf(p, f, 0.05550733742f);
+    p = fmaf(p, f, 0.2402224209f);
+    p = fmaf(p, f, 0.6931469776f);
+    p = fmaf(p, f, 1.f);
+    return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
+}
+template <class R, class X> __device__ __forceinline__ X decay_by(bool, R dt, X rate) { return decay(dt, rate); }
+__device__ __forceinline__ float decay_by(bool polynomial, float dt, float rate) {
+    return polynomial ? decay_by_polynomial(dt, rate) : decay(dt, rate);
+}
+// Minimum and maximum lose a NaN; so that it is not lost, a state with such a rate begins with it.
+template <class X> __device__ __forceinline__ X tainted(X h, X) { return h; }
+__device__ __forceinline__ float tainted(float h, float rate) { return rate == rate ? h : rate; }
 // Σ conj(A) r was summed with rates in place of A.
 __device__ __forceinline__ float from_rate(float sum, float) { return of_rate(sum); }
 template <class R, class X> __device__ __forceinline__ R from_rate(R sum, X) { return sum; }
@@ -134,6 +160,37 @@ struct RawHalf {  // one half, in a register of its own
 template <> struct Raw<Pack<__half, 1>> : RawHalf<__half> {};
 template <> struct Raw<Pack<__nv_bfloat16, 1>> : RawHalf<__nv_bfloat16> {};
 
+template <class X, class Y> struct SameType { enum { value = false }; };
+template <class X> struct SameType<X, X> { enum { value = true }; };
+// A pack in the precision of the arithmetic, and back. Two bfloat16 in a word are the upper halves of two floats.
+template <class S, int V> __device__ __forceinline__ Pack<Arithmetic<S>, V> widened(const Raw<Pack<S, V>>& raw) {
+    Pack<Arithmetic<S>, V> wide;
+    if constexpr (SameType<S, __nv_bfloat16>::value && V % 2 == 0) {
+        const unsigned* bits = reinterpret_cast<const unsigned*>(raw.word);
+#pragma unroll
+        for (int i = 0; i < V; i += 2) {
+            wide.of[i] = __uint_as_float(bits[i / 2] << 16);
+            wide.of[i + 1] = __uint_as_float(bits[i / 2] & 0xffff0000u);
+        }
+    } else {
+        const auto narrow_ones = raw.get();
+#pragma unroll
+        for (int i = 0; i < V; ++i) wide.of[i] = widen<S>(narrow_ones.of[i]);
+    }
+    return wide;
+}
+template <class S, int V> __device__ __forceinline__ Pack<S, V> narrowed(const Pack<Arithmetic<S>, V>& wide) {
+    Pack<S, V> pack;
+    if constexpr (SameType<S, __nv_bfloat16>::value && V % 2 == 0) {
+#pragma unroll
+        for (int i = 0; i < V; i += 2) reinterpret_cast<__nv_bfloat162*>(pack.of)[i / 2] = __floats2bfloat162_rn(wide.of[i], wide.of[i + 1]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < V; ++i) pack.of[i] = narrow<S>(wide.of[i]);
+    }
+    return pack;
+}
+
 template <class S, int THREADS, int CH, int TT>
 struct Spread {
     // Packs of four: neighbouring lanes then write neighbouring 32 bytes of shared memory, nearly without bank conflicts.
@@ -144,20 +201,22 @@ struct Spread {
     static __device__ __forceinline__ int column() { return threadIdx.x * WIDE % CH; }  // the same in every pass
     static __device__ __forceinline__ i64 place(i64 stride) { return row(0) * stride + column(); }
 
-    // Rows of an array with contiguous channels, from `at`: this thread's place in the first pass. Of `rows` rows and
-    // `channels` channels, that is; zeros beyond. `whole`: none is beyond, and packs are aligned.
-    static __device__ __forceinline__ void load(Raw<Packed> (&into)[PASSES], const S* at, i64 stride, int rows, int channels, bool whole) {
-        if (whole) {
+    struct Bits {
+        Raw<Packed> of[PASSES];
+    };
+    // Rows of an array with contiguous channels, from `at`: this thread's place in the first pass. All that are there, of
+    // `rows` rows and `channels` channels, and zeros beyond; or, where none is beyond and packs are aligned, packs.
+    static __device__ __forceinline__ void load(Bits& into, const S* at, i64 stride) {
 #pragma unroll
-            for (int p = 0; p < PASSES; ++p, at += ROWS * stride) into[p].load(at);
-        } else {
+        for (int p = 0; p < PASSES; ++p, at += ROWS * stride) into.of[p].load(at);
+    }
+    static __device__ __forceinline__ void load(Bits& into, const S* at, i64 stride, int rows, int channels) {
 #pragma unroll
-            for (int p = 0; p < PASSES; ++p, at += ROWS * stride) {
-                Packed found;
+        for (int p = 0; p < PASSES; ++p, at += ROWS * stride) {
+            Packed found;
 #pragma unroll
-                for (int i = 0; i < WIDE; ++i) found.of[i] = row(p) < rows && column() + i < channels ? at[i] : narrow<S>(0);
-                into[p].load(&found);
-            }
+            for (int i = 0; i < WIDE; ++i) found.of[i] = row(p) < rows && column() + i < channels ? at[i] : narrow<S>(0);
+            into.of[p].load(&found);
         }
     }
     // The same into shared memory, each thread for itself; done when wait_for_copies says so.
@@ -194,18 +253,36 @@ struct Maps {
     static __device__ __forceinline__ int row(int i) { return (i * THREADS + threadIdx.x) / NS; }
     static __device__ __forceinline__ int state() { return threadIdx.x % NS; }
     static_assert(THREADS % NS == 0 || !AHEAD, "a thread keeps its state");
-    static __device__ __forceinline__ void load(Raw<Pack<SX, 1>> (&into)[EACH], const SX* from, i64 stride, int rows, int n) {
+    struct Bits {
+        Raw<Pack<SX, 1>> of[EACH];
+    };
+    static __device__ __forceinline__ void load(Bits& into, const SX* from, i64 stride, int rows, int n) {
         from += row(0) * stride + state();
 #pragma unroll
         for (int i = 0; i < EACH; ++i, from += THREADS / NS * stride) {
-            into[i] = {};
-            if (row(i) < rows && state() < n) into[i].load(from);
+            into.of[i] = {};
+            if (row(i) < rows && state() < n) into.of[i].load(from);
         }
     }
-    static __device__ __forceinline__ void put(const Raw<Pack<SX, 1>> (&values)[EACH], X (*shared)[NS]) {
+    static __device__ __forceinline__ void put(const Bits& values, X (*shared)[NS]) {
 #pragma unroll
         for (int i = 0; i < EACH; ++i)
-            if (row(i) < TT) shared[row(i)][state()] = widen<SX>(values[i].get().of[0]);
+            if (row(i) < TT) shared[row(i)][state()] = widen<SX>(values.of[i].get().of[0]);
+    }
+    // By state, with time fastest: a thread then reads four steps of a state at once. The padding spreads states over banks.
+    template <int ROW>
+    static __device__ __forceinline__ void put_across(const Bits& values, X (*shared)[ROW]) {
+#pragma unroll
+        for (int i = 0; i < EACH; ++i)
+            if (TT * NS % THREADS == 0 || row(i) < TT) shared[state()][row(i)] = widen<SX>(values.of[i].get().of[0]);
+    }
+    template <int ROW>
+    static __device__ __forceinline__ void copy_across(const SX* from, i64 stride, int rows, int n, X (*shared)[ROW]) {
+#pragma unroll 4
+        for (int at = threadIdx.x; at < TT * NS; at += THREADS) {
+            const int t = at / NS, state = at % NS;
+            shared[state][t] = t < rows && state < n ? widen<SX>(from[t * stride + state]) : X(0);
+        }
     }
     static __device__ __forceinline__ void copy(const SX* from, i64 stride, int rows, int n, X (*shared)[NS]) {
 #pragma unroll 4

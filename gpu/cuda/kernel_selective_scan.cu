@@ -1,38 +1,55 @@
 // Selective scan, forward: h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, y_t = (C_t·h_t + D u_t) silu(z_t).
 //
-// Idea. A block takes CH channels through time, LANES lanes to a channel, each with K of its states in registers: enough
-// warps that one computes exponentials while another waits. The tile of the next TT steps is on its way in registers
-// while this one is worked on. Step sizes are made once per (time, channel), all threads taking part, and reach the lanes
-// through shared memory, as B and C do; so the inner loop of a state is two products, an exponential and two fused
-// multiply-adds. Sums C·h over lanes are formed for several steps at once (sums_over_lanes).
+// Idea. A block takes CH channels through time, LANES lanes to a channel, each lane with K states of EACH channels in
+// registers. Time goes in tiles of TT steps, and a thread's instructions for one tile are of three kinds that do not depend
+// on each other, so that units with long queues are always fed, by one warp a scheduler even:
 //
-// Long sequences of few channels: `segments` of time at once. A first run (STATES) finds the state that each segment would
-// end with from zero, and its elapsed time; `carry_states` connects them; a second run has results. No array of T·n numbers.
+//     enter   step sizes of the next tile, once per (time, channel); they reach the lanes through shared memory, as B and C do
+//     main    the recurrence of this tile: of a state and step two products, an exponential, two fused multiply-adds
+//     leave   skip and gate of the last tile, whose sums C·h every lane left in shared memory for its own states
 //
-// Limit: the special-function unit, n + 4 exponentials and reciprocals per (time, channel) at 16 a clock.
+// What the tile after the next needs is on its way from memory meanwhile. One barrier a tile; all of shared memory is double.
+//
+// Few channels: more lanes to each, then `segments` of time at once. A first run (STATES) finds the state that each segment
+// would end with from zero, and its elapsed time; `carry_states` connects them; a second run has results. No array of T·n
+// numbers.
+//
+// Limit: the special-function unit, n + 3 exponentials and reciprocals per (time, channel) at 16 a clock; POLYNOMIALS of a
+// lane's K·EACH exponentials are polynomials, on the units that have time left.
 #include "block_selective.cuh"
 
 enum { RESULTS = 0, STATES = 1, CHECKPOINTS = 2 };
 
+// What a block keeps of a tile in shared memory.
+template <class R, class X, int CH, int NS, int PARTS, int TT, bool WITH_RESULTS>
+struct ScanTile {
+    alignas(16) Pack<R, 2> steps[TT][CH];                              // dt, dt u
+    alignas(16) X into[NS][TT + 4], out[WITH_RESULTS ? NS : 1][TT + 4];     // B, C; rows of states in different banks
+    alignas(16) R read_out[WITH_RESULTS ? TT : 1][PARTS][CH + 32 / PARTS];  // C·h of a lane's states; the same
+};
+
 // S, SX: storage of u, delta, z, y and of B, C. X: arithmetic of A and the states, real or complex; R that of the rest.
 // CHECKPOINTS: no results, but the state before every tile, for the gradient to start from.
-template <int MODE, class S, class SX, class X, int LANES, int K, int EACH, int THREADS, int TT, int BLOCKS>
+template <int MODE, class S, class SX, class X, int LANES, int K, int EACH, int THREADS, int TT, int BLOCKS, int POLYNOMIALS>
 __global__ void __launch_bounds__(THREADS, BLOCKS) selective_scan(
     const S* u, i64 u_batch, i64 u_time, const S* delta, i64 delta_batch, i64 delta_time, const S* z, i64 z_batch, i64 z_time, const SX* B,
-    i64 B_batch, i64 B_time, i64 B_group, const SX* C, i64 C_batch, i64 C_time, i64 C_group, const SX* A, const S* D, const S* bias, const X* state, X* last, S* y, Arithmetic<S>* elapsed, i64 T, int c, int n, int G, i64 segments, i64 length,
-    int softplused, int packed) {
+    i64 B_batch, i64 B_time, i64 B_group, const SX* C, i64 C_batch, i64 C_time, i64 C_group, const SX* A, const S* D, const S* bias,
+    const X* state, X* last, S* y, Arithmetic<S>* elapsed, i64 T, int c, int n, int G, i64 segments, i64 length, int softplused, int packed) {
     using R = Arithmetic<S>;
-    enum { CH = THREADS / LANES * EACH, NS = LANES * K, AT_ONCE = 4 };
+    enum { CH = THREADS / LANES * EACH, NS = LANES * K, AT_ONCE = 4, PARTS = LANES < 8 ? LANES : 8 };
+    enum { KEPT = AT_ONCE * PARTS / LANES };  // of AT_ONCE sums over lanes, those that a lane keeps
     using Steps = Spread<S, THREADS, CH, TT>;
     using Map = Maps<SX, X, THREADS, NS, TT>;
-    static_assert(TT % AT_ONCE == 0, "whole groups of steps");
-    __shared__ alignas(16) Pack<R, 2> steps[TT][CH];  // dt, dt u
-    __shared__ alignas(16) X into[TT][NS], out[MODE == RESULTS ? TT : 1][NS];
-    __shared__ alignas(16) R read_out[MODE == RESULTS ? TT : 1][CH + 8];  // C·h; rows 8 apart in banks
+    static_assert(TT % AT_ONCE == 0 && KEPT >= 1, "whole groups of steps");
+    using Tile = ScanTile<R, X, CH, NS, PARTS, TT, MODE == RESULTS>;
+    extern __shared__ __align__(16) unsigned char memory[];
+    Tile* const tiles = reinterpret_cast<Tile*>(memory);  // two
 
     const Place at(blockIdx.x, c, G, segments, CH);
     const int mine = threadIdx.x / LANES * EACH, part = threadIdx.x % LANES, lane = threadIdx.x % 32;
-    const i64 start = at.segment * length, end = start + length < T ? start + length : T;
+    const i64 start = at.segment * length, steps = start + length < T ? length : T - start;
+    const int count = int((steps + TT - 1) / TT), tail = int(steps - i64(count - 1) * TT);
+    const auto rows_of = [&](int tile) { return tile < count - 1 ? int(TT) : tile < count ? tail : 0; };
     // Where this thread's next numbers are; they move a tile at a time.
     const S* u_from = u + at.sequence * u_batch + start * u_time + at.channel + Steps::place(u_time);
     const S* delta_from = delta + at.sequence * delta_batch + start * delta_time + at.channel + Steps::place(delta_time);
@@ -43,15 +60,15 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) selective_scan(
     const bool full = packed && at.channels == CH;
 
     X rate[EACH][K], h[EACH][K];
-    const auto exists = [&](int e, int k) { return mine + e < at.channels && part * K + k < n; };
-    const auto state_of = [&](i64 sequence, int e, int k) { return (sequence * c + at.channel + mine + e) * n + part * K + k; };
+    const auto exists = [&](int e, int k) { return mine + e < at.channels && k * LANES + part < n; };
+    const auto state_of = [&](i64 sequence, int e, int k) { return (sequence * c + at.channel + mine + e) * n + k * LANES + part; };
     const i64 own = at.sequence * segments + at.segment;  // this segment, among all
 #pragma unroll
     for (int e = 0; e < EACH; ++e)
 #pragma unroll
         for (int k = 0; k < K; ++k) {
             rate[e][k] = exists(e, k) ? rate_of(X(widen<SX>(A[state_of(0, e, k)]))) : X(0);
-            h[e][k] = MODE != STATES && state && exists(e, k) ? state[state_of(own, e, k)] : X(0);
+            h[e][k] = tainted(MODE != STATES && state && exists(e, k) ? state[state_of(own, e, k)] : X(0), rate[e][k]);
         }
     R bias_of[Steps::WIDE], D_of[Steps::WIDE], time_of[Steps::WIDE];
 #pragma unroll
@@ -62,123 +79,152 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) selective_scan(
         time_of[i] = 0;
     }
 
-    Raw<typename Steps::Packed> u_now[Steps::PASSES], u_next[Steps::PASSES], delta_next[Steps::PASSES], z_now[Steps::PASSES], z_next[Steps::PASSES];
-    Raw<Pack<SX, 1>> B_next[Map::EACH], C_next[Map::EACH];  // unused if there are too many of them
-    const auto rows_from = [&](i64 first) { return end - first < TT ? int(end - first) : int(TT); };
-    const auto fetch = [&](i64 first) {
-        const int rows = rows_from(first);
-        const bool whole = full && rows == TT;
-        Steps::load(u_next, u_from, u_time, rows, at.channels, whole);
-        Steps::load(delta_next, delta_from, delta_time, rows, at.channels, whole);
-        u_from += TT * u_time;
-        delta_from += TT * delta_time;
-        if constexpr (Map::AHEAD) {
-            Map::load(B_next, B_from, B_time, rows, n);
-            B_from += TT * B_time;
+    // What is under way for the tile after the next, what has come for the next, and u and z of those that wait for results.
+    typename Steps::Bits u_ahead, delta_ahead, z_ahead, u_next, delta_next, z_next, u_now, z_now, u_last, z_last;
+    typename Map::Bits B_ahead, C_ahead, B_next, C_next;  // unused if there are too many
+    const auto fetch = [&](int tile) {
+        const int rows = rows_of(tile);
+        if (full && rows == TT) {
+            Steps::load(u_ahead, u_from, u_time);
+            Steps::load(delta_ahead, delta_from, delta_time);
+            if (MODE == RESULTS && z) Steps::load(z_ahead, z_from, z_time);
+        } else {
+            Steps::load(u_ahead, u_from, u_time, rows, at.channels);
+            Steps::load(delta_ahead, delta_from, delta_time, rows, at.channels);
+            if (MODE == RESULTS && z) Steps::load(z_ahead, z_from, z_time, rows, at.channels);
         }
-        if (MODE == RESULTS) {
-            if constexpr (Map::AHEAD) {
-                Map::load(C_next, C_from, C_time, rows, n);
-                C_from += TT * C_time;
-            }
-            if (z) Steps::load(z_next, z_from, z_time, rows, at.channels, whole);
-            z_from += TT * z_time;
+        u_from += TT * u_time, delta_from += TT * delta_time, z_from += TT * z_time;
+        if constexpr (Map::AHEAD) {
+            Map::load(B_ahead, B_from, B_time, rows, n);
+            if (MODE == RESULTS) Map::load(C_ahead, C_from, C_time, rows, n);
+            B_from += TT * B_time, C_from += TT * C_time;
         }
     };
-    fetch(start);
-    for (i64 first = start; first < end; first += TT) {
-        const int rows = rows_from(first);
+    const auto advance = [&] {
+        u_last = u_now, z_last = z_now, u_now = u_next, z_now = z_next;
+        u_next = u_ahead, delta_next = delta_ahead, z_next = z_ahead;
+        B_next = B_ahead, C_next = C_ahead;
+    };
+    const auto enter = [&](Tile& tile, int number) {
+        const int rows = rows_of(number);
 #pragma unroll
         for (int p = 0; p < Steps::PASSES; ++p) {
             Pack<R, 2 * Steps::WIDE> pair;
-            const auto u_of = u_next[p].get(), delta_of = delta_next[p].get();
+            const auto u_of = widened(u_next.of[p]), delta_of = widened(delta_next.of[p]);
 #pragma unroll
             for (int i = 0; i < Steps::WIDE; ++i) {
-                R dt = widen<S>(delta_of.of[i]) + bias_of[i];
-                if (softplused) dt = step_size<S>(dt);
-                if (Steps::row(p) >= rows) dt = 0;  // no step: decay 1, nothing enters
+                const R raw = delta_of.of[i] + bias_of[i], chosen = choose(softplused, step_size<S>(raw), raw);
+                const R dt = Steps::row(p) < rows ? chosen : R(0);  // no step: decay 1, nothing enters
                 pair.of[2 * i] = dt;
-                pair.of[2 * i + 1] = dt * widen<S>(u_of.of[i]);
+                pair.of[2 * i + 1] = dt * u_of.of[i];
                 if (MODE == STATES) time_of[i] += dt;
             }
-            store_pack(&steps[Steps::row(p)][Steps::column()], pair);
+            store_pack(&tile.steps[Steps::row(p)][Steps::column()], pair);
         }
-        if constexpr (Map::AHEAD) Map::put(B_next, into);
-        else Map::copy(B_from + (first - start) * B_time, B_time, rows, n, into);
-        if (MODE == RESULTS) {
-            if constexpr (Map::AHEAD) Map::put(C_next, out);
-            else Map::copy(C_from + (first - start) * C_time, C_time, rows, n, out);
+        if constexpr (Map::AHEAD) {
+            Map::put_across(B_next, tile.into);
+            if (MODE == RESULTS) Map::put_across(C_next, tile.out);
+        } else {
+            Map::copy_across(B_from + number * TT * B_time, B_time, rows, n, tile.into);
+            if (MODE == RESULTS) Map::copy_across(C_from + number * TT * C_time, C_time, rows, n, tile.out);
+        }
+    };
+    const auto advance_states = [&](Tile& tile, int t) {  // by AT_ONCE steps
+        Pack<X, AT_ONCE> B_now[K], C_now[K];
 #pragma unroll
-            for (int p = 0; p < Steps::PASSES; ++p) u_now[p] = u_next[p], z_now[p] = z_next[p];
+        for (int k = 0; k < K; ++k) {
+            B_now[k] = load_pack<Pack<X, AT_ONCE>>(&tile.into[k * LANES + part][t]);
+            if (MODE == RESULTS) C_now[k] = load_pack<Pack<X, AT_ONCE>>(&tile.out[k * LANES + part][t]);
         }
+        R sums[EACH][AT_ONCE];
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) {
+            const auto step = load_pack<Pack<R, 2 * EACH>>(&tile.steps[t + j][mine]);
+#pragma unroll
+            for (int e = 0; e < EACH; ++e) {
+                sums[e][j] = 0;
+#pragma unroll
+                for (int k = 0; k < K; ++k) {
+                    const X a = decay_by(e * K + k < POLYNOMIALS, step.of[2 * e], rate[e][k]);
+                    h[e][k] = multiply_add(a, h[e][k], step.of[2 * e + 1] * B_now[k].of[j]);
+                    if (MODE == RESULTS) sums[e][j] = real_product(C_now[k].of[j], h[e][k], sums[e][j]);
+                }
+            }
+        }
+        if (MODE == RESULTS) {
+            int which = 0;  // of these steps; sums over all but PARTS lanes, if there are more
+#pragma unroll
+            for (int e = 0; e < EACH; ++e) which = sums_over_lanes<LANES / PARTS, PARTS>(sums[e], lane);
+#pragma unroll
+            for (int j = 0; j < KEPT; ++j) {
+                Pack<R, EACH> now;
+#pragma unroll
+                for (int e = 0; e < EACH; ++e) now.of[e] = sums[e][j];
+                store_pack(&tile.read_out[t + which + j][part % PARTS][mine], now);
+            }
+        }
+    };
+    Pack<S, Steps::WIDE> result[Steps::PASSES];
+    const auto leave = [&](const Tile& tile) {
+#pragma unroll
+        for (int p = 0; p < Steps::PASSES; ++p) {
+            Pack<R, Steps::WIDE> sum = load_pack<Pack<R, Steps::WIDE>>(&tile.read_out[Steps::row(p)][0][Steps::column()]);
+#pragma unroll
+            for (int q = 1; q < PARTS; ++q) {
+                const auto more = load_pack<Pack<R, Steps::WIDE>>(&tile.read_out[Steps::row(p)][q][Steps::column()]);
+#pragma unroll
+                for (int i = 0; i < Steps::WIDE; ++i) sum.of[i] += more.of[i];
+            }
+            const auto u_of = widened(u_last.of[p]), z_of = widened(z_last.of[p]);
+#pragma unroll
+            for (int i = 0; i < Steps::WIDE; ++i)
+                sum.of[i] = fma(D_of[i], u_of.of[i], R(PairOf<X>::COUNT) * sum.of[i]) * choose(z != nullptr, silu(z_of.of[i]), R(1));
+            result[p] = narrowed<S>(sum);
+        }
+    };
+    const auto put = [&](int tile) {
+        const int rows = rows_of(tile);
+        Steps::store(result, y_to, c, rows, at.channels, full && rows == TT);
+        y_to += TT * i64(c);
+    };
+
+    fetch(0);
+    advance();
+    fetch(1);
+    enter(tiles[0], 0);
+    __syncthreads();
+#pragma unroll 1
+    for (int tile = 0; tile < count; ++tile) {
+        Tile &now = tiles[tile % 2], &other = tiles[(tile + 1) % 2];
         if (MODE == CHECKPOINTS)
 #pragma unroll
             for (int e = 0; e < EACH; ++e)
 #pragma unroll
                 for (int k = 0; k < K; ++k)
-                    if (exists(e, k)) last[state_of(at.sequence * ((T + TT - 1) / TT) + first / TT, e, k)] = h[e][k];
+                    if (exists(e, k)) last[state_of(at.sequence * count + tile, e, k)] = h[e][k];
+        advance();
+        fetch(tile + 2);
+        enter(other, tile + 1);
+        if (MODE == RESULTS) leave(other);
+#pragma unroll
+        for (int t = 0; t < TT; t += AT_ONCE) advance_states(now, t);
+        if (MODE == RESULTS && tile) put(tile - 1);
         __syncthreads();
-        if (first + TT < end) fetch(first + TT);
-#pragma unroll 1
-        for (int t = 0; t < TT; t += AT_ONCE) {
-            R sums[EACH][AT_ONCE];
-#pragma unroll
-            for (int j = 0; j < AT_ONCE; ++j) {
-                const auto step = load_pack<Pack<R, 2 * EACH>>(&steps[t + j][mine]);
-                const auto B_now = load_pack<Pack<X, K>>(&into[t + j][part * K]);
-                Pack<X, K> C_now;
-                if (MODE == RESULTS) C_now = load_pack<Pack<X, K>>(&out[t + j][part * K]);
-#pragma unroll
-                for (int e = 0; e < EACH; ++e) {
-                    sums[e][j] = 0;
-#pragma unroll
-                    for (int k = 0; k < K; ++k) {
-                        h[e][k] = multiply_add(decay(step.of[2 * e], rate[e][k]), h[e][k], step.of[2 * e + 1] * B_now.of[k]);
-                        if (MODE == RESULTS) sums[e][j] = real_product(C_now.of[k], h[e][k], sums[e][j]);
-                    }
-                }
-            }
-            if (MODE == RESULTS)
-#pragma unroll
-                for (int e = 0; e < EACH; ++e) {
-                    const int which = sums_over_lanes<LANES, 1>(sums[e], lane);
-                    if constexpr (LANES >= AT_ONCE) {
-                        if (part % (LANES / AT_ONCE) == 0) read_out[t + which][mine + e] = sums[e][0];
-                    } else {
-#pragma unroll
-                        for (int j = 0; j < AT_ONCE / LANES; ++j) read_out[t + which + j][mine + e] = sums[e][j];
-                    }
-                }
-        }
-        __syncthreads();
-        if (MODE == RESULTS) {
-            typename Steps::Packed result[Steps::PASSES];
-#pragma unroll
-            for (int p = 0; p < Steps::PASSES; ++p) {
-                const auto sums = load_pack<Pack<R, Steps::WIDE>>(&read_out[Steps::row(p)][Steps::column()]);
-                const auto u_of = u_now[p].get(), z_of = z_now[p].get();
-#pragma unroll
-                for (int i = 0; i < Steps::WIDE; ++i) {
-                    R value = R(PairOf<X>::COUNT) * sums.of[i];
-                    value = fma(D_of[i], widen<S>(u_of.of[i]), value);
-                    if (z) value *= silu(R(widen<S>(z_of.of[i])));
-                    result[p].of[i] = narrow<S>(value);
-                }
-            }
-            Steps::store(result, y_to, c, rows, at.channels, full && rows == TT);
-            y_to += TT * i64(c);
-        }
+    }
+    if (MODE == RESULTS) {
+        advance();
+        leave(tiles[(count - 1) % 2]);
+        put(count - 1);
     }
     if (MODE == STATES) {  // elapsed time: rows of a tile lie with different threads
-        __syncthreads();
-        R(*times)[CH] = reinterpret_cast<R(*)[CH]>(steps);
+        R(*times)[CH] = reinterpret_cast<R(*)[CH]>(tiles);
 #pragma unroll
         for (int i = 0; i < Steps::WIDE; ++i) times[threadIdx.x * Steps::WIDE / CH][Steps::column() + i] = time_of[i];
         __syncthreads();
         if (threadIdx.x < at.channels) {
             R sum = 0;
             for (int r = 0; r < Steps::ROWS; ++r) sum += times[r][threadIdx.x];
-            elapsed[(at.sequence * segments + at.segment) * c + at.channel + threadIdx.x] = sum;
+            elapsed[own * c + at.channel + threadIdx.x] = sum;
         }
     }
     if (MODE != CHECKPOINTS && last && (MODE == STATES || at.segment == segments - 1))

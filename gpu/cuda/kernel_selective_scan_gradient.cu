@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) selective_scan_gradient(
     for (int i = 0; i < Steps::WIDE; ++i) shared.totals[0][i][threadIdx.x] = shared.totals[1][i][threadIdx.x] = 0;
     const auto of_channel = [&](const S* values, int column) { return values && column < at.channels ? R(widen<S>(values[at.channel + column])) : R(0); };
 
-    Raw<Pack<SX, 1>> B_next[Map::EACH], C_next[Map::EACH];  // unused if there are too many of them
+    typename Map::Bits B_next, C_next;  // unused if there are too many of them
     X h_next[K];
     const auto fetch = [&](i64 tile) {
         const i64 first = tile * TT;

@@ -4,7 +4,7 @@ import math
 
 import cupy as cp
 import numpy as np
-from refimpl.gpu import chunk_kernels, chunk_policy, chunkwise, mirror
+from refimpl.gpu import chunk_kernels, chunk_policy, chunk_tensor, chunkwise, mirror
 from refimpl.gpu.arrays import cast
 from refimpl.gpu.launch import Kernel
 from refimpl.gpu.matrix_memory import WIDEST, flat, instances, read, read_vjp
@@ -15,7 +15,7 @@ from refimpl.ops.gated_rnn import mlstm as chapter
 
 _GATES = {x: Kernel("kernel_mlstm_gates.cu", f"mlstm_gates<{c}>") for x, c in (("float32", "float"), ("float64", "double"))}
 _GATES_VJP = {x: Kernel("kernel_mlstm_gates.cu", f"mlstm_gates_vjp<{c}>") for x, c in (("float32", "float"), ("float64", "double"))}
-KERNELS = (*instances(low_rank=False, before=False), *chunk_kernels.BY_HEAD, *_GATES.values(), *_GATES_VJP.values())
+KERNELS = (*instances(low_rank=False, before=False), *chunk_kernels.BY_HEAD, *chunk_tensor.KERNELS, *_GATES.values(), *_GATES_VJP.values())
 
 
 @mirror.form(chapter.CONTRACT)
@@ -24,9 +24,10 @@ def mlstm(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=
 
     Parameters
     ----------
-    method : {"fused", "chunkwise"}, optional
-        How it is computed. In chunks it is made of cuBLAS's products, which read halves. By default what is fastest, of what was
-        measured (`chunk_policy`).
+    method : {"fused", "chunkwise", "tensor"}, optional
+        How it is computed: step by step; in chunks, of cuBLAS's products, which read halves; or in chunks that never leave the chip,
+        for bfloat16, up to 128 features of a key (others go in chunks of cuBLAS's). By default what is fastest, of what
+        was measured (`chunk_policy`).
     chunk_length : int, optional
         Steps of a chunk.
 
@@ -38,6 +39,8 @@ def mlstm(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=
     how = _chosen(method, chunk_length, q, v, gradient=False)
     if how.method == "chunkwise":
         return Chunkwise(chunk_kernels.Steps, gates, gates_vjp, q, k, v, i, f, forget, eps, state, how.chunk).result(return_state)
+    if how.method == "tensor":
+        return _in_one_kernel(q, k, v, i, f, forget, eps, state, return_state)
     q, k, v, i, f = widened(q, k, v, i, f)
     if k.shape[-1] > WIDEST:
         return chapter.mlstm(q, k, v, i, f, forget=forget, eps=eps, state=state, return_state=return_state)
@@ -73,11 +76,49 @@ def mlstm_vjp(dy, q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, dstat
     dk = (g.k * call.i_prime[..., None]).reshape(*call.batch, *g.k.shape[1:]) / scale
     d_forget = dF * sigmoid(-pre_activation) if forget == "sigmoid" else dF
     dv = g.v.reshape(*call.batch, *g.v.shape[1:])[..., :-1]
-    return {"q": g.q.reshape(*call.batch, *g.q.shape[1:]), "k": dk, "v": dv, "i": di, "f": d_forget} | {"state": call.state(g.state, d_first)}
+    return {"q": g.q.reshape(*call.batch, *g.q.shape[1:]), "k": dk, "v": dv, "i": di, "f": d_forget} | {
+        "state": call.state(g.state, d_first)
+    }
 
 
 def _chosen(method, chunk, q, v, gradient: bool) -> chunk_policy.Choice:
-    return chunk_policy.chosen("mlstm", method, chunk, kind="head", gradient=gradient, work=q.size * v.shape[-1], dtype=q.dtype)
+    return chunk_policy.chosen(
+        "mlstm",
+        method,
+        chunk,
+        kind="head",
+        gradient=gradient,
+        heads=q.shape[:-2],
+        T=q.shape[-2],
+        d=q.shape[-1],
+        e=v.shape[-1],
+        dtype=q.dtype,
+    )
+
+
+def _in_one_kernel(q, k, v, i, f, forget, eps, state, return_state):
+    """log i'/√d is the gain of a key; the normaliser is the kernel's."""
+    wide = np.dtype(np.float32)
+    i, f = cast(i, wide), cast(f, wide)
+    F = log_sigmoid(f) if forget == "sigmoid" else f
+    batch = [x.shape[: x.ndim - own] for own, xs in ((2, (q, k, v)), (1, (i, F))) for x in xs]
+    batch = np.broadcast_shapes(*batch, *(() if state is None else (state[2].shape,)))
+
+    def each(x, own):
+        """Batch axes written out and made one, before that of one head."""
+        shape = x.shape[x.ndim - own :]
+        return cp.ascontiguousarray(cp.broadcast_to(x, (*batch, *shape))).reshape(math.prod(batch), *shape)
+
+    first = cp.full(batch, -np.inf, wide) if state is None else state[2]
+    F, i, first = (each(x, own) for x, own in ((F, 1), (i, 1), (first, 0)))
+    log_f, _, m = gates(F, i, first)
+    gain = i - np.where(m == -np.inf, np.zeros_like(m), m) - np.log(sqrt_of(k.shape[-1], i))
+    S, n = (None, None) if state is None else (each(state[0], 2)[:, None], each(state[1], 1)[:, None])
+    result = chunk_tensor.read(
+        *(each(x, 2)[:, None] for x in (q, k, v)), log_f[:, None], gain[:, None], S, n, normalised=True, lower=_lower_bound(m)[:, None], eps=eps
+    )  # fmt: skip
+    h, C, n = (x.reshape(*batch, *x.shape[2:]) for x in result)
+    return (h, chapter.State(C, n, (m[:, -1] if m.shape[1] else first).reshape(batch))) if return_state else h
 
 
 class _Call:

@@ -4,7 +4,7 @@ import math
 
 import cupy as cp
 import numpy as np
-from refimpl.gpu import chunk_kernels, chunk_policy, chunkwise, mirror
+from refimpl.gpu import chunk_kernels, chunk_policy, chunk_tensor, chunkwise, mirror
 from refimpl.gpu.arrays import cast
 from refimpl.gpu.matrix_memory import WIDEST, flat, instances, read, read_vjp
 from refimpl.gpu.precision import widened
@@ -16,7 +16,7 @@ from refimpl.ops.linear_attention.linear_attention_contract import CONTRACT, pre
 from refimpl.ops.linear_attention.linear_attention_gradient import linear_attention_vjp as step_by_step_vjp
 from refimpl.ops.linear_attention.state import State
 
-KERNELS = (*instances(low_rank=False, before=False), *instances(low_rank=True, before=False), *chunk_kernels.KERNELS)
+KERNELS = (*instances(low_rank=False, before=False), *instances(low_rank=True, before=False), *chunk_kernels.KERNELS, *chunk_tensor.KERNELS)
 
 
 @mirror.form(CONTRACT)
@@ -28,9 +28,10 @@ def linear_attention(
 
     Parameters
     ----------
-    method : {"fused", "chunkwise"}, optional
-        How it is computed. In chunks it is made of cuBLAS's products, which read halves (float32 with the delta rule). By default what is fastest, of what was
-        measured (`chunk_policy`).
+    method : {"fused", "chunkwise", "tensor"}, optional
+        How it is computed: step by step; in chunks, of cuBLAS's products, which read halves (float32 with the delta rule); or in chunks that never leave the chip,
+        for bfloat16, up to 128 features of a key and decays of a head (others go in chunks of cuBLAS's). By default what is fastest, of what
+        was measured (`chunk_policy`).
     chunk_length : int, optional
         Steps of a chunk.
 
@@ -42,6 +43,8 @@ def linear_attention(
     how = _chosen(method, chunk_length, q, v, decay, beta, feature_map, gradient=False)
     if how.method == "chunkwise":
         return Chunkwise(chunk_kernels.Steps, q, k, v, decay, beta, feature_map, normalize, scale, state, how.chunk).result(return_state)
+    if how.method == "tensor":
+        return _in_one_kernel(q, k, v, decay, feature_map, normalize, scale, state, return_state)
     q, k, v, decay, beta = widened(q, k, v, decay, beta)
     options = {"feature_map": feature_map, "normalize": normalize, "scale": scale, "state": state}
     if width(feature_map, k) > WIDEST:
@@ -101,8 +104,33 @@ def linear_attention_vjp(
 
 def _chosen(method, chunk, q, v, decay, beta, feature_map, gradient: bool) -> chunk_policy.Choice:
     kind = "delta" if beta is not None else "channel" if decay is not None and decay.ndim == q.ndim else "head"
-    work = math.prod(q.shape[:-1]) * width(feature_map, q) * v.shape[-1]
-    return chunk_policy.chosen("linear_attention", method, chunk, kind=kind, gradient=gradient, work=work, dtype=q.dtype)
+    sizes = {"heads": q.shape[:-2], "T": q.shape[-2], "d": width(feature_map, q), "e": v.shape[-1]}
+    return chunk_policy.chosen("linear_attention", method, chunk, kind=kind, gradient=gradient, **sizes, dtype=q.dtype)
+
+
+def _in_one_kernel(q, k, v, decay, feature_map, normalize, scale, state, return_state):
+    """Heads of q that share a memory compute it each for itself."""
+    stored, wide = q.dtype, np.dtype(np.float32)
+    if feature_map is not None:
+        q, k = cast(q, wide), cast(k, wide)
+    decay = None if decay is None else cast(decay, wide)
+    plain = 1 / q.shape[-1] ** 0.5 if feature_map is None else 1
+    q, k, v, g, _, S, z, _ = prepare(q, k, v, decay, None, feature_map, normalize, 1, state)
+    batch, heads, group = k.shape[:-3], *q.shape[-4:-2]
+
+    def shared(x):
+        return x.reshape(math.prod(batch) * heads, group if x.ndim == len(batch) + 4 else 1, *x.shape[-2:])
+
+    q, k, v = (shared(cast(x, stored)) for x in (q, k, v))
+    w = None if decay is None else shared(g)[..., 0]
+    S, z = (None, None) if state is None else (shared(S), z.reshape(len(q), 1, -1) if normalize else None)
+    scale = 1 if normalize else plain if scale is None else scale
+    result = chunk_tensor.read(q, k, v, w, None, S, z, normalised=normalize, scale=scale)
+    o = result.y.reshape(*batch, heads * group, *result.y.shape[2:])
+    if not return_state:
+        return o
+    last = result.last.reshape(*batch, heads, *result.last.shape[2:])
+    return o, State(last, result.norm.reshape(last.shape[:-1])) if normalize else last
 
 
 class _Call:

@@ -4,7 +4,7 @@ See ``cuda/kernel_selective_scan.cu`` and ``kernel_selective_scan_gradient.cu`` 
 `docs/gpu/selective_scan.md` for what was measured.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cupy as cp
 import numpy as np
@@ -20,7 +20,7 @@ FILE, FILE_GRADIENT = "kernel_selective_scan.cu", "kernel_selective_scan_gradien
 @dataclass(frozen=True)
 class Tiles:
     """How a block cuts its work: lanes a channel, states a lane, threads, steps a tile, blocks that a multiprocessor must hold,
-    and how many channels a lane has (of the gradient: one)."""
+    how many channels a lane has (of the gradient: one), and of how many of its states decays are polynomials."""
 
     lanes: int
     states: int
@@ -28,6 +28,7 @@ class Tiles:
     steps: int
     blocks: int
     each: int = 1
+    polynomials: int = 0
 
     @property
     def channels(self) -> int:
@@ -35,9 +36,10 @@ class Tiles:
 
 
 # By the number of states that they hold. For real numbers of 4 bytes (and halves, which are computed in them):
-FAST = {4: Tiles(4, 1, 256, 32, 2), 16: Tiles(4, 4, 128, 32, 2, 2), 64: Tiles(16, 4, 256, 32, 2), 128: Tiles(32, 4, 256, 32, 1)}
+FAST = {4: Tiles(4, 1, 256, 16, 2), 16: Tiles(4, 4, 128, 8, 2, 2), 64: Tiles(16, 4, 256, 16, 2), 128: Tiles(32, 4, 256, 16, 1)}
+FEW = {16: Tiles(8, 2, 128, 32, 1)}  # where FAST would leave multiprocessors idle
 FAST_GRADIENT = {4: Tiles(4, 1, 256, 16, 2), 16: Tiles(4, 4, 256, 16, 2), 64: Tiles(16, 4, 128, 16, 2), 128: Tiles(32, 4, 64, 32, 1)}
-FEW_GRADIENT = {16: Tiles(16, 1, 256, 16, 2)}  # where FAST_GRADIENT would leave multiprocessors idle
+FEW_GRADIENT = {16: Tiles(16, 1, 256, 16, 2)}
 # For float64 and complex rates: right, not tuned.
 SLOW = {16: Tiles(16, 1, 128, 16, 1), 64: Tiles(16, 4, 128, 16, 1)}
 SLOW_GRADIENT = {16: Tiles(16, 1, 128, 16, 1), 64: Tiles(32, 2, 32, 32, 1)}
@@ -48,7 +50,7 @@ SLOW_TYPES = (("float64", "float64", "float64"), ("float32", "complex64", "compl
 
 
 def _kernel(mode: str, types, tiles: Tiles) -> Kernel:
-    numbers = f"{tiles.lanes}, {tiles.states}, {tiles.each}, {tiles.threads}, {tiles.steps}, {tiles.blocks}"
+    numbers = f"{tiles.lanes}, {tiles.states}, {tiles.each}, {tiles.threads}, {tiles.steps}, {tiles.blocks}, {tiles.polynomials}"
     return Kernel(FILE, f"selective_scan<{mode}, {', '.join(map(cpp, types))}, {numbers}>")
 
 
@@ -64,7 +66,7 @@ def _carry_kernel(types) -> Kernel:
 
 def _checkpoint_tiles(tiles: Tiles, gradient: Tiles) -> Tiles:
     """The forward kernel's tiles, cut where the gradient wants its checkpoints."""
-    return Tiles(tiles.lanes, tiles.states, tiles.threads, gradient.steps, tiles.blocks, tiles.each)
+    return replace(tiles, steps=gradient.steps)
 
 
 def _instances() -> tuple[Kernel, ...]:
@@ -72,8 +74,9 @@ def _instances() -> tuple[Kernel, ...]:
     for kinds, plan, gradients in ((FAST_TYPES, FAST, (FAST_GRADIENT, FEW_GRADIENT)), (SLOW_TYPES, SLOW, (SLOW_GRADIENT,))):
         for types in kinds:
             found.append(_carry_kernel(types))
+            few = tuple(FEW.values()) if plan is FAST else ()
+            found += [_kernel(mode, types, tiles) for tiles in (*plan.values(), *few) for mode in ("RESULTS", "STATES")]
             for size, tiles in plan.items():
-                found += [_kernel("RESULTS", types, tiles), _kernel("STATES", types, tiles)]
                 for gradient in gradients:
                     if size in gradient:
                         found += [
@@ -133,7 +136,11 @@ class _Prepared:
 
     @property
     def forward(self) -> Tiles:
-        return (FAST if self.fast else SLOW)[self.size]
+        """With few channels, more lanes to each."""
+        if not self.fast:
+            return SLOW[self.size]
+        many = FAST[self.size]
+        return FEW.get(self.size, many) if 4 * self.blocks(many) < 3 * many.blocks * multiprocessors() else many
 
     @property
     def backward(self) -> Tiles:
@@ -168,13 +175,25 @@ def _run(p: _Prepared, mode, tiles, softplus, *, state=None, last=None, y=None, 
         p.A, *map(_pointer, (p.D, p.bias, state, last, y, elapsed)), np.int64(p.T), np.int32(p.c), np.int32(p.n), np.int32(p.G),
         np.int64(segments), np.int64(p.T if length is None else length), np.int32(softplus), p.packed(tiles, *([] if y is None else [y])),
     )  # fmt: skip
-    _kernel(mode, p.types, tiles)((p.blocks(tiles, segments),), (tiles.threads,), everything)
+    shared = _shared_of_scan(p, tiles, mode == "RESULTS")
+    _kernel(mode, p.types, tiles)((p.blocks(tiles, segments),), (tiles.threads,), everything, shared)
+
+
+def _shared_of_scan(p: _Prepared, tiles: Tiles, results: bool) -> int:
+    """Bytes of two `ScanTile`."""
+    real, number, row, parts = p.real.itemsize, p.number.itemsize, tiles.steps + 4, min(tiles.lanes, 8)
+    states, steps = tiles.lanes * tiles.states, tiles.steps if results else 1
+    sizes = (
+        tiles.steps * tiles.channels * 2 * real, states * row * number, (states if results else 1) * row * number,
+        steps * parts * (tiles.channels + 32 // parts) * real,
+    )  # fmt: skip
+    return 2 * sum(-(-size // 16) * 16 for size in sizes)
 
 
 def _segments(p: _Prepared, tiles: Tiles) -> tuple[int, int]:
     """Into how many segments time is cut, and their length: more than one where channels alone leave multiprocessors idle."""
     blocks = p.blocks(tiles)
-    wanted = 1 if blocks >= multiprocessors() else -(-tiles.blocks * multiprocessors() // blocks)
+    wanted = 1 if 3 * blocks > multiprocessors() else -(-tiles.blocks * multiprocessors() // blocks)  # segments cost a second run
     length = -(-max(p.T // wanted, 8 * tiles.steps) // tiles.steps) * tiles.steps
     return -(-p.T // length), length
 
@@ -268,7 +287,7 @@ def selective_scan_vjp(dy, u, delta, A, B, C, D=None, z=None, delta_bias=None, *
         }  # fmt: skip
     tiles = p.backward
     checkpoints = cp.empty((N, -(-T // tiles.steps), c, n), p.number)
-    _run(p, "CHECKPOINTS", _checkpoint_tiles(p.forward, tiles), delta_softplus, state=p.state, last=checkpoints)
+    _run(p, "CHECKPOINTS", _checkpoint_tiles((FAST if p.fast else SLOW)[p.size], tiles), delta_softplus, state=p.state, last=checkpoints)
 
     parts = -(-(c // G) // tiles.channels)
     dA, dstate_in = cp.empty((N, c, n), p.number), cp.empty((N, c, n), p.number)

@@ -4,7 +4,7 @@ import math
 
 import cupy as cp
 import numpy as np
-from refimpl.gpu import chunk_kernels, chunk_policy, chunkwise, mirror
+from refimpl.gpu import chunk_kernels, chunk_policy, chunk_tensor, chunkwise, mirror
 from refimpl.gpu.arrays import cast
 from refimpl.gpu.matrix_memory import WIDEST, flat, instances, read, read_vjp
 from refimpl.gpu.precision import widened
@@ -12,7 +12,7 @@ from refimpl.gpu.precision import widened
 from refimpl.core.numerics import constant, sigmoid, silu, silu_derivative, softplus
 from refimpl.ops.state_space import ssd as chapter
 
-KERNELS = (*instances(low_rank=False, before=False), *chunk_kernels.BY_HEAD)
+KERNELS = (*instances(low_rank=False, before=False), *chunk_kernels.BY_HEAD, *chunk_tensor.KERNELS)
 
 
 @mirror.form(chapter.CONTRACT)
@@ -24,9 +24,10 @@ def ssd(
 
     Parameters
     ----------
-    method : {"fused", "chunkwise"}, optional
-        How it is computed. In chunks it is made of cuBLAS's products, which read halves. By default what is fastest, of what was
-        measured (`chunk_policy`).
+    method : {"fused", "chunkwise", "tensor"}, optional
+        How it is computed: step by step; in chunks, of cuBLAS's products, which read halves; or in chunks that never leave the chip,
+        for bfloat16, up to 128 features of a key (others go in chunks of cuBLAS's). By default what is fastest, of what
+        was measured (`chunk_policy`).
     chunk_length : int, optional
         Steps of a chunk.
 
@@ -36,9 +37,11 @@ def ssd(
     steps one by one.
     """
     how = _chosen(method, chunk_length, x, B, gradient=False)
-    if how.method == "chunkwise":
+    if how.method == "chunkwise" or (how.method == "tensor" and dt_limit[0] < 0):  # whose steps have no logarithms
         call = Chunkwise(chunk_kernels.Steps, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, how.chunk)
         return call.result(return_state)
+    if how.method == "tensor":
+        return _in_one_kernel(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, return_state)
     x, dt, A, B, C, D, z, dt_bias = widened(x, dt, A, B, C, D, z, dt_bias)
     options = {"dt_softplus": dt_softplus, "dt_limit": dt_limit}
     if B.shape[-1] > WIDEST:
@@ -93,7 +96,29 @@ def ssd_vjp(
 
 
 def _chosen(method, chunk, x, B, gradient: bool) -> chunk_policy.Choice:
-    return chunk_policy.chosen("ssd", method, chunk, kind="head", gradient=gradient, work=x.size * B.shape[-1], dtype=x.dtype)
+    return chunk_policy.chosen(
+        "ssd", method, chunk, kind="head", gradient=gradient, heads=x.shape[:-2], T=x.shape[-2], d=B.shape[-1], e=x.shape[-1], dtype=x.dtype
+    )
+
+
+def _in_one_kernel(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, return_state):
+    """Steps are logarithms of gains of the keys, so that values are x itself; the skip and the gate are the kernel's."""
+    dt, A, D, dt_bias = (None if v is None else cast(v, np.dtype(np.float32)) for v in (dt, A, D, dt_bias))
+    x, dt, B, C, S = chapter._prepare(x, dt, A, B, C, z, dt_bias, dt_softplus, dt_limit, state)
+    heads, groups = x.shape[:-2], B.shape[:-2]
+    G, sharing, T = math.prod(groups), heads[-1] // max(groups[-1], 1), x.shape[-2]
+
+    def by_head(v, *own):
+        return v.reshape(G, sharing, *own)
+
+    result = chunk_tensor.read(
+        C.reshape(G, 1, *C.shape[-2:]), B.reshape(G, 1, *B.shape[-2:]), by_head(x, *x.shape[-2:]),
+        by_head(dt * A[:, None], T), by_head(np.log(dt), T), None if state is None else by_head(S, *S.shape[-2:]),
+        skip=None if D is None else by_head(np.broadcast_to(D, heads)),
+        z=None if z is None else by_head(np.broadcast_to(z, x.shape), *x.shape[-2:]),
+    )  # fmt: skip
+    y = result.y.reshape(x.shape)
+    return (y, result.last.reshape(*heads, *result.last.shape[2:])) if return_state else y
 
 
 def _of_raw(d_dt, raw, unclipped, dt_softplus, dt_limit):

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 MISSING = importlib.util.find_spec("cupy") is None
 pytestmark = pytest.mark.skipif(MISSING, reason="not run: cupy not installed; pip install 'refimpl[compile]'")
 if not MISSING:
-    from refimpl.gpu import chunk_kernels, chunk_policy, chunk_steps, chunkwise, launch, matrix_memory, mirror
+    from refimpl.gpu import chunk_kernels, chunk_policy, chunk_steps, chunk_tensor, chunkwise, launch, matrix_memory, mirror
     from refimpl.gpu.gated_rnn import mlstm
     from refimpl.gpu.linear_attention import linear_attention
     from refimpl.gpu.state_space import ssd
@@ -43,9 +43,7 @@ def operator(name: str, steps, chunk: int | None):
         ):
             return ssd.Chunkwise(steps, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, chunk).result(return_state)
 
-        def vjp(
-            dy, x, dt, A, B, C, D=None, z=None, dt_bias=None, *, dt_softplus=False, dt_limit=(0.0, np.inf), state=None, dstate=None
-        ):
+        def vjp(dy, x, dt, A, B, C, D=None, z=None, dt_bias=None, *, dt_softplus=False, dt_limit=(0.0, np.inf), state=None, dstate=None):
             return ssd.Chunkwise(steps, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, chunk).vjp(dy, dstate)
 
     elif name == "mlstm":
@@ -58,9 +56,7 @@ def operator(name: str, steps, chunk: int | None):
 
     else:
 
-        def function(
-            q, k, v, *, decay=None, beta=None, feature_map=None, normalize=False, scale=None, state=None, return_state=False
-        ):
+        def function(q, k, v, *, decay=None, beta=None, feature_map=None, normalize=False, scale=None, state=None, return_state=False):
             call = linear_attention.Chunkwise(steps, q, k, v, decay, beta, feature_map, normalize, scale, state, chunk)
             return call.result(return_state)
 
@@ -112,7 +108,18 @@ class Library:
             for name, i in self.number.items()
         )
         source.write_text(f'#include "cuda_on_host.h"\n{code}\n{calls}')
-        command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{HERE / 'host'}", f"-I{launch.FOLDER}", str(source)]
+        command = [
+            "g++",
+            "-std=c++17",
+            "-O1",
+            "-U_FORTIFY_SOURCE",
+            "-w",
+            "-shared",
+            "-fPIC",
+            f"-I{HERE / 'host'}",
+            f"-I{launch.FOLDER}",
+            str(source),
+        ]
         subprocess.run([*command, "-o", str(folder / "kernels.so")], check=True)
         self.library = ctypes.CDLL(str(folder / "kernels.so"))
 
@@ -251,6 +258,63 @@ def test_the_kernels_conform(name, dtype, device):
     conforms(name, device, 8, dtype)
 
 
+# -- the kernel on tensor cores ----------------------------------------------------------------------------------------
+
+
+def in_one_kernel(name: str):
+    """The operator as the mirror has it with ``method="tensor"``, on the host."""
+    if name == "ssd":
+
+        def function(
+            x, dt, A, B, C, D=None, z=None, dt_bias=None, *, dt_softplus=False, dt_limit=(0.0, np.inf), state=None, return_state=False
+        ):
+            return ssd._in_one_kernel(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, return_state)
+
+    elif name == "mlstm":
+
+        def function(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=False):
+            return mlstm._in_one_kernel(q, k, v, i, f, forget, eps, state, return_state)
+
+    else:
+
+        def function(q, k, v, *, decay=None, beta=None, feature_map=None, normalize=False, scale=None, state=None, return_state=False):
+            wide = linear_attention.width(feature_map, q) > chunk_policy.WIDEST
+            if wide or beta is not None or (decay is not None and decay.ndim == q.ndim):
+                call = linear_attention.Chunkwise(chunk_steps.Steps, q, k, v, decay, beta, feature_map, normalize, scale, state, 64)
+                return call.result(return_state)
+            return linear_attention._in_one_kernel(q, k, v, decay, feature_map, normalize, scale, state, return_state)
+
+    return refimpl.OPS[name].contract.form(function, half=True)
+
+
+@pytest.fixture(scope="session")
+def memory_library(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("not run: no g++")
+    return Library(tmp_path_factory.mktemp("memory"), chunk_tensor.KERNELS)
+
+
+@pytest.fixture
+def tensor_cores(memory_library, monkeypatch):
+    """`chunk_tensor` on arrays of NumPy."""
+    run_on_host(monkeypatch, memory_library)
+
+
+def run_on_host(monkeypatch, library):
+    monkeypatch.setattr(launch.Kernel, "__call__", lambda kernel, grid, block, args, shared=0: library(kernel, grid, block, args, shared))
+    monkeypatch.setattr(chunk_tensor, "cp", np)
+    monkeypatch.setattr(chunk_tensor, "_address", lambda x: 0)  # the host copies every array anyway
+    monkeypatch.setattr(mlstm, "cp", np)
+    monkeypatch.setattr(mlstm, "gates", gates)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPS)
+def test_the_kernel_on_tensor_cores_conforms(name, tensor_cores):
+    report = refimpl.check(name, in_one_kernel(name), dtypes=["bfloat16"], level="quick")
+    assert report.verdict == "conforms", str(report)
+
+
 # -- by themselves ----------------------------------------------------------------------------------------------------
 
 
@@ -296,7 +360,11 @@ def test_lengths_that_are_no_multiple_of_a_chunk(name, arithmetic, rng, request,
             for a, b, limit in zip((got, *parts(last)), (want, *parts(state)), (bound, *parts(off_state)), strict=True):
                 assert np.all(abs(a - b) <= 2 * limit)
             dy = rng.standard_normal(want.shape)
-            dstate = type(state)(*(rng.standard_normal(x.shape) for x in state)) if isinstance(state, tuple) else rng.standard_normal(state.shape)
+            dstate = (
+                type(state)(*(rng.standard_normal(x.shape) for x in state))
+                if isinstance(state, tuple)
+                else rng.standard_normal(state.shape)
+            )
             assert farthest(name, call, dy, dstate, vjp(dy, **call, dstate=dstate)) <= 1
 
 
@@ -366,9 +434,9 @@ def test_one_call_of_cublas_where_a_batch_lies_evenly():
 @pytest.mark.parametrize("name", OPS)
 def test_a_method_that_does_not_exist_is_refused(name):
     def chosen(method, chunk):
-        return chunk_policy.chosen(name, method, chunk, kind="head", gradient=False, work=1, dtype=np.dtype(np.float32))
+        return chunk_policy.chosen(name, method, chunk, kind="head", gradient=False, heads=(1,), T=1, d=1, e=1, dtype=np.dtype(np.float32))
 
-    with pytest.raises(ValueError, match=f"{name}: method must be one of 'fused', 'chunkwise', got 'chunked'"):
+    with pytest.raises(ValueError, match=f"{name}: method must be one of 'fused', 'chunkwise', 'tensor', got 'chunked'"):
         chosen("chunked", None)
     for method in ("fused", None):
         with pytest.raises(ValueError, match=f"{name}: chunk_length is for method='chunkwise', got 32"):
@@ -383,13 +451,16 @@ def test_a_method_that_does_not_exist_is_refused(name):
 def test_what_was_measured_chooses_the_method():
     """The rows of the first run, and what is too small for launches to pay."""
 
-    def chosen(kind, gradient, work=10**9, dtype="float32", method=None):
-        return chunk_policy.chosen("ssd", method, None, kind=kind, gradient=gradient, work=work, dtype=np.dtype(dtype)).method
+    def chosen(kind, gradient, heads=64, dtype="float32", method=None, d=64):
+        sizes = {"heads": (heads,), "T": 4096, "d": d, "e": 64}
+        return chunk_policy.chosen("ssd", method, None, kind=kind, gradient=gradient, **sizes, dtype=np.dtype(dtype)).method
 
     assert [chosen(kind, gradient) for kind in ("head", "channel", "delta") for gradient in (False, True)] == [
         "chunkwise", "chunkwise", "fused", "chunkwise", "fused", "fused",
     ]  # fmt: skip
-    assert chosen("head", False, work=10**6) == chosen("head", False, dtype="float64") == chosen("head", True, method="fused") == "fused"
+    assert chosen("head", False, heads=1) == chosen("head", False, dtype="float64") == chosen("head", True, method="fused") == "fused"
+    assert chosen("head", False, dtype="bfloat16") == chosen("head", False, dtype="bfloat16", d=128) == "tensor"
+    assert chosen("head", False, dtype="bfloat16", d=129) == chosen("channel", False, dtype="bfloat16", method="tensor") == "chunkwise"
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -1,0 +1,368 @@
+// A matrix memory with one decay per head, on tensor cores, in one pass over the data.
+//
+//     S_t = e^{w_t} S_(t-1) + e^{g_t} k_t v_t^T,      o_t = S_t^T q_t,      n_t = e^{w_t} n_(t-1) + e^{g_t} k_t
+//     y_t = (c o_t / D_t + skip v_t) silu(z_t),       D_t = 1, or q_t . n_t, or max(|q_t . n_t|, lower_t) + eps
+//
+// The idea. In chunks of 64 steps (the equations are those of gpu/chunkwise.py), one after the other, everything between reading
+// q, k, v and writing y on the chip. A block takes 64 features of the values of one head of one sequence. Four of its warps, the
+// readers, own 16 steps each: a warp's rows of Q K^T are, faded in its registers, the left operand of their product with V. The
+// other four, the writers, own the rows of S, in float32 in registers, and leave a bfloat16 copy in shared memory, which the
+// readers multiply Q by. So a chunk needs one barrier of the block, and one that only the writers wait at: the copy has been read.
+//
+// Row groups take 1, 2, 3, 4 quarters of a chunk's keys; a warp has group r and 3 - r in turn, so that the four units of a
+// multiprocessor have as much to do. Two blocks share a multiprocessor.
+//
+// Decays. The exponent between steps s and t is a difference of sums from the chunk's start: sums in double precision, kept as a
+// float and the rest, so that the difference is as exact as a sum from s to t. Less than -4096 is -4096: 0, whatever follows. The
+// exponents of columns have the gain in them. Where they might exceed 120 (decays above 1) each exponential is two of half of it.
+//
+// What limits it: the readers' chain of products, exponentials, products, and what they load: 2 to 4 times what mma.sync needs.
+#include "block_tensor.cuh"
+
+constexpr int L = 64, E = 64, READERS = 4, THREADS = 256;
+constexpr int SUMS = 200;  // floats of a chunk's decays: sums, their rests, the rests minus gains, whether exponentials are halved
+constexpr float LOG2E = 1.44269504088896341f;
+
+// Where piece p of row r of a tile with so many rows lies.
+template <int ROWS> __device__ __forceinline__ char* at(char* tile, int r, int p) {
+    return tile + (p / 8 * ROWS + r) * 128 + ((p % 8 ^ r % 8) << 4);
+}
+
+// ROWS x WIDTH numbers from `column` on of rows of `width`, zeros outside.
+template <int WIDTH>
+__device__ __forceinline__ void stage(char* tile, const __nv_bfloat16* from, i64 rows, int width, int column) {
+    const int p = threadIdx.x % (WIDTH / 8), at_column = column + 8 * p, step = THREADS / (WIDTH / 8);
+    from += at_column;
+#pragma unroll 1
+    for (int r = threadIdx.x / (WIDTH / 8); r < L; r += step) {
+        const bool there = r < rows && at_column < width;
+        copy16(at<L>(tile, r, p), there ? from + r * width : from - at_column, there);
+    }
+}
+
+// x 2^a, or x 2^a 2^a: no infinity on the way to what is none.
+__device__ __forceinline__ float faded(float x, float a, bool halved) {
+    if (halved) a = min(a, 127.0f);
+    const float power = exp2_fast(a);
+    x *= power;
+    return halved ? x * power : x;
+}
+
+// One warp: of the decays and gains of steps 2 lane and 2 lane + 1 of a chunk, what all others need.
+__device__ __forceinline__ void sum_decays(float* sums, const float* w_of, const float* gain_of, i64 t0, i64 T) {
+    const int lane = threadIdx.x % 32;
+    float w[2], gain[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const i64 t = t0 + 2 * lane + i;
+        w[i] = w_of && t < T ? w_of[t] : 0.0f;
+        gain[i] = gain_of && t < T ? gain_of[t] : 0.0f;
+    }
+    double first = w[0] < -4096.0f ? -4096.0 : double(w[0]), both = first + (w[1] < -4096.0f ? -4096.0 : double(w[1]));
+    float rise = max(w[0], 0.0f) + max(w[1], 0.0f) + max(max(gain[0], gain[1]), 0.0f);
+    double upto = both;
+#pragma unroll
+    for (int away = 1; away < 32; away *= 2) {
+        const double before = __shfl_up_sync(0xffffffffu, upto, away);
+        upto += lane >= away ? before : 0.0;
+        rise += __shfl_xor_sync(0xffffffffu, rise, away);
+    }
+    const bool halved = rise * LOG2E > 120.0f;
+    const double unit = halved ? 0.72134752044448170 : 1.44269504088896341;
+    const double of[2] = {(upto - both + first) * unit, upto * unit};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const float sum = float(of[i]), rest = float(of[i] - double(sum));
+        sums[2 * lane + i] = sum;
+        sums[L + 2 * lane + i] = rest;
+        sums[2 * L + 2 * lane + i] = rest - gain[i] * float(unit);
+    }
+    if (lane == 0) sums[3 * L] = halved ? 1.0f : 0.0f;
+}
+
+// q (G, q_heads, T, d), k (G, k_heads, T, d), v (G, v_heads, T, e); w and gain (G, v_heads, T), state and last (G, v_heads, d, e), norm and
+// last_norm (G, v_heads, d); y and z (G, heads, T, e), lower (G, heads, T), skip (G, heads); an array's heads are `heads` or 1. What is
+// null is 0, and `lower`, `skip`, `z` are left out. d and e are multiples of 8, rows start at multiples of 16 bytes.
+// Grid: (G heads, tiles of 64 values).
+template <int D, bool NORMALISED>
+__global__ void __launch_bounds__(THREADS, 2)
+memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat16* v, const float* w, const float* gain, const float* state,
+              const float* norm, const float* lower, const float* skip, const __nv_bfloat16* z, __nv_bfloat16* y, float* last, float* last_norm,
+              i64 T, int d, int e, int heads, int q_heads, int k_heads, int v_heads, float scale, float eps) {
+    constexpr int ROWS = L * D * 2, VALUES = L * E * 2, STAGE = 2 * ROWS + VALUES;
+    extern __shared__ double memory[];
+    char* const shared = reinterpret_cast<char*>(memory);
+    char* const copy = shared + 2 * STAGE;  // of S
+    float* const decays = reinterpret_cast<float*>(copy + D * E * 2);
+    float* const norms = decays + 2 * SUMS;
+
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t4 = lane % 4;
+    const i64 G = blockIdx.x / heads, h = blockIdx.x % heads, column = i64(blockIdx.y) * E;
+    const i64 of_values = G * v_heads + (v_heads > 1 ? h : 0), of_head = blockIdx.x;
+    q += (G * q_heads + (q_heads > 1 ? h : 0)) * T * d;
+    k += (G * k_heads + (k_heads > 1 ? h : 0)) * T * d;
+    v += of_values * T * e;
+    if (w) w += of_values * T;
+    if (gain) gain += of_values * T;
+    y += of_head * T * e;
+    if (z) z += of_head * T * e;
+    if (lower) lower += of_head * T;
+    const float through = skip ? skip[of_head] : 0.0f;
+    const int chunks = int((T + L - 1) / L);
+
+    const auto fetch = [&](int c) {
+        char* const tiles = shared + c % 2 * STAGE;
+        const i64 t0 = i64(c) * L;
+        stage<D>(tiles, q + t0 * d, T - t0, d, 0);
+        stage<D>(tiles + ROWS, k + t0 * d, T - t0, d, 0);
+        stage<E>(tiles + 2 * ROWS, v + t0 * e, T - t0, e, int(column));
+    };
+
+    if (warp < READERS) {
+        if (chunks > 0) fetch(0);
+        copies_end();
+        for (int c = 0; c < chunks; ++c) {
+            copies_wait<0>();
+            meet(0, THREADS);
+            if (c + 1 < chunks) fetch(c + 1);
+            copies_end();
+            char* const Q = shared + c % 2 * STAGE;
+            char* const K = Q + ROWS;
+            char* const V = K + ROWS;
+            const float* const sums = decays + c % 2 * SUMS;
+            const int group = c % 2 ? READERS - 1 - warp : warp, row = 16 * group + g;
+            const bool halved = sums[3 * L] != 0.0f;
+            const float at_row[2] = {sums[row], sums[row + 8]}, rest[2] = {sums[L + row], sums[L + row + 8]};
+            const i64 t = i64(c) * L + row;
+            // What the state that enters the chunk has to say.
+            float o[E / 8][4] = {}, overlap[2] = {0.0f, 0.0f};
+#pragma unroll
+            for (int i = 0; i < D / 16; ++i) {
+                unsigned queries[4];
+                load_tiles(queries, at<L>(Q, 16 * group + lane % 16, 2 * i + lane / 16));
+#pragma unroll
+                for (int j = 0; j < E / 16; ++j) {
+                    unsigned b[4];
+                    load_tiles_turned(b, at<D>(copy, 16 * i + lane % 16, 2 * j + lane / 16));
+                    multiply_tiles(o[2 * j], queries, b[0], b[1]);
+                    multiply_tiles(o[2 * j + 1], queries, b[2], b[3]);
+                }
+                if (NORMALISED) {
+#pragma unroll
+                    for (int x = 0; x < 4; ++x) {  // which row of the two, x % 2; which half of the columns, x / 2
+                        const float2 n = *reinterpret_cast<const float2*>(norms + 16 * i + 8 * (x / 2) + 2 * t4);
+                        overlap[x % 2] += low(queries[x]) * n.x + high(queries[x]) * n.y;
+                    }
+                }
+            }
+            pass(1, THREADS);
+#pragma unroll
+            for (int x = 0; x < 2; ++x) {
+                overlap[x] = faded(overlap[x], at_row[x] + rest[x], halved);
+#pragma unroll
+                for (int j = 0; j < E / 8; ++j) {
+                    o[j][2 * x] = faded(o[j][2 * x], at_row[x] + rest[x], halved);
+                    o[j][2 * x + 1] = faded(o[j][2 * x + 1], at_row[x] + rest[x], halved);
+                }
+            }
+
+            // What the chunk's own steps have to say, 16 of them at a time.
+            for (int block = 0; block <= group; ++block) {
+                float p[4][4] = {};  // of two tiles, sums over odd and even i by themselves: shorter chains
+#pragma unroll
+                for (int i = 0; i < D / 16; ++i) {
+                    unsigned queries[4], b[4];
+                    load_tiles(queries, at<L>(Q, 16 * group + lane % 16, 2 * i + lane / 16));
+                    load_tiles(b, at<L>(K, 16 * block + lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2));
+                    multiply_tiles(p[i % 2 * 2], queries, b[0], b[1]);
+                    multiply_tiles(p[i % 2 * 2 + 1], queries, b[2], b[3]);
+                }
+                unsigned weights[4];
+#pragma unroll
+                for (int tile = 0; tile < 2; ++tile) {
+                    const int s = 16 * block + 8 * tile + 2 * t4;
+                    const float2 sum = *reinterpret_cast<const float2*>(sums + s), less = *reinterpret_cast<const float2*>(sums + 2 * L + s);
+#pragma unroll
+                    for (int x = 0; x < 2; ++x) {
+                        float m0 = faded(p[tile][2 * x] + p[tile + 2][2 * x], (at_row[x] - sum.x) + (rest[x] - less.x), halved);
+                        float m1 = faded(p[tile][2 * x + 1] + p[tile + 2][2 * x + 1], (at_row[x] - sum.y) + (rest[x] - less.y), halved);
+                        if (s > row + 8 * x) m0 = 0.0f;
+                        if (s + 1 > row + 8 * x) m1 = 0.0f;
+                        if (NORMALISED) overlap[x] += m0 + m1;
+                        weights[2 * tile + x] = pack(m0, m1);
+                    }
+                }
+#pragma unroll
+                for (int j = 0; j < E / 16; ++j) {
+                    unsigned b[4];
+                    load_tiles_turned(b, at<L>(V, 16 * block + lane % 16, 2 * j + lane / 16));
+                    multiply_tiles(o[2 * j], weights, b[0], b[1]);
+                    multiply_tiles(o[2 * j + 1], weights, b[2], b[3]);
+                }
+            }
+
+            float least[2] = {0.0f, 0.0f};
+            if (NORMALISED && lower) {
+                least[0] = t < T ? lower[t] : 0.0f;
+                least[1] = t + 8 < T ? lower[t + 8] : 0.0f;
+            }
+            float factor[2] = {scale, scale};
+            if (NORMALISED) {
+#pragma unroll
+                for (int x = 0; x < 2; ++x) {
+                    overlap[x] += __shfl_xor_sync(0xffffffffu, overlap[x], 1);
+                    overlap[x] += __shfl_xor_sync(0xffffffffu, overlap[x], 2);
+                    factor[x] = scale / (lower ? max(fabsf(overlap[x]), least[x]) + eps : overlap[x]);
+                }
+            }
+            // y through this warp's rows of Q, which nobody needs any more, so that whole rows are written.
+#pragma unroll
+            for (int j = 0; j < E / 8; ++j) {
+#pragma unroll
+                for (int x = 0; x < 2; ++x) {
+                    float y0 = o[j][2 * x] * factor[x], y1 = o[j][2 * x + 1] * factor[x];
+                    if (skip) {
+                        const unsigned own = *reinterpret_cast<const unsigned*>(at<L>(V, row + 8 * x, j) + 4 * t4);
+                        y0 += through * low(own), y1 += through * high(own);
+                    }
+                    if (z && t + 8 * x < T && column + 8 * j < e) {
+                        const unsigned gate = *reinterpret_cast<const unsigned*>(z + (t + 8 * x) * e + column + 8 * j + 2 * t4);
+                        y0 *= low(gate) / (1.0f + exp2_fast(-LOG2E * low(gate)));
+                        y1 *= high(gate) / (1.0f + exp2_fast(-LOG2E * high(gate)));
+                    }
+                    *reinterpret_cast<unsigned*>(at<L>(Q, row + 8 * x, j) + 4 * t4) = pack(y0, y1);
+                }
+            }
+            __syncwarp();
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int r = 16 * group + 4 * i + lane / 8, piece = lane % 8;
+                const i64 at_t = i64(c) * L + r;
+                if (at_t < T && column + 8 * piece < e)
+                    *reinterpret_cast<uint4*>(y + at_t * e + column + 8 * piece) = *reinterpret_cast<const uint4*>(at<L>(Q, r, piece));
+            }
+        }
+        return;
+    }
+
+    // The writers: rows first + 16 tile + g (+ 8) of S, columns 8 j + 2 t4 (+ 1).
+    constexpr int TILES = D / 64;
+    const int first = (warp - READERS) * 16 * TILES;
+    float S[TILES][E / 8][4], n[TILES][2];  // n: a share of it, one of four lanes'
+    const i64 states = of_values * d;
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+            const int r = first + 16 * tile + g + 8 * x;
+            n[tile][x] = NORMALISED && norm && r < d && t4 == 0 ? norm[states + r] : 0.0f;
+#pragma unroll
+            for (int j = 0; j < E / 8; ++j) {
+                const i64 at_column = column + 8 * j + 2 * t4;
+                const bool there = state && r < d && at_column < e;
+                const float2 pair = there ? *reinterpret_cast<const float2*>(state + (states + r) * e + at_column) : float2{0.0f, 0.0f};
+                S[tile][j][2 * x] = pair.x, S[tile][j][2 * x + 1] = pair.y;
+            }
+        }
+    }
+    const auto leave_copy = [&] {
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+            for (int x = 0; x < 2; ++x) {
+                const int r = first + 16 * tile + g + 8 * x;
+#pragma unroll
+                for (int j = 0; j < E / 8; ++j)
+                    *reinterpret_cast<unsigned*>(at<D>(copy, r, j) + 4 * t4) = pack(S[tile][j][2 * x], S[tile][j][2 * x + 1]);
+                if (NORMALISED) {
+                    float whole = n[tile][x];
+                    whole += __shfl_xor_sync(0xffffffffu, whole, 1);
+                    whole += __shfl_xor_sync(0xffffffffu, whole, 2);
+                    if (t4 == 0) norms[r] = whole;
+                }
+            }
+        }
+    };
+    if (warp == READERS) sum_decays(decays, w, gain, 0, T);
+    if (chunks > 0) fetch(0);
+    copies_end();
+    for (int c = 0; c < chunks; ++c) {
+        if (c > 0) meet(1, THREADS);
+        leave_copy();
+        copies_wait<0>();
+        meet(0, THREADS);
+        if (c + 1 < chunks) fetch(c + 1);
+        copies_end();
+        char* const K = shared + c % 2 * STAGE + ROWS;
+        char* const V = K + ROWS;
+        const float* const sums = decays + c % 2 * SUMS;
+        const bool halved = sums[3 * L] != 0.0f;
+        const float all = sums[L - 1], all_rest = sums[2 * L - 1];
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+            for (int x = 0; x < 2; ++x) {
+                n[tile][x] = faded(n[tile][x], all + all_rest, halved);
+#pragma unroll
+                for (int j = 0; j < E / 8; ++j) {
+                    S[tile][j][2 * x] = faded(S[tile][j][2 * x], all + all_rest, halved);
+                    S[tile][j][2 * x + 1] = faded(S[tile][j][2 * x + 1], all + all_rest, halved);
+                }
+            }
+        }
+#pragma unroll 1  // unrolled, its loads take more registers than there are
+        for (int block = 0; block < L / 16; ++block) {
+            float left[4];  // what is left at the end of the chunk of steps 2 t4, 2 t4 + 1 and eight later
+#pragma unroll
+            for (int x = 0; x < 2; ++x) {
+                const int s = 16 * block + 8 * x + 2 * t4;
+                const float2 sum = *reinterpret_cast<const float2*>(sums + s), less = *reinterpret_cast<const float2*>(sums + 2 * L + s);
+                left[2 * x] = (all - sum.x) + (all_rest - less.x);
+                left[2 * x + 1] = (all - sum.y) + (all_rest - less.y);
+            }
+            unsigned keys[TILES][4];
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile) {
+                load_tiles_turned(keys[tile], at<L>(K, 16 * block + lane / 16 * 8 + lane % 8, (first + 16 * tile) / 8 + lane / 8 % 2));
+#pragma unroll
+                for (int x = 0; x < 4; ++x) {
+                    const float k0 = faded(low(keys[tile][x]), left[x / 2 * 2], halved), k1 = faded(high(keys[tile][x]), left[x / 2 * 2 + 1], halved);
+                    if (NORMALISED) n[tile][x % 2] += k0 + k1;
+                    keys[tile][x] = pack(k0, k1);
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < E / 16; ++j) {
+                unsigned b[4];
+                load_tiles_turned(b, at<L>(V, 16 * block + lane % 16, 2 * j + lane / 16));
+#pragma unroll
+                for (int tile = 0; tile < TILES; ++tile) {
+                    multiply_tiles(S[tile][2 * j], keys[tile], b[0], b[1]);
+                    multiply_tiles(S[tile][2 * j + 1], keys[tile], b[2], b[3]);
+                }
+            }
+        }
+        if (warp == READERS) sum_decays(decays + (c + 1) % 2 * SUMS, w, gain, i64(c + 1) * L, T);
+    }
+    if (chunks > 0) meet(1, THREADS);
+    if (v_heads == 1 && h > 0) return;  // heads that share a state have all computed it
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+            const int r = first + 16 * tile + g + 8 * x;
+#pragma unroll
+            for (int j = 0; j < E / 8; ++j) {
+                const i64 at_column = column + 8 * j + 2 * t4;
+                if (r < d && at_column < e)
+                    *reinterpret_cast<float2*>(last + (states + r) * e + at_column) = float2{S[tile][j][2 * x], S[tile][j][2 * x + 1]};
+            }
+            if (NORMALISED) {
+                float whole = n[tile][x];
+                whole += __shfl_xor_sync(0xffffffffu, whole, 1);
+                whole += __shfl_xor_sync(0xffffffffu, whole, 2);
+                if (t4 == 0 && r < d && blockIdx.y == 0) last_norm[states + r] = whole;
+            }
+        }
+    }
+}
