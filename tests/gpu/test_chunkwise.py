@@ -198,7 +198,8 @@ def multiply(ta, tb, m, n, k, A, B, C, types, lds, compute):
             bits = x.astype(np.float32).view(np.uint32)
             assert not np.any((bits & 0x1FFF).astype(bool) & np.isfinite(x)), "TF32 would be cut off, not rounded"
     with np.errstate(all="ignore"):
-        c = (a.astype(c_type) @ b.astype(c_type)).swapaxes(1, 2)  # (count, n, m): columns are contiguous
+        arithmetic = np.dtype(np.float32) if c_type.itemsize == 2 else c_type
+        c = (a.astype(arithmetic) @ b.astype(arithmetic)).astype(c_type, copy=False).swapaxes(1, 2)  # (count, n, m): columns are contiguous
     for address, matrix in zip(C, c, strict=True):
         for j, column in enumerate(np.ascontiguousarray(matrix)):
             ctypes.memmove(int(address) + j * lds[2] * c_type.itemsize, column.ctypes.data, column.nbytes)
