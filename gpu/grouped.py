@@ -172,13 +172,13 @@ class Groups(NamedTuple):
         _OUTER[a.dtype.name]((len(out), -(-p // 64), -(-q // 64)), (256,), arguments)
         return out
 
-    def _hopper(self, form, rows, w, columns, activation="none", band=2048):
+    def _hopper(self, form, rows, w, columns, activation="none", shared=None, band=2048):
         """kernel_grouped_hopper.cu; `band`: rows of a group taken up together."""
         outer, groups = form == "OUTER", len(self.counts)
         out = cp.empty((groups, rows[0].shape[1], columns) if outer else (len(rows[0]), columns), rows[0].dtype)
         maps = [tensor_map.panels(x[None, None], 64) for x in rows]
         maps_w = [tensor_map.panels(x[None, None] if outer else x[None], 64) for x in w]
-        shared = SHARED[self.size]
+        shared = shared or SHARED[self.size]
         unit = 256 if shared == "WEIGHTS" else 128
         sizes = (groups, self.size, rows[0].shape[1] if outer else 0, columns, rows[0].shape[1], len(rows), max(1, band // unit))
         raw = np.frombuffer(np.array(sizes, np.int32).tobytes(), np.dtype((np.void, 28))).copy()
