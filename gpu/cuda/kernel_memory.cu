@@ -40,12 +40,22 @@ __device__ __forceinline__ void stage(char* tile, const __nv_bfloat16* from, i64
     }
 }
 
-// x 2^a, or x 2^a 2^a: no infinity on the way to what is none.
-__device__ __forceinline__ float faded(float x, float a, bool halved) {
-    if (halved) a = min(a, 127.0f);
-    const float power = exp2_fast(a);
-    x *= power;
-    return halved ? x * power : x;
+// 2^a. Where exponents are halved numbers are multiplied by it twice: no infinity on the way to what is none.
+__device__ __forceinline__ float power(float a, bool halved) { return exp2_fast(halved ? min(a, 127.0f) : a); }
+
+// Tiles of a result times a factor of each of the lane's two rows.
+template <int N> __device__ __forceinline__ void times(float (&tiles)[N][4], const float (&factor)[2]) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+#pragma unroll
+        for (int x = 0; x < 4; ++x) tiles[j][x] *= factor[x / 2];
+    }
+}
+
+// x / (1 + e^-x)
+__device__ __forceinline__ float silu(float x) {
+    const float e = exp2_fast(-LOG2E * fabsf(x));
+    return __fdividef(x < 0.0f ? x * e : x, 1.0f + e);
 }
 
 // One warp: of the decays and gains of steps 2 lane and 2 lane + 1 of a chunk, what all others need.
@@ -96,7 +106,8 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
     float* const decays = reinterpret_cast<float*>(copy + D * E * 2);
     float* const norms = decays + 2 * SUMS;
 
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t4 = lane % 4;
+    const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);  // the same for all lanes, and known to be
+    const int lane = threadIdx.x % 32, g = lane / 4, t4 = lane % 4;
     const i64 G = blockIdx.x / heads, h = blockIdx.x % heads, column = i64(blockIdx.y) * E;
     const i64 of_values = G * v_heads + (v_heads > 1 ? h : 0), of_head = blockIdx.x;
     q += (G * q_heads + (q_heads > 1 ? h : 0)) * T * d;
@@ -107,7 +118,7 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
     y += of_head * T * e;
     if (z) z += of_head * T * e;
     if (lower) lower += of_head * T;
-    const float through = skip ? skip[of_head] : 0.0f;
+    const float skipped = skip ? skip[of_head] : 0.0f;
     const int chunks = int((T + L - 1) / L);
 
     const auto fetch = [&](int c) {
@@ -156,14 +167,10 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
                 }
             }
             pass(1, THREADS);
-#pragma unroll
-            for (int x = 0; x < 2; ++x) {
-                overlap[x] = faded(overlap[x], at_row[x] + rest[x], halved);
-#pragma unroll
-                for (int j = 0; j < E / 8; ++j) {
-                    o[j][2 * x] = faded(o[j][2 * x], at_row[x] + rest[x], halved);
-                    o[j][2 * x + 1] = faded(o[j][2 * x + 1], at_row[x] + rest[x], halved);
-                }
+            const float since[2] = {power(at_row[0] + rest[0], halved), power(at_row[1] + rest[1], halved)};
+            for (int again = 0; again <= halved; ++again) {
+                times(o, since);
+                overlap[0] *= since[0], overlap[1] *= since[1];
             }
 
             // What the chunk's own steps have to say, 16 of them at a time.
@@ -184,8 +191,10 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
                     const float2 sum = *reinterpret_cast<const float2*>(sums + s), less = *reinterpret_cast<const float2*>(sums + 2 * L + s);
 #pragma unroll
                     for (int x = 0; x < 2; ++x) {
-                        float m0 = faded(p[tile][2 * x] + p[tile + 2][2 * x], (at_row[x] - sum.x) + (rest[x] - less.x), halved);
-                        float m1 = faded(p[tile][2 * x + 1] + p[tile + 2][2 * x + 1], (at_row[x] - sum.y) + (rest[x] - less.y), halved);
+                        const float by0 = power((at_row[x] - sum.x) + (rest[x] - less.x), halved);
+                        const float by1 = power((at_row[x] - sum.y) + (rest[x] - less.y), halved);
+                        float m0 = (p[tile][2 * x] + p[tile + 2][2 * x]) * by0, m1 = (p[tile][2 * x + 1] + p[tile + 2][2 * x + 1]) * by1;
+                        if (halved) m0 *= by0, m1 *= by1;
                         if (s > row + 8 * x) m0 = 0.0f;
                         if (s + 1 > row + 8 * x) m1 = 0.0f;
                         if (NORMALISED) overlap[x] += m0 + m1;
@@ -223,12 +232,11 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
                     float y0 = o[j][2 * x] * factor[x], y1 = o[j][2 * x + 1] * factor[x];
                     if (skip) {
                         const unsigned own = *reinterpret_cast<const unsigned*>(at<L>(V, row + 8 * x, j) + 4 * t4);
-                        y0 += through * low(own), y1 += through * high(own);
+                        y0 += skipped * low(own), y1 += skipped * high(own);
                     }
                     if (z && t + 8 * x < T && column + 8 * j < e) {
                         const unsigned gate = *reinterpret_cast<const unsigned*>(z + (t + 8 * x) * e + column + 8 * j + 2 * t4);
-                        y0 *= low(gate) / (1.0f + exp2_fast(-LOG2E * low(gate)));
-                        y1 *= high(gate) / (1.0f + exp2_fast(-LOG2E * high(gate)));
+                        y0 *= silu(low(gate)), y1 *= silu(high(gate));
                     }
                     *reinterpret_cast<unsigned*>(at<L>(Q, row + 8 * x, j) + 4 * t4) = pack(y0, y1);
                 }
@@ -298,27 +306,23 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
         const float* const sums = decays + c % 2 * SUMS;
         const bool halved = sums[3 * L] != 0.0f;
         const float all = sums[L - 1], all_rest = sums[2 * L - 1];
+        const float through[2] = {power(all + all_rest, halved), power(all + all_rest, halved)};
+        for (int again = 0; again <= halved; ++again) {
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) {
-#pragma unroll
-            for (int x = 0; x < 2; ++x) {
-                n[tile][x] = faded(n[tile][x], all + all_rest, halved);
-#pragma unroll
-                for (int j = 0; j < E / 8; ++j) {
-                    S[tile][j][2 * x] = faded(S[tile][j][2 * x], all + all_rest, halved);
-                    S[tile][j][2 * x + 1] = faded(S[tile][j][2 * x + 1], all + all_rest, halved);
-                }
+            for (int tile = 0; tile < TILES; ++tile) {
+                times(S[tile], through);
+                n[tile][0] *= through[0], n[tile][1] *= through[0];
             }
         }
 #pragma unroll 1  // unrolled, its loads take more registers than there are
         for (int block = 0; block < L / 16; ++block) {
-            float left[4];  // what is left at the end of the chunk of steps 2 t4, 2 t4 + 1 and eight later
+            float left[4];  // what is left at the end of the chunk, of steps 2 t4, 2 t4 + 1 and eight later
 #pragma unroll
             for (int x = 0; x < 2; ++x) {
                 const int s = 16 * block + 8 * x + 2 * t4;
                 const float2 sum = *reinterpret_cast<const float2*>(sums + s), less = *reinterpret_cast<const float2*>(sums + 2 * L + s);
-                left[2 * x] = (all - sum.x) + (all_rest - less.x);
-                left[2 * x + 1] = (all - sum.y) + (all_rest - less.y);
+                left[2 * x] = power((all - sum.x) + (all_rest - less.x), halved);
+                left[2 * x + 1] = power((all - sum.y) + (all_rest - less.y), halved);
             }
             unsigned keys[TILES][4];
 #pragma unroll
@@ -326,7 +330,8 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
                 load_tiles_turned(keys[tile], at<L>(K, 16 * block + lane / 16 * 8 + lane % 8, (first + 16 * tile) / 8 + lane / 8 % 2));
 #pragma unroll
                 for (int x = 0; x < 4; ++x) {
-                    const float k0 = faded(low(keys[tile][x]), left[x / 2 * 2], halved), k1 = faded(high(keys[tile][x]), left[x / 2 * 2 + 1], halved);
+                    float k0 = low(keys[tile][x]) * left[x / 2 * 2], k1 = high(keys[tile][x]) * left[x / 2 * 2 + 1];
+                    if (halved) k0 *= left[x / 2 * 2], k1 *= left[x / 2 * 2 + 1];
                     if (NORMALISED) n[tile][x % 2] += k0 + k1;
                     keys[tile][x] = pack(k0, k1);
                 }

@@ -188,3 +188,4 @@ template <class X> X __shfl_up_sync(unsigned, X x, int away) {
 inline unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
 inline float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 inline float __int_as_float(int bits) { float x; std::memcpy(&x, &bits, 4); return x; }
+inline float __fdividef(float x, float y) { return x / y; }
