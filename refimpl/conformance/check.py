@@ -241,6 +241,8 @@ def _conclude(trial: Trial, fail_fast: bool) -> None:
         if not fail_fast:
             report.smallest = smallest(trial)
         report.diagnosis, report.variant = explain(trial.op, trial.evidence)
+        if fail_fast:  # one failure cannot tell a mistake from another that shows there alike
+            report.diagnosis = [f"as far as the first failure tells: {sentence}" for sentence in report.diagnosis]
         biased = [f for f in report.failures if f.status == "BIAS"]
         if biased and not report.diagnosis:
             report.diagnosis.append(f"{max(biased, key=lambda f: f.ratio).message} ({len(biased)} cases)")

@@ -36,7 +36,7 @@ def explain(op: Op, evidence: list[Evidence]) -> tuple[list[str], str]:
         more, of_gradient = _named(table, list(mutants(op.name)), gradients, fine_gradients, "its gradient " if results else "")
         sentences += [s for s in more if s not in sentences]
         found = (found or not results) and of_gradient and [*found, *of_gradient]
-    variants = _variants(table, [m for m in mutants(op.name) if m.variant], failing)
+    variants = _variants(table, [m for m in mutants(op.name) if m.variant], failing, passing)
     if found and not any(m.variant for m in found) and any(table(m, e) == OTHER for m in mutants(op.name) if m.name in variants for e in fine):
         variants = []
     sentences.sort(key=lambda s: not any(f"`{v}`" in s for v in variants))
@@ -196,9 +196,14 @@ def _what_tells(some: list[Evidence], others: list[Evidence]) -> str:
     return f"with {sorted(common)[0]}" if common else ""
 
 
-def _variants(table: _Table, variants: list[Mutant], failing: list[Evidence]) -> list[str]:
-    """Few legitimate variants of which each failure is one or the other; empty where some failure is none."""
+def _variants(table: _Table, variants: list[Mutant], failing: list[Evidence], passing: list[Evidence]) -> list[str]:
+    """Few legitimate variants of which each failure is one or the other; empty where some failure is none.
+
+    A variant that more passing cases speak against than failing ones speak for is not what the candidate computes.
+    """
     explained = {m.name: {i for i, e in enumerate(failing) if table(m, e) == SAME} for m in variants}
+    against = {m.name: sum(table(m, e) == OTHER for e in passing) for m in variants if explained[m.name]}
+    explained = {name: cases for name, cases in explained.items() if cases and against[name] <= len(cases)}
     left, names = set(range(len(failing))), []
     while left:
         name = max(explained, key=lambda n: len(explained[n] & left), default=None)

@@ -113,7 +113,7 @@ def hard(sample, own=None):
         "equal keys": changed(k=lambda k: 0 * k),
         "needle": changed(k=lambda k: k * needle(k)),
         "huge keys": changed(k=lambda k: k + 1000.0),
-        "keys far below zero": changed(k=lambda k: k - 1000.0),
+        "keys far below zero": changed(k=lambda k: k - 20000.0),
         "closed and open gates": changed(q=lambda q: 60 * q),
         "values that cancel": changed(v=lambda v: v + 100.0 * pattern(v)),
     }
