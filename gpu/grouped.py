@@ -25,7 +25,8 @@ _HALVES = ("float16", "bfloat16")
 _WIDTHS = {"float32": 4, "float64": 2, "float16": 8, "bfloat16": 8}  # numbers of an access of 16 bytes
 _PLACES = Kernel("kernel_places.cu", "places")
 _PLAN, _STAND = (Kernel("kernel_experts.cu", name) for name in ("plan", "stand"))
-_OUTER = {x: Kernel("kernel_grouped_outer.cu", f"grouped_outer<{c}>") for x, c in (("float32", "float"), ("float64", "double"))}
+_OUTER_TILE = {"float32": 128, "float64": 64}
+_OUTER = {x: Kernel("kernel_grouped_outer.cu", f"grouped_outer<{STORED[x]}, {tile // 16}>") for x, tile in _OUTER_TILE.items()}
 
 
 def _rowwise(name: str, width: int, *dtypes: str) -> Kernel:
@@ -168,8 +169,8 @@ class Groups(NamedTuple):
             return self._hopper("OUTER", (a,), (b,), b.shape[1])
         out = cp.empty((len(self.starts), a.shape[1], b.shape[1]), a.dtype)
         p, q = out.shape[1:]
-        arguments = (a, b, self.starts, self.counts, out, np.int32(p), np.int32(q))
-        _OUTER[a.dtype.name]((len(out), -(-p // 64), -(-q // 64)), (256,), arguments)
+        tile, arguments = _OUTER_TILE[a.dtype.name], (a, b, self.starts, self.counts, out, np.int32(p), np.int32(q))
+        _OUTER[a.dtype.name]((len(out) * -(-p // tile), -(-q // tile)), (256,), arguments)
         return out
 
     def _hopper(self, form, rows, w, columns, activation="none", shared=None, band=2048):

@@ -215,10 +215,47 @@ def times(results, variants, gradient):
         results.add("moe", "bf16, Mixtral, gradient", "16384 tokens d4096 f14336 E8 k2", floor_ms(bf16=8 / 3 * flops), {"ours": ms})
 
 
+def others(results):
+    """Halves of 10 bits at the same size; float32, without tensor cores."""
+    work = "16384 tokens d4096 f14336 E8 k2"
+    call = draw(**MIXTRAL, kind=torch.float16)
+    flops = 2 * MIXTRAL["T"] * 2 * 3 * MIXTRAL["d"] * MIXTRAL["f"]
+    results.add("moe", "fp16, Mixtral", work, floor_ms(bf16=flops), {"ours": median_ms(lambda: moe(**call), [()], repeat=10, warm_up=3)})
+    del call
+    cp.get_default_memory_pool().free_all_blocks()
+    torch.cuda.empty_cache()
+    sizes = {"T": 4096, "d": 1024, "f": 2048, "E": 8}
+    call = draw(**sizes, kind=torch.float32)
+    dy = cp.from_dlpack(torch.randn(sizes["T"], sizes["d"], device="cuda"))
+    flops = 2 * sizes["T"] * 2 * 3 * sizes["d"] * sizes["f"]
+    for name, run, units in (("fp32", lambda: moe(**call), 3), ("fp32, gradient", lambda: moe_vjp(dy, **call), 8)):
+        results.add(
+            "moe",
+            name,
+            "4096 tokens d1024 f2048 E8 k2",
+            floor_ms(fp32=flops * units / 3),
+            {"ours": median_ms(run, [()], repeat=10, warm_up=3)},
+        )
+    call = draw(T=64, d=4096, f=14336, E=8)
+    moved = 3 * call["w_in"].nbytes
+    results.add(
+        "moe",
+        "bf16, Mixtral, few tokens",
+        "64 tokens d4096 f14336 E8 k2",
+        floor_ms(bytes=moved),
+        {"ours": median_ms(lambda: moe(**call), [()], repeat=10, warm_up=3)},
+    )
+
+
 def main(path, *only):
     results = Results()
     hold_back()
-    parts = {"products": check_products, "whole": check_whole, "times": lambda: times(results, "variants" in only, "gradient" in only)}
+    parts = {
+        "products": check_products,
+        "whole": check_whole,
+        "times": lambda: times(results, "variants" in only, "gradient" in only),
+        "others": lambda: others(results),
+    }
     for name, part in parts.items():
         if only and name not in only:
             continue

@@ -14,7 +14,7 @@
 // 128 sums a thread in registers. While one of them writes its results the other multiplies, and the producer is a tile ahead.
 // Pairs of blocks share what both need: the matrix, if their tiles lie one below the other (WEIGHTS), or the rows, if side by side (ROWS).
 //
-// Order of tiles. Blocks that run at the same time should need the same rows and columns, which then come from the L2 cache: `band`
+// Order of tiles. Blocks that run at the same time should need the same rows and columns, which then come from the L2 cache: about `band`
 // units of rows are taken up together, and walk from column to column.
 //
 // What limits it: the tensor cores (1024 clocks a step), if the copies keep up: 48 KB a step, of which a pair reads 16 KB but once, close
@@ -59,8 +59,9 @@ template <int FORM, int SHARED> struct Walk {
             count = (int)counts[group];
             const int units = ((FORM == OUTER ? n.rows : count) + UNIT - 1) / UNIT;
             if (item < items_before + units * across) {
+                const int bands = max(1, (units + n.band / 2) / n.band);  // of equal height, or nearly
                 int c, u;
-                which(item - items_before, across, units, n.band, c, u);
+                which(item - items_before, across, units, (units + bands - 1) / bands, c, u);
                 row = u * UNIT + (SHARED == WEIGHTS ? rank_in_pair() * TILE_ROWS : 0);
                 column = c * ACROSS + (SHARED == ROWS ? rank_in_pair() * WIDE : 0);
                 return true;
@@ -118,7 +119,7 @@ grouped_product(const __grid_constant__ Sizes n, const __grid_constant__ TensorM
                     const bool second = t >= steps;
                     unsigned char* const to = stages + stage * STAGE;
                     Barrier* const b = full + stage;
-                    barrier_wait_for_pair(empty + stage, phase ^ 1);
+                    barrier_wait(empty + stage, phase ^ 1);
                     barrier_expect(b, STAGE);
 #pragma unroll
                     for (int i = 0; i < 2; i++) {

@@ -38,11 +38,6 @@ def _other(name: str):
 # -- the device on the host ----------------------------------------------------------------------------------------------
 
 
-def outer(a, b, starts, counts, out, p, q):
-    for g, (start, count) in enumerate(zip(starts, counts, strict=True)):
-        out[g] = a[start : start + count].T @ b[start : start + count]
-
-
 def of_tensor_cores(kernel, sizes, x, x2, w, w2, counts, out):
     """`grouped_product` on arrays of NumPy, in float64."""
     _, form, activation, shared = kernel.name.partition("<")[2].rstrip(">").split(", ")
@@ -90,7 +85,7 @@ def kernels(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("not run: no g++")
     chunks, found = _other("test_chunkwise"), {}
-    for file in ("kernel_experts.cu", "kernel_places.cu"):
+    for file in ("kernel_experts.cu", "kernel_places.cu", "kernel_grouped_outer.cu"):
         instances = [k for k in moe.KERNELS if k.file == file and "__half" not in k.name]
         found[file] = chunks.Library(tmp_path_factory.mktemp("kernels"), instances)
     return chunks, found
@@ -105,8 +100,6 @@ def on_host(kernels, monkeypatch):
         if kernel.file in libraries:
             args = [np.ascontiguousarray(a).reshape(-1) if isinstance(a, np.ndarray) and not a.flags.writeable else a for a in args]
             libraries[kernel.file](kernel, grid, block, args, shared)
-        elif kernel.file == "kernel_grouped_outer.cu":
-            outer(*args)
         else:
             of_tensor_cores(kernel, *args)
 
@@ -135,6 +128,7 @@ CASES = {
     "a capacity, entries": ({"T": 6, "d": 8, "f": 16, "batch": (2, 2)}, {"k": 2, "capacity": 2, "return_stats": True}),
     "gelu, an expert each": ({"T": 4, "d": 8, "f": 8, "E": 5}, {"k": 1, "activation": "gelu", "order": "sigmoid"}),
     "no gate": ({"T": 9, "d": 24, "f": 8, "E": 3}, {"k": 3, "activation": "relu", "order": "softmax_topk", "w_gate": None}),
+    "several tiles": ({"T": 40, "d": 133, "f": 70, "E": 2}, {"k": 1}),
     "many experts": ({"T": 3, "d": 8, "f": 8, "E": 11}, {"k": 4, "renormalize": True}),
 }
 
@@ -244,6 +238,93 @@ def test_every_tile_is_taken_once(counts, band, tmp_path):
                 for column in range(0, -(-columns // across) * across, wide)
             }
             assert {t for t in taken if t[:2] == (form, sharing)} == want
+
+
+# -- on the device -----------------------------------------------------------------------------------------------------------
+
+
+def _call(rng, kind, *, T, d, f, E, lean=0.0, gate=True, **options):
+    """A call on the host; `lean` sends more tokens to the first experts, and none to the last, and decides between them by far."""
+    router = rng.standard_normal((d, E)) * d**-0.5
+    router[0] = -lean * np.arange(E) + rng.permutation(E) / 8
+    router[0, -1] = -60
+    x = rng.standard_normal((T, d))
+    x[:, 0] = 1
+    call = {"x": x, "router": router, "w_in": rng.standard_normal((E, d, f)) * d**-0.5, "w_out": rng.standard_normal((E, f, d)) * f**-0.5}
+    call |= {"w_gate": rng.standard_normal((E, d, f)) * d**-0.5} if gate else {}
+    call = {name: v.astype(kind) for name, v in call.items()}
+    for _ in range(100):  # logits that nearly tie are decided by rounding
+        logits = np.sort(call["x"].astype(np.float64) @ call["router"].astype(np.float64), axis=-1)
+        close = np.any(np.diff(logits, axis=-1) < 1e-4, axis=-1)
+        call["x"][close, 1:] = rng.standard_normal((int(close.sum()), d - 1)).astype(kind)
+        if not close.any():
+            break
+    return call | {"k": 2} | options
+
+
+def _on_device(call):
+    import cupy as cp
+
+    return {name: cp.asarray(v) if isinstance(v, np.ndarray) else v for name, v in call.items()}
+
+
+DEVICE = {
+    "pairs that share matrices": {"T": 9000, "d": 264, "f": 392, "E": 4, "lean": 1.0},
+    "pairs that share rows": {"T": 1000, "d": 136, "f": 520, "E": 7, "lean": 0.6},
+    "a capacity": {"T": 2100, "d": 1032, "f": 72, "E": 5, "lean": 0.3, "capacity": 500},
+    "no gate": {"T": 333, "d": 72, "f": 1000, "E": 16, "gate": False, "activation": "relu"},
+    "gelu": {"T": 333, "d": 72, "f": 1000, "E": 3, "activation": "gelu", "order": "softmax_topk"},
+    "one tile": {"T": 1, "d": 8, "f": 8, "E": 3},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", DEVICE)
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_tensor_cores(kind, case, rng, farthest):
+    """Uneven groups, one of them empty, sizes that are no multiple of a tile; the same bits in every run."""
+    import cupy as cp
+
+    kind = np.dtype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind)
+    call = _call(rng, kind, **DEVICE[case])
+    store = 2.0**-8 if kind.name == "bfloat16" else 2.0**-11
+    exact = {name: v.astype(np.float64) if isinstance(v, np.ndarray) else v for name, v in call.items()}
+    bound = refimpl.OPS["moe"].error_bound(**exact, unit=2.0**-24, store=store)
+    want = refimpl.OPS["moe"].forms["gathered"].function(**exact)
+    on_device = _on_device(call)
+    runs = []
+    for _ in range(2):
+        cp.get_default_memory_pool().free_all_blocks()
+        room = cp.full(1 << 26, 0xFF, np.uint8)  # what is not written is NaN
+        del room
+        runs.append(moe.moe(**on_device).get())
+    np.testing.assert_array_equal(*(y.view(np.uint16) for y in runs))
+    assert np.all(abs(runs[0].astype(np.float64) - want) <= bound + store * abs(want))
+    if call["x"].size * call["w_in"].size <= 1 << 37:
+        dy = rng.standard_normal(want.shape).astype(kind)
+        gradients = {n: v.get() for n, v in moe.moe_vjp(cp.asarray(dy), **on_device).items() if v is not None}
+        assert farthest("moe", call, dy, None, gradients, kind.name) <= 1
+
+
+@pytest.mark.gpu
+def test_tensor_cores_wait_for_nothing(rng):
+    import cupy as cp
+
+    call = _on_device(_call(rng, np.dtype(ml_dtypes.bfloat16), T=4096, d=512, f=1024, E=8))
+    spin = 'extern "C" __global__ void spin(long long n) { long long start = clock64(); while (clock64() - start < n) {} }'
+    want = moe.moe(**call)
+    moe.moe_vjp(want, **call)
+    stream, event = cp.cuda.Stream(non_blocking=True), cp.cuda.Event()
+    with stream:
+        moe.moe_vjp(moe.moe(**call), **call)  # memory for this stream
+        stream.synchronize()
+        cp.RawKernel(spin, "spin")((1,), (1,), (np.int64(400_000_000),))
+        got = moe.moe(**call)
+        moe.moe_vjp(got, **call)
+        event.record()
+        assert not event.done, "the call came back only when the device was done"
+        stream.synchronize()
+    np.testing.assert_array_equal(got.get().view(np.uint16), want.get().view(np.uint16))
 
 
 def _several(value):
