@@ -28,15 +28,25 @@ template <int ROWS> __device__ __forceinline__ char* at(char* tile, int r, int p
     return tile + (p / 8 * ROWS + r) * 128 + ((p % 8 ^ r % 8) << 4);
 }
 
-// ROWS x WIDTH numbers from `column` on of rows of `width`, zeros outside.
+// 64 x WIDTH numbers from `column` on of rows of `width`, zeros outside. A whole tile is copied without asking for each piece.
 template <int WIDTH>
 __device__ __forceinline__ void stage(char* tile, const __nv_bfloat16* from, i64 rows, int width, int column) {
-    const int p = threadIdx.x % (WIDTH / 8), at_column = column + 8 * p, step = THREADS / (WIDTH / 8);
-    from += at_column;
+    constexpr int STEP = THREADS / (WIDTH / 8);  // a multiple of 8, so that the pieces of a thread stand in one column of the tile
+    const int r = threadIdx.x / (WIDTH / 8), p = threadIdx.x % (WIDTH / 8), at_column = column + 8 * p;
+    char* const to = at<L>(tile, r, p);
+    if (rows >= L && column + WIDTH <= width) {
+        from += r * width + at_column;
+#pragma unroll
+        for (int i = 0; i < L; i += STEP) {
+            copy16(to + i * 128, from);
+            from += STEP * width;
+        }
+    } else {
 #pragma unroll 1
-    for (int r = threadIdx.x / (WIDTH / 8); r < L; r += step) {
-        const bool there = r < rows && at_column < width;
-        copy16(at<L>(tile, r, p), there ? from + r * width : from - at_column, there);
+        for (int i = 0; i < L; i += STEP) {
+            const bool there = r + i < rows && at_column < width;
+            copy16(to + i * 128, there ? from + (r + i) * width + at_column : from, there);
+        }
     }
 }
 
@@ -184,23 +194,31 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
                     multiply_tiles(p[i % 2 * 2], queries, b[0], b[1]);
                     multiply_tiles(p[i % 2 * 2 + 1], queries, b[2], b[3]);
                 }
-                unsigned weights[4];
+                float m[2][4];
 #pragma unroll
                 for (int tile = 0; tile < 2; ++tile) {
                     const int s = 16 * block + 8 * tile + 2 * t4;
                     const float2 sum = *reinterpret_cast<const float2*>(sums + s), less = *reinterpret_cast<const float2*>(sums + 2 * L + s);
+                    float by[4];
 #pragma unroll
-                    for (int x = 0; x < 2; ++x) {
-                        const float by0 = power((at_row[x] - sum.x) + (rest[x] - less.x), halved);
-                        const float by1 = power((at_row[x] - sum.y) + (rest[x] - less.y), halved);
-                        float m0 = (p[tile][2 * x] + p[tile + 2][2 * x]) * by0, m1 = (p[tile][2 * x + 1] + p[tile + 2][2 * x + 1]) * by1;
-                        if (halved) m0 *= by0, m1 *= by1;
-                        if (s > row + 8 * x) m0 = 0.0f;
-                        if (s + 1 > row + 8 * x) m1 = 0.0f;
-                        if (NORMALISED) overlap[x] += m0 + m1;
-                        weights[2 * tile + x] = pack(m0, m1);
+                    for (int x = 0; x < 4; ++x)
+                        by[x] = power((at_row[x / 2] - (x % 2 ? sum.y : sum.x)) + (rest[x / 2] - (x % 2 ? less.y : less.x)), halved);
+#pragma unroll
+                    for (int x = 0; x < 4; ++x) m[tile][x] = (p[tile][x] + p[tile + 2][x]) * by[x];
+                    if (halved) {
+#pragma unroll
+                        for (int x = 0; x < 4; ++x) m[tile][x] *= by[x];
                     }
                 }
+                if (block == group) {  // some of these steps are later than the query's
+#pragma unroll
+                    for (int x = 0; x < 8; ++x) m[x / 4][x % 4] = 8 * (x / 4) + 2 * t4 + x % 2 > g + x % 4 / 2 * 8 ? 0.0f : m[x / 4][x % 4];
+                }
+                if (NORMALISED) {
+#pragma unroll
+                    for (int x = 0; x < 8; ++x) overlap[x % 4 / 2] += m[x / 4][x % 4];
+                }
+                const unsigned weights[4] = {pack(m[0][0], m[0][1]), pack(m[0][2], m[0][3]), pack(m[1][0], m[1][1]), pack(m[1][2], m[1][3])};
 #pragma unroll
                 for (int j = 0; j < E / 16; ++j) {
                     unsigned b[4];
@@ -225,21 +243,34 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
                 }
             }
             // y through this warp's rows of Q, which nobody needs any more, so that whole rows are written.
+            times(o, factor);
+            if (skip) {
+#pragma unroll
+                for (int j = 0; j < E / 8; ++j) {
+#pragma unroll
+                    for (int x = 0; x < 2; ++x) {
+                        const unsigned own = *reinterpret_cast<const unsigned*>(at<L>(V, row + 8 * x, j) + 4 * t4);
+                        o[j][2 * x] += skipped * low(own), o[j][2 * x + 1] += skipped * high(own);
+                    }
+                }
+            }
+            if (z) {
+#pragma unroll
+                for (int j = 0; j < E / 8; ++j) {
+#pragma unroll
+                    for (int x = 0; x < 2; ++x) {
+                        if (t + 8 * x < T && column + 8 * j < e) {
+                            const unsigned gate = *reinterpret_cast<const unsigned*>(z + (t + 8 * x) * e + column + 8 * j + 2 * t4);
+                            o[j][2 * x] *= silu(low(gate)), o[j][2 * x + 1] *= silu(high(gate));
+                        }
+                    }
+                }
+            }
 #pragma unroll
             for (int j = 0; j < E / 8; ++j) {
 #pragma unroll
-                for (int x = 0; x < 2; ++x) {
-                    float y0 = o[j][2 * x] * factor[x], y1 = o[j][2 * x + 1] * factor[x];
-                    if (skip) {
-                        const unsigned own = *reinterpret_cast<const unsigned*>(at<L>(V, row + 8 * x, j) + 4 * t4);
-                        y0 += skipped * low(own), y1 += skipped * high(own);
-                    }
-                    if (z && t + 8 * x < T && column + 8 * j < e) {
-                        const unsigned gate = *reinterpret_cast<const unsigned*>(z + (t + 8 * x) * e + column + 8 * j + 2 * t4);
-                        y0 *= silu(low(gate)), y1 *= silu(high(gate));
-                    }
-                    *reinterpret_cast<unsigned*>(at<L>(Q, row + 8 * x, j) + 4 * t4) = pack(y0, y1);
-                }
+                for (int x = 0; x < 2; ++x)
+                    *reinterpret_cast<unsigned*>(at<L>(Q, row + 8 * x, j) + 4 * t4) = pack(o[j][2 * x], o[j][2 * x + 1]);
             }
             __syncwarp();
 #pragma unroll

@@ -50,7 +50,7 @@ struct Copy {
     uint4 what;
 };
 static std::vector<std::vector<Copy>> under_way[1024];
-inline void copy16(void* to, const void* from, bool there) {
+inline void copy16(void* to, const void* from, bool there = true) {
     assert(std::uintptr_t(to) % 16 == 0 && std::uintptr_t(from) % 16 == 0);
     auto& groups = under_way[threadIdx.x];
     if (groups.empty()) groups.emplace_back();
