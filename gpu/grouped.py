@@ -46,10 +46,9 @@ _FORMS = (
 SHARED = {256: "WEIGHTS", 128: "ROWS"}  # what a pair of blocks shares, by the size of blocks of slots
 KERNELS = (
     *(_PLACES, _PLAN, _STAND, *_OUTER.values()),
-    *(_rowwise(name, v, x) for name in ("gather_rows", "activate_backwards") for x in _WIDTHS for v in (1, _WIDTHS[x])),
+    *(_rowwise(name, v, x) for name in ("gather_rows", "activate", "activate_backwards") for x in _WIDTHS for v in (1, _WIDTHS[x])),
     *(_rowwise("combine_rows", v, x, x) for x in _WIDTHS for v in (1, _WIDTHS[x])),
     *(_rowwise("combine_rows", v, x, "float32") for x in _HALVES for v in (1, 8)),
-    *(_rowwise("activate", v, x) for x, v in _WIDTHS.items()),
     *(_hopper(dtype, *form, shared) for dtype in _HALVES for form in _FORMS for shared in SHARED.values()),
 )
 
@@ -142,9 +141,8 @@ class Groups(NamedTuple):
             return self._hopper(form, (rows,), more, w_in.shape[2], activation)
         a = self.product(rows, w_in)
         g = _NOTHING if w_gate is None else self.product(rows, w_gate)
-        packs = a.nbytes // 16  # blocks of slots are whole ones
-        arguments = (a, g, a, np.int32(ACTIVATIONS.index(activation)), np.int64(packs))
-        _rowwise("activate", _WIDTHS[a.dtype.name], a.dtype.name)((-(-packs // 256),), (256,), arguments)
+        sizes = (np.int32(ACTIVATIONS.index(activation)), np.int32(a.shape[1]))
+        _rowwise("activate", _width(a), a.dtype.name)((len(a),), (256,), (a, g, a, self.pair_of, *sizes))
         return a
 
     def product(self, rows: cp.ndarray, w: cp.ndarray) -> cp.ndarray:

@@ -246,8 +246,8 @@ struct Spread {
     }
 };
 
-// B or C of TT steps: numbers by thread, (t, n) with n fastest, padded with zeros to NS states.
-template <class SX, class X, int THREADS, int NS, int TT>
+// B or C of TT steps: numbers by thread, (t, n) with n fastest, padded with zeros to NS states; rows of ROW in shared memory.
+template <class SX, class X, int THREADS, int ROW, int TT, int NS = ROW>
 struct Maps {
     enum { EACH = (TT * NS + THREADS - 1) / THREADS, AHEAD = EACH <= 4 };  // few enough to wait in registers
     static __device__ __forceinline__ int row(int i) { return (i * THREADS + threadIdx.x) / NS; }
@@ -264,27 +264,32 @@ struct Maps {
             if (row(i) < rows && state() < n) into.of[i].load(from);
         }
     }
-    static __device__ __forceinline__ void put(const Bits& values, X (*shared)[NS]) {
+    static __device__ __forceinline__ void put(const Bits& values, X (*shared)[ROW]) {
 #pragma unroll
         for (int i = 0; i < EACH; ++i)
-            if (row(i) < TT) shared[row(i)][state()] = widen<SX>(values.of[i].get().of[0]);
+            if (TT * NS % THREADS == 0 || row(i) < TT) shared[row(i)][state()] = widen<SX>(values.of[i].get().of[0]);
+    }
+    static __device__ __forceinline__ void put_raw(const Bits& values, SX (*shared)[ROW]) {
+#pragma unroll
+        for (int i = 0; i < EACH; ++i)
+            if (TT * NS % THREADS == 0 || row(i) < TT) shared[row(i)][state()] = values.of[i].get().of[0];
     }
     // By state, with time fastest: a thread then reads four steps of a state at once. The padding spreads states over banks.
-    template <int ROW>
-    static __device__ __forceinline__ void put_across(const Bits& values, X (*shared)[ROW]) {
+    template <int WIDTH>
+    static __device__ __forceinline__ void put_across(const Bits& values, X (*shared)[WIDTH]) {
 #pragma unroll
         for (int i = 0; i < EACH; ++i)
             if (TT * NS % THREADS == 0 || row(i) < TT) shared[state()][row(i)] = widen<SX>(values.of[i].get().of[0]);
     }
-    template <int ROW>
-    static __device__ __forceinline__ void copy_across(const SX* from, i64 stride, int rows, int n, X (*shared)[ROW]) {
+    template <int WIDTH>
+    static __device__ __forceinline__ void copy_across(const SX* from, i64 stride, int rows, int n, X (*shared)[WIDTH]) {
 #pragma unroll 4
         for (int at = threadIdx.x; at < TT * NS; at += THREADS) {
             const int t = at / NS, state = at % NS;
             shared[state][t] = t < rows && state < n ? widen<SX>(from[t * stride + state]) : X(0);
         }
     }
-    static __device__ __forceinline__ void copy(const SX* from, i64 stride, int rows, int n, X (*shared)[NS]) {
+    static __device__ __forceinline__ void copy(const SX* from, i64 stride, int rows, int n, X (*shared)[ROW]) {
 #pragma unroll 4
         for (int at = threadIdx.x; at < TT * NS; at += THREADS) {
             const int t = at / NS, state = at % NS;

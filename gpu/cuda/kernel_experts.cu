@@ -62,15 +62,19 @@ stand(const i64* experts, const i64* place, const i64* before, const i64* starts
 
 // ---- rows there and back ---------------------------------------------------------------------------------------------------
 
+template <class S, int V> __device__ __forceinline__ Pack<S, V> zeros() {
+    Pack<S, V> pack;
+#pragma unroll
+    for (int i = 0; i < V; ++i) pack.of[i] = narrow<S>(Arithmetic<S>(0));
+    return pack;
+}
+
 // rows (slots, d): those of the tokens that stand there, zeros where nobody does. V: numbers an access.
 template <class S, int V>
 __global__ void __launch_bounds__(128) gather_rows(const S* x, const i64* pair_of, S* rows, int k, int d) {
     const i64 pair = pair_of[blockIdx.x], token = pair / k;
-    Pack<S, V> nothing;
-#pragma unroll
-    for (int i = 0; i < V; ++i) nothing.of[i] = narrow<S>(Arithmetic<S>(0));
     for (int c = threadIdx.x * V; c < d; c += 128 * V)
-        store_pack(rows + blockIdx.x * i64(d) + c, pair < 0 ? nothing : load_pack<Pack<S, V>>(x + token * d + c));
+        store_pack(rows + blockIdx.x * i64(d) + c, pair < 0 ? zeros<S, V>() : load_pack<Pack<S, V>>(x + token * d + c));
 }
 
 // y (tokens, d) = sum over a token's k pairs, in their order, of weight (1 if there are none) times the slot's row; dropped ones are 0.
@@ -110,23 +114,27 @@ template <class X> __device__ __forceinline__ X slope(int activation, X x) {
     return x > X(0) ? X(1) : X(0);
 }
 
-// h = act(g) a, or act(a) without g; `packs` accesses of V numbers. h may be where a or g is.
+// h = act(g) a, or act(a) without g, of (slots, f); zeros where nobody stands. h may be where a or g is.
 template <class S, int V>
-__global__ void __launch_bounds__(256) activate(const S* a, const S* g, S* h, int activation, i64 packs) {
-    const i64 at = blockIdx.x * i64(256) + threadIdx.x;
-    if (at >= packs) return;
-    const auto first = load_pack<Pack<S, V>>(a + at * V), gate = g == nullptr ? first : load_pack<Pack<S, V>>(g + at * V);
-    Pack<S, V> out;
+__global__ void __launch_bounds__(256) activate(const S* a, const S* g, S* h, const i64* pair_of, int activation, int f) {
+    const bool empty = pair_of[blockIdx.x] < 0;
+    const i64 first = blockIdx.x * i64(f);
+    for (int c = threadIdx.x * V; c < f; c += 256 * V) {
+        Pack<S, V> out = zeros<S, V>();
+        if (!empty) {
+            const auto a_pack = load_pack<Pack<S, V>>(a + first + c), g_pack = g == nullptr ? a_pack : load_pack<Pack<S, V>>(g + first + c);
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-        const auto y = activated(activation, widen(gate.of[i]));
-        out.of[i] = narrow<S>(g == nullptr ? y : y * widen(first.of[i]));
+            for (int i = 0; i < V; ++i) {
+                const auto y = activated(activation, widen(g_pack.of[i]));
+                out.of[i] = narrow<S>(g == nullptr ? y : y * widen(a_pack.of[i]));
+            }
+        }
+        store_pack(h + first + c, out);
     }
-    store_pack(h + at * V, out);
 }
 
 // Backwards, a block for each slot. Of a and g (slots, f) and dh, the cotangent of h as if the weight w of the slot's pair were 1:
-// w h to dh's place, the gradients da and dg to a's and g's, and the weight's, sum of h dh, to dweights (pairs).
+// w h to dh's place, the gradients da and dg to a's and g's, and the weight's, sum of h dh, to dweights (pairs). Zeros where nobody stands.
 template <class S, int V>
 __global__ void __launch_bounds__(256)
 activate_backwards(S* a, S* g, S* dh, const i64* pair_of, const Arithmetic<S>* weights, Arithmetic<S>* dweights, int activation, int f) {
@@ -136,16 +144,19 @@ activate_backwards(S* a, S* g, S* dh, const i64* pair_of, const Arithmetic<S>* w
     const X w = pair < 0 ? X(0) : weights[pair];
     X sum = X(0);
     for (int c = threadIdx.x * V; c < f; c += 256 * V) {
-        auto a_pack = load_pack<Pack<S, V>>(a + first + c), dh_pack = load_pack<Pack<S, V>>(dh + first + c);
-        auto g_pack = g == nullptr ? a_pack : load_pack<Pack<S, V>>(g + first + c);
+        Pack<S, V> a_pack = zeros<S, V>(), g_pack = a_pack, dh_pack = a_pack;
+        if (pair >= 0) {
+            a_pack = load_pack<Pack<S, V>>(a + first + c), dh_pack = load_pack<Pack<S, V>>(dh + first + c);
+            g_pack = g == nullptr ? a_pack : load_pack<Pack<S, V>>(g + first + c);
 #pragma unroll
-        for (int i = 0; i < V; ++i) {
-            const X a_i = widen(a_pack.of[i]), g_i = widen(g_pack.of[i]), d = widen(dh_pack.of[i]);
-            const X act = activated(activation, g_i), h = g == nullptr ? act : act * a_i, wd = w * d;
-            sum += h * d;
-            dh_pack.of[i] = narrow<S>(w * h);
-            a_pack.of[i] = narrow<S>(wd * (g == nullptr ? slope(activation, g_i) : act));
-            g_pack.of[i] = narrow<S>(wd * a_i * slope(activation, g_i));
+            for (int i = 0; i < V; ++i) {
+                const X a_i = widen(a_pack.of[i]), g_i = widen(g_pack.of[i]), d = widen(dh_pack.of[i]);
+                const X act = activated(activation, g_i), h = g == nullptr ? act : act * a_i, wd = w * d;
+                sum += h * d;
+                dh_pack.of[i] = narrow<S>(w * h);
+                a_pack.of[i] = narrow<S>(wd * (g == nullptr ? slope(activation, g_i) : act));
+                g_pack.of[i] = narrow<S>(wd * a_i * slope(activation, g_i));
+            }
         }
         store_pack(dh + first + c, dh_pack);
         store_pack(a + first + c, a_pack);

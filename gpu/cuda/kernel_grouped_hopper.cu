@@ -109,7 +109,7 @@ grouped_product(const __grid_constant__ Sizes n, const __grid_constant__ TensorM
     int round = 0;  // steps so far: they tell stage and phase
 
     if (warpgroup == 0) {
-        keep_registers<40>();
+        keep_registers<56>();
         if (threadIdx.x == 0) {
             const int rank = PAIR == 1 ? 0 : rank_in_pair();
             for (int item = blockIdx.x / PAIR; walk.find(item); item += gridDim.x / PAIR) {
@@ -143,7 +143,7 @@ grouped_product(const __grid_constant__ Sizes n, const __grid_constant__ TensorM
             }
         }
     } else {
-        take_registers<232>();
+        take_registers<224>();
         const int me = warpgroup - 1, lane = threadIdx.x % 32;
         constexpr bool X_BY_COLUMNS = FORM == OUTER, W_BY_COLUMNS = FORM != TRANSPOSED;
         constexpr int X_STEP = X_BY_COLUMNS ? 2048 : 32, W_STEP = W_BY_COLUMNS ? 2048 : 32;  // bytes from 16 of the inner dimension to the next

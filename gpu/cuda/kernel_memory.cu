@@ -17,41 +17,9 @@
 // exponents of columns have the gain in them. Where they might exceed 120 (decays above 1) each exponential is two of half of it.
 //
 // What limits it: the readers' chain of products, exponentials, products, and what they load: 2 to 4 times what mma.sync needs.
-#include "block_tensor.cuh"
+#include "block_memory.cuh"
 
-constexpr int L = 64, E = 64, READERS = 4, THREADS = 256;
-constexpr int SUMS = 200;  // floats of a chunk's decays: sums, their rests, the rests minus gains, whether exponentials are halved
-constexpr float LOG2E = 1.44269504088896341f;
-
-// Where piece p of row r of a tile with so many rows lies.
-template <int ROWS> __device__ __forceinline__ char* at(char* tile, int r, int p) {
-    return tile + (p / 8 * ROWS + r) * 128 + ((p % 8 ^ r % 8) << 4);
-}
-
-// 64 x WIDTH numbers from `column` on of rows of `width`, zeros outside. A whole tile is copied without asking for each piece.
-template <int WIDTH>
-__device__ __forceinline__ void stage(char* tile, const __nv_bfloat16* from, i64 rows, int width, int column) {
-    constexpr int STEP = THREADS / (WIDTH / 8);  // a multiple of 8, so that the pieces of a thread stand in one column of the tile
-    const int r = threadIdx.x / (WIDTH / 8), p = threadIdx.x % (WIDTH / 8), at_column = column + 8 * p;
-    char* const to = at<L>(tile, r, p);
-    if (rows >= L && column + WIDTH <= width) {
-        from += r * width + at_column;
-#pragma unroll
-        for (int i = 0; i < L; i += STEP) {
-            copy16(to + i * 128, from);
-            from += STEP * width;
-        }
-    } else {
-#pragma unroll 1
-        for (int i = 0; i < L; i += STEP) {
-            const bool there = r + i < rows && at_column < width;
-            copy16(to + i * 128, there ? from + (r + i) * width + at_column : from, there);
-        }
-    }
-}
-
-// 2^a. Where exponents are halved numbers are multiplied by it twice: no infinity on the way to what is none.
-__device__ __forceinline__ float power(float a, bool halved) { return exp2_fast(halved ? min(a, 127.0f) : a); }
+constexpr int READERS = 4;
 
 // Tiles of a result times a factor of each of the lane's two rows.
 template <int N> __device__ __forceinline__ void times(float (&tiles)[N][4], const float (&factor)[2]) {
@@ -68,47 +36,21 @@ __device__ __forceinline__ float silu(float x) {
     return __fdividef(x < 0.0f ? x * e : x, 1.0f + e);
 }
 
-// One warp: of the decays and gains of steps 2 lane and 2 lane + 1 of a chunk, what all others need.
-__device__ __forceinline__ void sum_decays(float* sums, const float* w_of, const float* gain_of, i64 t0, i64 T) {
-    const int lane = threadIdx.x % 32;
-    float w[2], gain[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const i64 t = t0 + 2 * lane + i;
-        w[i] = w_of && t < T ? w_of[t] : 0.0f;
-        gain[i] = gain_of && t < T ? gain_of[t] : 0.0f;
-    }
-    double first = w[0] < -4096.0f ? -4096.0 : double(w[0]), both = first + (w[1] < -4096.0f ? -4096.0 : double(w[1]));
-    float rise = max(w[0], 0.0f) + max(w[1], 0.0f) + max(max(gain[0], gain[1]), 0.0f);
-    double upto = both;
-#pragma unroll
-    for (int away = 1; away < 32; away *= 2) {
-        const double before = __shfl_up_sync(0xffffffffu, upto, away);
-        upto += lane >= away ? before : 0.0;
-        rise += __shfl_xor_sync(0xffffffffu, rise, away);
-    }
-    const bool halved = rise * LOG2E > 120.0f;
-    const double unit = halved ? 0.72134752044448170 : 1.44269504088896341;
-    const double of[2] = {(upto - both + first) * unit, upto * unit};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const float sum = float(of[i]), rest = float(of[i] - double(sum));
-        sums[2 * lane + i] = sum;
-        sums[L + 2 * lane + i] = rest;
-        sums[2 * L + 2 * lane + i] = rest - gain[i] * float(unit);
-    }
-    if (lane == 0) sums[3 * L] = halved ? 1.0f : 0.0f;
-}
-
 // q (G, q_heads, T, d), k (G, k_heads, T, d), v (G, v_heads, T, e); w and gain (G, v_heads, T), state and last (G, v_heads, d, e), norm and
 // last_norm (G, v_heads, d); y and z (G, heads, T, e), lower (G, heads, T), skip (G, heads); an array's heads are `heads` or 1. What is
 // null is 0, and `lower`, `skip`, `z` are left out. d and e are multiples of 8, rows start at multiples of 16 bytes.
 // Grid: (G heads, tiles of 64 values).
-template <int D, bool NORMALISED>
+// As GRADIENT also backwards in time (`back`), gains those of the queries (`of_queries`), and the state that enters each chunk is kept,
+// (G heads, chunks, d, e), where `states` is not null: an adjoint of this operator is the operator with roles changed.
+enum Kind { PLAIN, NORMALISED_BY_N, GRADIENT };
+template <int D, int KIND>
 __global__ void __launch_bounds__(THREADS, 2)
 memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat16* v, const float* w, const float* gain, const float* state,
               const float* norm, const float* lower, const float* skip, const __nv_bfloat16* z, __nv_bfloat16* y, float* last, float* last_norm,
-              i64 T, int d, int e, int heads, int q_heads, int k_heads, int v_heads, float scale, float eps) {
+              __nv_bfloat16* states, i64 T, int d, int e, int heads, int q_heads, int k_heads, int v_heads, int w_heads, float scale, float eps,
+              int backwards, int of_queries) {
+    constexpr bool NORMALISED = KIND == NORMALISED_BY_N;
+    const bool back = KIND == GRADIENT && backwards;
     constexpr int ROWS = L * D * 2, VALUES = L * E * 2, STAGE = 2 * ROWS + VALUES;
     extern __shared__ double memory[];
     char* const shared = reinterpret_cast<char*>(memory);
@@ -123,20 +65,22 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
     q += (G * q_heads + (q_heads > 1 ? h : 0)) * T * d;
     k += (G * k_heads + (k_heads > 1 ? h : 0)) * T * d;
     v += of_values * T * e;
-    if (w) w += of_values * T;
-    if (gain) gain += of_values * T;
+    const i64 of_decays = G * w_heads + (w_heads > 1 ? h : 0);
+    if (w) w += of_decays * T;
+    if (gain) gain += of_decays * T;
     y += of_head * T * e;
     if (z) z += of_head * T * e;
     if (lower) lower += of_head * T;
     const float skipped = skip ? skip[of_head] : 0.0f;
     const int chunks = int((T + L - 1) / L);
 
+    const auto start = [&](int c) { return i64(back ? chunks - 1 - c : c) * L; };  // of the c-th chunk that is taken
     const auto fetch = [&](int c) {
         char* const tiles = shared + c % 2 * STAGE;
-        const i64 t0 = i64(c) * L;
-        stage<D>(tiles, q + t0 * d, T - t0, d, 0);
-        stage<D>(tiles + ROWS, k + t0 * d, T - t0, d, 0);
-        stage<E>(tiles + 2 * ROWS, v + t0 * e, T - t0, e, int(column));
+        const i64 t0 = start(c);
+        stage<D>(tiles, q + t0 * d, T - t0, d, 0, back);
+        stage<D>(tiles + ROWS, k + t0 * d, T - t0, d, 0, back);
+        stage<E>(tiles + 2 * ROWS, v + t0 * e, T - t0, e, int(column), back);
     };
 
     if (warp < READERS) {
@@ -154,7 +98,7 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
             const int group = c % 2 ? READERS - 1 - warp : warp, row = 16 * group + g;
             const bool halved = sums[3 * L] != 0.0f;
             const float at_row[2] = {sums[row], sums[row + 8]}, rest[2] = {sums[L + row], sums[L + row + 8]};
-            const i64 t = i64(c) * L + row;
+            const i64 t = start(c) + row;  // forwards
             // What the state that enters the chunk has to say.
             float o[E / 8][4] = {}, overlap[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -254,7 +198,7 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
                     }
                 }
             }
-            if (z) {
+            if (KIND != GRADIENT && z) {
 #pragma unroll
                 for (int j = 0; j < E / 8; ++j) {
 #pragma unroll
@@ -276,7 +220,7 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int r = 16 * group + 4 * i + lane / 8, piece = lane % 8;
-                const i64 at_t = i64(c) * L + r;
+                const i64 at_t = start(c) + (back ? L - 1 - r : r);
                 if (at_t < T && column + 8 * piece < e)
                     *reinterpret_cast<uint4*>(y + at_t * e + column + 8 * piece) = *reinterpret_cast<const uint4*>(at<L>(Q, r, piece));
             }
@@ -288,31 +232,36 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
     constexpr int TILES = D / 64;
     const int first = (warp - READERS) * 16 * TILES;
     float S[TILES][E / 8][4], n[TILES][2];  // n: a share of it, one of four lanes'
-    const i64 states = of_values * d;
+    const i64 rows = (KIND == GRADIENT ? of_head : of_values) * d;
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
             const int r = first + 16 * tile + g + 8 * x;
-            n[tile][x] = NORMALISED && norm && r < d && t4 == 0 ? norm[states + r] : 0.0f;
+            n[tile][x] = NORMALISED && norm && r < d && t4 == 0 ? norm[rows + r] : 0.0f;
 #pragma unroll
             for (int j = 0; j < E / 8; ++j) {
                 const i64 at_column = column + 8 * j + 2 * t4;
                 const bool there = state && r < d && at_column < e;
-                const float2 pair = there ? *reinterpret_cast<const float2*>(state + (states + r) * e + at_column) : float2{0.0f, 0.0f};
+                const float2 pair = there ? *reinterpret_cast<const float2*>(state + (rows + r) * e + at_column) : float2{0.0f, 0.0f};
                 S[tile][j][2 * x] = pair.x, S[tile][j][2 * x + 1] = pair.y;
             }
         }
     }
-    const auto leave_copy = [&] {
+    const auto leave_copy = [&](int c) {
+        __nv_bfloat16* const kept = KIND == GRADIENT && states ? states + (of_head * chunks + start(c) / L) * d * e : nullptr;
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
             for (int x = 0; x < 2; ++x) {
                 const int r = first + 16 * tile + g + 8 * x;
 #pragma unroll
-                for (int j = 0; j < E / 8; ++j)
-                    *reinterpret_cast<unsigned*>(at<D>(copy, r, j) + 4 * t4) = pack(S[tile][j][2 * x], S[tile][j][2 * x + 1]);
+                for (int j = 0; j < E / 8; ++j) {
+                    const unsigned pair = pack(S[tile][j][2 * x], S[tile][j][2 * x + 1]);
+                    *reinterpret_cast<unsigned*>(at<D>(copy, r, j) + 4 * t4) = pair;
+                    if (KIND == GRADIENT && kept && r < d && column + 8 * j < e)
+                        *reinterpret_cast<unsigned*>(kept + i64(r) * e + column + 8 * j + 2 * t4) = pair;
+                }
                 if (NORMALISED) {
                     float whole = n[tile][x];
                     whole += __shfl_xor_sync(0xffffffffu, whole, 1);
@@ -322,12 +271,12 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
             }
         }
     };
-    if (warp == READERS) sum_decays(decays, w, gain, 0, T);
+    if (warp == READERS) sum_decays(decays, w, gain, start(0), T, back, KIND == GRADIENT && of_queries);
     if (chunks > 0) fetch(0);
     copies_end();
     for (int c = 0; c < chunks; ++c) {
         if (c > 0) meet(1, THREADS);
-        leave_copy();
+        leave_copy(c);
         copies_wait<0>();
         meet(0, THREADS);
         if (c + 1 < chunks) fetch(c + 1);
@@ -336,7 +285,7 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
         char* const V = K + ROWS;
         const float* const sums = decays + c % 2 * SUMS;
         const bool halved = sums[3 * L] != 0.0f;
-        const float all = sums[L - 1], all_rest = sums[2 * L - 1];
+        const float all = sums[L - 1], all_rest = sums[3 * L + 1];
         const float through[2] = {power(all + all_rest, halved), power(all + all_rest, halved)};
         for (int again = 0; again <= halved; ++again) {
 #pragma unroll
@@ -378,10 +327,10 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
                 }
             }
         }
-        if (warp == READERS) sum_decays(decays + (c + 1) % 2 * SUMS, w, gain, i64(c + 1) * L, T);
+        if (warp == READERS && c + 1 < chunks) sum_decays(decays + (c + 1) % 2 * SUMS, w, gain, start(c + 1), T, back, KIND == GRADIENT && of_queries);
     }
     if (chunks > 0) meet(1, THREADS);
-    if (v_heads == 1 && h > 0) return;  // heads that share a state have all computed it
+    if (KIND != GRADIENT && v_heads == 1 && h > 0) return;  // heads that share a state have all computed it
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
@@ -391,13 +340,13 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
             for (int j = 0; j < E / 8; ++j) {
                 const i64 at_column = column + 8 * j + 2 * t4;
                 if (r < d && at_column < e)
-                    *reinterpret_cast<float2*>(last + (states + r) * e + at_column) = float2{S[tile][j][2 * x], S[tile][j][2 * x + 1]};
+                    *reinterpret_cast<float2*>(last + (rows + r) * e + at_column) = float2{S[tile][j][2 * x], S[tile][j][2 * x + 1]};
             }
             if (NORMALISED) {
                 float whole = n[tile][x];
                 whole += __shfl_xor_sync(0xffffffffu, whole, 1);
                 whole += __shfl_xor_sync(0xffffffffu, whole, 2);
-                if (t4 == 0 && r < d && blockIdx.y == 0) last_norm[states + r] = whole;
+                if (t4 == 0 && r < d && blockIdx.y == 0) last_norm[rows + r] = whole;
             }
         }
     }

@@ -15,7 +15,7 @@
 // numbers.
 //
 // Limit: the special-function unit, n + 3 exponentials and reciprocals per (time, channel) at 16 a clock; POLYNOMIALS of a
-// lane's K·EACH exponentials are polynomials, on the units that have time left.
+// lane's 2·K·EACH exponentials in two steps are polynomials, on the units that have time left.
 #include "block_selective.cuh"
 
 enum { RESULTS = 0, STATES = 1, CHECKPOINTS = 2 };
@@ -47,6 +47,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) selective_scan(
 
     const Place at(blockIdx.x, c, G, segments, CH);
     const int mine = threadIdx.x / LANES * EACH, part = threadIdx.x % LANES, lane = threadIdx.x % 32;
+    if (MODE == STATES && at.segment == segments - 1) return;  // nothing goes on from its end
     const i64 start = at.segment * length, steps = start + length < T ? length : T - start;
     const int count = int((steps + TT - 1) / TT), tail = int(steps - i64(count - 1) * TT);
     const auto rows_of = [&](int tile) { return tile < count - 1 ? int(TT) : tile < count ? tail : 0; };
@@ -129,14 +130,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) selective_scan(
             if (MODE == RESULTS) Map::copy_across(C_from + number * TT * C_time, C_time, rows, n, tile.out);
         }
     };
-    const auto advance_states = [&](Tile& tile, int t) {  // by AT_ONCE steps
+    const auto advance_states = [&](const Tile& tile, int t, R (&sums)[EACH][AT_ONCE]) {  // by AT_ONCE steps
         Pack<X, AT_ONCE> B_now[K], C_now[K];
 #pragma unroll
         for (int k = 0; k < K; ++k) {
             B_now[k] = load_pack<Pack<X, AT_ONCE>>(&tile.into[k * LANES + part][t]);
             if (MODE == RESULTS) C_now[k] = load_pack<Pack<X, AT_ONCE>>(&tile.out[k * LANES + part][t]);
         }
-        R sums[EACH][AT_ONCE];
 #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j) {
             const auto step = load_pack<Pack<R, 2 * EACH>>(&tile.steps[t + j][mine]);
@@ -145,23 +145,23 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) selective_scan(
                 sums[e][j] = 0;
 #pragma unroll
                 for (int k = 0; k < K; ++k) {
-                    const X a = decay_by(e * K + k < POLYNOMIALS, step.of[2 * e], rate[e][k]);
+                    const X a = decay_by((j % 2 * EACH + e) * K + k < POLYNOMIALS, step.of[2 * e], rate[e][k]);
                     h[e][k] = multiply_add(a, h[e][k], step.of[2 * e + 1] * B_now[k].of[j]);
                     if (MODE == RESULTS) sums[e][j] = real_product(C_now[k].of[j], h[e][k], sums[e][j]);
                 }
             }
         }
-        if (MODE == RESULTS) {
-            int which = 0;  // of these steps; sums over all but PARTS lanes, if there are more
+    };
+    const auto keep = [&](Tile& tile, int t, R (&sums)[EACH][AT_ONCE]) {
+        int which = 0;  // of these steps; sums over all but PARTS lanes, if there are more
 #pragma unroll
-            for (int e = 0; e < EACH; ++e) which = sums_over_lanes<LANES / PARTS, PARTS>(sums[e], lane);
+        for (int e = 0; e < EACH; ++e) which = sums_over_lanes<LANES / PARTS, PARTS>(sums[e], lane);
 #pragma unroll
-            for (int j = 0; j < KEPT; ++j) {
-                Pack<R, EACH> now;
+        for (int j = 0; j < KEPT; ++j) {
+            Pack<R, EACH> now;
 #pragma unroll
-                for (int e = 0; e < EACH; ++e) now.of[e] = sums[e][j];
-                store_pack(&tile.read_out[t + which + j][part % PARTS][mine], now);
-            }
+            for (int e = 0; e < EACH; ++e) now.of[e] = sums[e][j];
+            store_pack(&tile.read_out[t + which + j][part % PARTS][mine], now);
         }
     };
     Pack<S, Steps::WIDE> result[Steps::PASSES];
@@ -204,11 +204,16 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) selective_scan(
                     if (exists(e, k)) last[state_of(at.sequence * count + tile, e, k)] = h[e][k];
         advance();
         fetch(tile + 2);
-        enter(other, tile + 1);
-        if (MODE == RESULTS) leave(other);
+        if (MODE == RESULTS) leave(other);  // shared memory is read before it is written: the compiler could not tell what is what
+        R sums[TT / AT_ONCE][EACH][AT_ONCE];
 #pragma unroll
-        for (int t = 0; t < TT; t += AT_ONCE) advance_states(now, t);
-        if (MODE == RESULTS && tile) put(tile - 1);
+        for (int i = 0; i < TT / AT_ONCE; ++i) advance_states(now, i * AT_ONCE, sums[i]);
+        enter(other, tile + 1);
+        if (MODE == RESULTS) {
+#pragma unroll
+            for (int i = 0; i < TT / AT_ONCE; ++i) keep(now, i * AT_ONCE, sums[i]);
+            if (tile) put(tile - 1);
+        }
         __syncthreads();
     }
     if (MODE == RESULTS) {
