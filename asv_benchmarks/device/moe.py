@@ -112,6 +112,20 @@ def check_whole():
               {n: f"{apart(g[n], v):.1e}" for n, v in g_want.items() if v is not None}, flush=True)  # fmt: skip
 
 
+def check_some_tokens(call, count=48):
+    """Rows of a large result, in float32 from the experts that were chosen."""
+    made = _Call(call["x"], call["router"], call["w_in"], call["k"], "topk_softmax", False, None)
+    some = cp.asarray(np.random.default_rng(0).choice(len(call["x"]), count, replace=False))
+    x, want = wide(call["x"][some]), cp.zeros((count, call["x"].shape[1]), cp.float32)
+    for e in range(len(call["w_in"])):
+        a, g = (x @ wide(call[name][e]) for name in ("w_in", "w_gate"))
+        weight = cp.where(made.experts[some] == e, made.weights[some], cp.float32(0)).sum(axis=-1)
+        want += weight[:, None] * (g / (1 + cp.exp(-g)) * a @ wide(call["w_out"][e]))
+    error = apart(moe(**call)[some], want)
+    print(f"some tokens of {call['x'].shape}: {error:.1e}", flush=True)
+    return error
+
+
 def peer(call):
     """torch's grouped_mm on rows that are sorted already: three products and the activation."""
     x, w_in, w_gate, w_out = (torch.from_dlpack(call[n]) for n in ("x", "w_in", "w_gate", "w_out"))
@@ -170,12 +184,11 @@ def times(results, variants, gradient):
     ours, again = (median_ms(lambda: moe(**call), [()], repeat=10, warm_up=3) for _ in range(2))
     found = {"ours": ours, "again": again}
     print(found, flush=True)
+    error = check_some_tokens(call)
     try:
         run, products, whole = peer(call)
         found |= {"torch products": on_torch(products), "torch products and activation": on_torch(run), "torch whole": on_torch(whole)}
         print(found, flush=True)
-        e = apart(moe(**call), cp.from_dlpack(whole()))
-        print("from torch", e, flush=True)
     except Exception:
         traceback.print_exc()
     torch.cuda.empty_cache()
@@ -211,8 +224,19 @@ def times(results, variants, gradient):
                     print(shared, band, error, flush=True)
     if gradient:
         dy = cp.from_dlpack(torch.randn(T, d, device="cuda").to(torch.bfloat16))
-        ms = median_ms(lambda: moe_vjp(dy, **call), [()], repeat=3, warm_up=1)
-        results.add("moe", "bf16, Mixtral, gradient", "16384 tokens d4096 f14336 E8 k2", floor_ms(bf16=8 / 3 * flops), {"ours": ms})
+        ms = median_ms(lambda: moe_vjp(dy, **call), [()], repeat=4, warm_up=1)
+        dys, a, g = groups.take(dy), groups.product(rows, call["w_in"]), groups.product(rows, call["w_gate"])
+        dh = groups.product_transposed(dys, call["w_out"])
+        parts = {
+            "x w_in": lambda: groups.product(rows, call["w_in"]),
+            "dy w_out'": lambda: groups.product_transposed(dys, call["w_out"]),
+            "dw_in": lambda: groups.outer(rows, a),
+            "dw_out": lambda: groups.outer(h, dys),
+            "drows": lambda: groups.product_transposed(a, call["w_in"], g, call["w_gate"]),
+            "activations": lambda: groups.activate_backwards(a, g, dh, made.weights, "silu"),  # last: it writes to its inputs
+        }
+        parts = {"part: " + name: median_ms(run, [()], repeat=4, warm_up=1) for name, run in parts.items()}
+        results.add("moe", "bf16, Mixtral, gradient", "16384 tokens d4096 f14336 E8 k2", floor_ms(bf16=8 / 3 * flops), {"ours": ms} | parts)
 
 
 def others(results):
