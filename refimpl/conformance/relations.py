@@ -62,8 +62,7 @@ def _factor(op, name, got, right, limit, to) -> str:
         return ""
     if not np.any(error_ratio(factor.real * right, right, limit) > 1) and not factor.imag:
         return ""
-    shown = f"{factor.real:.4g}" if abs(factor.imag) < 1e-4 * abs(factor) else f"{factor:.4g}"
-    return f"{name} is {shown} times the truth, everywhere"
+    return f"{name} is {_shown(factor)} times the truth, everywhere"
 
 
 def _factor_in_part(op, name, got, right, limit, to) -> str:
@@ -71,12 +70,18 @@ def _factor_in_part(op, name, got, right, limit, to) -> str:
     wrong = (error_ratio(got, right, limit) > 1) & np.isfinite(got.astype(right.dtype)) & np.isfinite(right)
     g, r, b = (x[wrong].astype(np.complex128) for x in (got, right, limit))
     clear = abs(g - r) > 16 * b.real
-    if np.sum(clear) < 4:
+    if np.sum(clear) < 4 or not np.any(r):
         return ""
     factor = np.sum(g * np.conj(r)) / np.sum(abs(r) ** 2)
     if np.any(abs(g - factor * r) > (2 * b.real + 2 * to.unit * abs(r)) * max(1.0, abs(factor))) or abs(factor.imag) > 1e-4 * abs(factor):
         return ""
-    return f"where it is wrong, {name} is {factor.real:.4g} times the truth"
+    return f"where it is wrong, {name} is {_shown(factor)} times the truth"
+
+
+def _shown(factor: complex) -> str:
+    if abs(factor.imag) >= 1e-4 * abs(factor):
+        return f"{factor:.4g}"
+    return f"{factor.real:.4g}" if abs(factor - 1) > 1e-3 else f"1 {'+' if factor.real > 1 else '-'} {abs(factor.real - 1):.2g}"
 
 
 def _shifted(op, name, got, right, limit, to) -> str:

@@ -151,7 +151,7 @@ def gradient_tolerance(op: Op, call: dict, dy, dstate, to: Precision, right: dic
     def limit(s, r, x):
         size = _largest(x)
         smooth = np.broadcast_to(s.max(axis=-1, keepdims=True), s.shape) if s.ndim and s.size else s
-        sums = 4 * unit * (np.sqrt(longest) if not to.coarse else 1.0) * _largest(r) + (product / size if size else 0.0)
+        sums = 4 * unit * (np.sqrt(longest) if not to.coarse else 1.0) * _largest(r) + product / (size or 1.0)
         share = relative * (abs(r).astype(np.float64) + 0.05 * _largest(r)) + 2 * to.compute_unit * size * abs(r).astype(np.float64)
         return (8 if to.coarse else 16) * smooth + sums + share + unit * abs(r).astype(np.float64) + smallest(to)
 

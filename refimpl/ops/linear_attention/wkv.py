@@ -342,7 +342,7 @@ OPS = (
             "keys of 200 after the first": _with(k=lambda rng, k: k + 200 * (np.arange(k.shape[-2]) > 0)[:, None]),
             "bonuses of -150 and +150": _with(u=lambda rng, u: u + 150 * np.where(np.arange(u.shape[-1]) % 2, 1, -1)),
             "huge common offset": _with(k=lambda rng, k: k + 300, state=_raised(300)),
-            "all far below": _with(k=lambda rng, k: k - 100, state=_raised(-100)),
+            "all far below": _with(k=lambda rng, k: k - 20000, state=_raised(-20000)),
             "an old state outweighs all": _with(state=_raised(60), w=lambda rng, w: w / 16),
             "hardly any decay": _with(w=lambda rng, w: w * 2.0**-20),
             "every step counts alike": _with(k=lambda rng, k: k / 16, w=lambda rng, w: w * 2.0**-20),  # den counts the steps

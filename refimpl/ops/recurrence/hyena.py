@@ -242,6 +242,14 @@ def _with(**changes):
     return draw
 
 
+def _last_tap(rng, **sizes):
+    """The last that reaches: of those beyond, all but nothing would come, of which a transform leaves its noise, and gradients multiply it."""
+    call = _sample(rng, **sizes)
+    last = min(call["v"].shape[-2], call["kernels"].shape[-2]) - 1
+    kernels = call["kernels"] * (np.arange(call["kernels"].shape[-2]) == last)[:, None]
+    return call | {"kernels": kernels, "skips": 0 * call["skips"]}
+
+
 def _turned(rng, x):
     return x * np.exp(1j * rng.uniform(-3, 3, x.shape))
 
@@ -286,9 +294,7 @@ OPS = (
         hard={
             "gates of 0 and 1": _with(gates=lambda rng, g: np.where(rng.random(g.shape) < 0.5, 0.0, 1.0)),
             "a gate of zeros from the middle on": _with(gates=lambda rng, g: g * (np.arange(g.shape[-2]) < g.shape[-2] // 2)[:, None]),
-            "only the last tap": _with(
-                kernels=lambda rng, k: k * (np.arange(k.shape[-2]) == k.shape[-2] - 1)[:, None], skips=lambda rng, s: 0 * s
-            ),
+            "only the last tap": _last_tap,
             "only the skips": _with(kernels=lambda rng, k: 0 * k),
             "kernels longer than the input": _of_length(lambda T: 2 * T + 1),
             "one needle": _with(v=lambda rng, v: v * (np.arange(v.shape[-2]) == v.shape[-2] // 3)[:, None]),

@@ -79,7 +79,7 @@ def hyena_filter(z, t, w_in, b_in, w_inner, b_inner, w_out, frequency, decay, *,
     frequency : ndarray, shape (f,)
         Factor on each feature before every sine.
     decay : ndarray, shape (N, c) or (c,)
-        Rate of each channel's window, in units of 1/t.
+        Rate of each channel's window, in units of 1/t. The kit tries none below 0, of which published code takes the absolute value.
     shift : float
         What the window decays to.
 
@@ -336,7 +336,6 @@ OPS = (
             "fast sines": _with(frequency=lambda rng, w: 10 + 0 * w),
             "no decay": _with(decay=lambda rng, d: 0 * d),
             "what has faded": _with(decay=lambda rng, d: 60 * d),
-            "growing windows": _with(decay=lambda rng, d: -d),
             "no waves": _with(w_in=lambda rng, w: 0 * w, b_in=lambda rng, b: 0 * b, b_inner=lambda rng, b: 0 * b),
             "one rate for all filters": _with(decay=lambda rng, d: d[0]),
         },

@@ -63,7 +63,7 @@ HARD = {
     "softplus where it bends": _with(options={"delta_softplus": True}, delta=lambda rng, d: rng.uniform(-4, 12, d.shape)),
     "softplus in both tails": _with(
         options={"delta_softplus": True},
-        delta=lambda rng, d: np.where(rng.random(d.shape) < 0.3, rng.choice([-1e3, 50.0], d.shape), d),
+        delta=lambda rng, d: np.where(rng.random(d.shape) < 0.3, rng.choice([-1e3, 100.0], d.shape), d),
     ),
     "steps nearly shut": _with(options={"delta_softplus": True}, delta=lambda rng, d: d - 14),
     "one input, then strong decay": _with(u=_first, delta=lambda rng, d: 0 * d + 1, A=lambda rng, A: A - 22, state=lambda rng, s: 0 * s),
