@@ -55,6 +55,9 @@ def chosen(
     T, d, e : int
         Steps, features of a key, of a value.
 
+    adjoint : bool
+        Whether the gradient can be that of the kernel on tensor cores.
+
     Raises
     ------
     ValueError
@@ -68,7 +71,7 @@ def chosen(
         positive_int(operator, "chunk_length", chunk)
         if chunk > LONGEST:
             raise ValueError(f"{operator}: chunk_length must be at most {LONGEST}, got {chunk}")
-    tensor = kind == "head" and not gradient and dtype.name == "bfloat16" and 0 < d <= WIDEST and e > 0
+    tensor = kind == "head" and dtype.name == "bfloat16" and 0 < d <= WIDEST and e > 0 and (not gradient or (adjoint and e <= WIDEST))
     if method == "tensor" and not tensor:
         return Choice("chunkwise")
     if method is not None:

@@ -16,7 +16,13 @@ from refimpl.ops.linear_attention.linear_attention_contract import CONTRACT, pre
 from refimpl.ops.linear_attention.linear_attention_gradient import linear_attention_vjp as step_by_step_vjp
 from refimpl.ops.linear_attention.state import State
 
-KERNELS = (*instances(low_rank=False, before=False), *instances(low_rank=True, before=False), *chunk_kernels.KERNELS, *chunk_tensor.KERNELS)
+KERNELS = (
+    *instances(low_rank=False, before=False),
+    *instances(low_rank=True, before=False),
+    *chunk_kernels.KERNELS,
+    *chunk_tensor.KERNELS,
+    *chunk_tensor.KERNELS_VJP,
+)
 
 
 @mirror.form(CONTRACT)
@@ -40,7 +46,7 @@ def linear_attention(
     Fused: one kernel for the whole sequence, the memory in registers, in float32 for halves; heads of q that share a memory compute it
     each for itself. Keys of more than 1024 features run the chapter's steps one by one. A callable feature map gets CuPy arrays.
     """
-    how = _chosen(method, chunk_length, q, v, decay, beta, feature_map, gradient=False)
+    how = _chosen(method, chunk_length, q, v, decay, beta, feature_map, normalize, scale, gradient=False)
     if how.method == "chunkwise":
         return Chunkwise(chunk_kernels.Steps, q, k, v, decay, beta, feature_map, normalize, scale, state, how.chunk).result(return_state)
     if how.method == "tensor":
@@ -66,7 +72,7 @@ def linear_attention_vjp(
 
     Keeps one state in eight, for each head of q; in chunks one of each, for each head of k.
     """
-    how = _chosen(method, chunk_length, q, v, decay, beta, feature_map, gradient=True)
+    how = _chosen(method, chunk_length, q, v, decay, beta, feature_map, normalize, scale, gradient=True)
     phi = feature_map_of(feature_map)
     if phi is not None and not callable(getattr(phi, "vjp", None)):
         raise TypeError(f"linear_attention: feature_map must have a method vjp(dphi, x) for the gradient (see FeatureMap), got {phi!r}")
@@ -74,6 +80,8 @@ def linear_attention_vjp(
         raise TypeError(f"linear_attention: dstate must be {'a tuple (dS, dz)' if normalize else 'one array'}, as the state is")
     if how.method == "chunkwise":
         return Chunkwise(chunk_kernels.Steps, q, k, v, decay, beta, feature_map, normalize, scale, state, how.chunk).vjp(dy, dstate)
+    if how.method == "tensor":
+        return _in_one_kernel_vjp(dy, q, k, v, decay, feature_map, scale, state, dstate)
     dy, q, k, v, decay, beta = widened(dy, q, k, v, decay, beta)
     options = {"feature_map": feature_map, "normalize": normalize, "scale": scale, "state": state}
     if width(feature_map, k) > WIDEST:
@@ -102,35 +110,66 @@ def linear_attention_vjp(
     return gradients | {"state": call.state_like(dS)}
 
 
-def _chosen(method, chunk, q, v, decay, beta, feature_map, gradient: bool) -> chunk_policy.Choice:
+def _chosen(method, chunk, q, v, decay, beta, feature_map, normalize, scale, gradient: bool) -> chunk_policy.Choice:
     kind = "delta" if beta is not None else "channel" if decay is not None and decay.ndim == q.ndim else "head"
     sizes = {"heads": q.shape[:-2], "T": q.shape[-2], "d": width(feature_map, q), "e": v.shape[-1]}
-    return chunk_policy.chosen("linear_attention", method, chunk, kind=kind, gradient=gradient, **sizes, dtype=q.dtype)
+    adjoint = not normalize and scale != 0
+    return chunk_policy.chosen("linear_attention", method, chunk, kind=kind, gradient=gradient, **sizes, dtype=q.dtype, adjoint=adjoint)
+
+
+class _Tensor:
+    """A call as the kernel on tensor cores takes it: heads of q that share a memory compute it each for itself."""
+
+    def __init__(self, q, k, v, decay, feature_map, normalize, scale, state):
+        stored, wide = q.dtype, np.dtype(np.float32)
+        if feature_map is not None:
+            q, k = cast(q, wide), cast(k, wide)
+        self.raw_q, self.raw_k = q, k
+        decay = None if decay is None else cast(decay, wide)
+        plain = 1 / q.shape[-1] ** 0.5 if feature_map is None else 1
+        q, k, v, g, _, S, z, _ = prepare(q, k, v, decay, None, feature_map, normalize, 1, state)
+        self.batch, self.heads, self.group = k.shape[:-3], *q.shape[-4:-2]
+        q, k, v = (self.shared(cast(x, stored)) for x in (q, k, v))
+        w = None if decay is None else self.shared(g)[..., 0]
+        self.arguments = (q, k, v, w, None, None if state is None else self.shared(S))
+        self.norm = z.reshape(len(q), 1, -1) if normalize and state is not None else None
+        self.scale = 1 if normalize else plain if scale is None else scale
+
+    def shared(self, x):
+        """(..., heads of k, [group,] rows, columns) as (memories, group or 1, rows, columns)."""
+        return x.reshape(math.prod(self.batch) * self.heads, self.group if x.ndim == len(self.batch) + 4 else 1, *x.shape[-2:])
+
+    def queries(self, x):
+        return x.reshape(*self.batch, self.heads * self.group, *x.shape[2:])
+
+    def keys(self, x):
+        return x.reshape(*self.batch, self.heads, *x.shape[1:])
 
 
 def _in_one_kernel(q, k, v, decay, feature_map, normalize, scale, state, return_state):
-    """Heads of q that share a memory compute it each for itself."""
-    stored, wide = q.dtype, np.dtype(np.float32)
-    if feature_map is not None:
-        q, k = cast(q, wide), cast(k, wide)
-    decay = None if decay is None else cast(decay, wide)
-    plain = 1 / q.shape[-1] ** 0.5 if feature_map is None else 1
-    q, k, v, g, _, S, z, _ = prepare(q, k, v, decay, None, feature_map, normalize, 1, state)
-    batch, heads, group = k.shape[:-3], *q.shape[-4:-2]
-
-    def shared(x):
-        return x.reshape(math.prod(batch) * heads, group if x.ndim == len(batch) + 4 else 1, *x.shape[-2:])
-
-    q, k, v = (shared(cast(x, stored)) for x in (q, k, v))
-    w = None if decay is None else shared(g)[..., 0]
-    S, z = (None, None) if state is None else (shared(S), z.reshape(len(q), 1, -1) if normalize else None)
-    scale = 1 if normalize else plain if scale is None else scale
-    result = chunk_tensor.read(q, k, v, w, None, S, z, normalised=normalize, scale=scale)
-    o = result.y.reshape(*batch, heads * group, *result.y.shape[2:])
+    call = _Tensor(q, k, v, decay, feature_map, normalize, scale, state)
+    result = chunk_tensor.read(*call.arguments, call.norm, normalised=normalize, scale=call.scale)
+    o = call.queries(result.y)
     if not return_state:
         return o
-    last = result.last.reshape(*batch, heads, *result.last.shape[2:])
-    return o, State(last, result.norm.reshape(last.shape[:-1])) if normalize else last
+    last = call.keys(result.last[:, 0])
+    return o, State(last, call.keys(result.norm[:, 0])) if normalize else last
+
+
+def _in_one_kernel_vjp(dy, q, k, v, decay, feature_map, scale, state, dstate):
+    call, phi, wide = _Tensor(q, k, v, decay, feature_map, False, scale, state), feature_map_of(feature_map), np.dtype(np.float32)
+    G = len(call.arguments[0])
+    dy = cast(dy, v.dtype).reshape(G, call.group, *dy.shape[-2:])
+    if dstate is not None:  # the first of the heads that share a memory takes it for all
+        dlast = cp.zeros((G, call.group, *dstate.shape[-2:]), wide)
+        dlast[:, 0] = cp.broadcast_to(dstate, (*call.batch, call.heads, *dstate.shape[-2:])).reshape(G, *dstate.shape[-2:])
+    g = chunk_tensor.read_vjp(dy, *call.arguments, None if dstate is None else dlast, scale=call.scale)
+    dq, dk, dv = call.queries(cast(g.q, wide)), call.keys(chunk_tensor.sum_heads(g.k)), call.keys(chunk_tensor.sum_heads(g.v))
+    if phi is not None:
+        dq, dk = (
+            phi.vjp(dx, cp.broadcast_to(x, (*dx.shape[:-1], x.shape[-1]))) for dx, x in ((dq, call.raw_q), (dk, call.raw_k))
+        )  # fmt: skip
+    return {"q": dq, "k": dk, "v": dv, "decay": call.keys(g.w.sum(axis=1)), "state": call.keys(g.state.sum(axis=1))}
 
 
 class _Call:

@@ -12,7 +12,7 @@ from refimpl.gpu.precision import widened
 from refimpl.core.numerics import constant, sigmoid, silu, silu_derivative, softplus
 from refimpl.ops.state_space import ssd as chapter
 
-KERNELS = (*instances(low_rank=False, before=False), *chunk_kernels.BY_HEAD, *chunk_tensor.KERNELS)
+KERNELS = (*instances(low_rank=False, before=False), *chunk_kernels.BY_HEAD, *chunk_tensor.KERNELS, *chunk_tensor.KERNELS_VJP)
 
 
 @mirror.form(chapter.CONTRACT)
@@ -60,8 +60,10 @@ def ssd_vjp(
 ):  # fmt: skip
     """Gradient of `ssd` on CuPy arrays, as `refimpl.ssd_vjp`. Keeps one state in eight, or in chunks one of each."""
     how = _chosen(method, chunk_length, x, B, gradient=True)
-    if how.method == "chunkwise":
+    if how.method == "chunkwise" or (how.method == "tensor" and dt_limit[0] < 0):
         return Chunkwise(chunk_kernels.Steps, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, how.chunk).vjp(dy, dstate)
+    if how.method == "tensor":
+        return _in_one_kernel_vjp(dy, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, dstate)
     dy, x, dt, A, B, C, D, z, dt_bias = widened(dy, x, dt, A, B, C, D, z, dt_bias)
     options = {"dt_softplus": dt_softplus, "dt_limit": dt_limit}
     if B.shape[-1] > WIDEST:
@@ -101,24 +103,65 @@ def _chosen(method, chunk, x, B, gradient: bool) -> chunk_policy.Choice:
     )
 
 
+class _Tensor:
+    """A call as the kernel on tensor cores takes it: steps are gains of the keys, so that values are x itself."""
+
+    def __init__(self, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state):
+        dt, self.A, D, dt_bias = (None if v is None else cast(v, np.dtype(np.float32)) for v in (dt, A, D, dt_bias))
+        self.raw = dt if dt_bias is None else dt + dt_bias[:, None]
+        self.unclipped = softplus(self.raw) if dt_softplus else self.raw
+        x, self.dt, B, C, S = chapter._prepare(x, dt, self.A, B, C, z, dt_bias, dt_softplus, dt_limit, state)
+        self.heads, self.groups, self.T, self.shape = x.shape[:-2], B.shape[:-2], x.shape[-2], x.shape
+        self.G, self.sharing = math.prod(self.groups), self.heads[-1] // max(self.groups[-1], 1)
+        self.z = None if z is None else self.by_head(np.broadcast_to(z, x.shape), 2)
+        self.skip = None if D is None else self.by_head(np.broadcast_to(D, self.heads), 0)
+        queries, keys = (v.reshape(self.G, 1, *v.shape[-2:]) for v in (C, B))
+        gain = self.by_head(np.log(self.dt), 1)
+        state = None if state is None else self.by_head(S, 2)
+        self.arguments = (queries, keys, self.by_head(x, 2), self.by_head(self.dt * self.A[:, None], 1), gain, state)
+
+    def by_head(self, v, own):
+        """(..., H, own axes) as (groups, heads of each, own axes)."""
+        return v.reshape(self.G, self.sharing, *v.shape[v.ndim - own :])
+
+
 def _in_one_kernel(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, return_state):
-    """Steps are logarithms of gains of the keys, so that values are x itself; the skip and the gate are the kernel's."""
-    dt, A, D, dt_bias = (None if v is None else cast(v, np.dtype(np.float32)) for v in (dt, A, D, dt_bias))
-    x, dt, B, C, S = chapter._prepare(x, dt, A, B, C, z, dt_bias, dt_softplus, dt_limit, state)
-    heads, groups = x.shape[:-2], B.shape[:-2]
-    G, sharing, T = math.prod(groups), heads[-1] // max(groups[-1], 1), x.shape[-2]
+    """The skip and the gate are the kernel's."""
+    call = _Tensor(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state)
+    result = chunk_tensor.read(*call.arguments, skip=call.skip, z=call.z)
+    y = result.y.reshape(call.shape)
+    return (y, result.last.reshape(*call.heads, *result.last.shape[2:])) if return_state else y
 
-    def by_head(v, *own):
-        return v.reshape(G, sharing, *own)
 
-    result = chunk_tensor.read(
-        C.reshape(G, 1, *C.shape[-2:]), B.reshape(G, 1, *B.shape[-2:]), by_head(x, *x.shape[-2:]),
-        by_head(dt * A[:, None], T), by_head(np.log(dt), T), None if state is None else by_head(S, *S.shape[-2:]),
-        skip=None if D is None else by_head(np.broadcast_to(D, heads)),
-        z=None if z is None else by_head(np.broadcast_to(z, x.shape), *x.shape[-2:]),
-    )  # fmt: skip
-    y = result.y.reshape(x.shape)
-    return (y, result.last.reshape(*heads, *result.last.shape[2:])) if return_state else y
+def _in_one_kernel_vjp(dy, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, dstate):
+    call, wide, steps = (
+        _Tensor(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state),
+        np.dtype(np.float32),
+        chunk_kernels.Steps(x.dtype),
+    )
+    heads, values = call.heads, call.arguments[2]
+    dy = call.by_head(np.broadcast_to(dy, call.shape), 2)
+    dp = cast(dy if z is None else cast(dy, wide) * silu(cast(call.z, wide)), x.dtype)
+    last = (*heads, B.shape[-1], x.shape[-1])
+    dlast = None if dstate is None else call.by_head(np.broadcast_to(dstate, last), 2)
+    g = chunk_tensor.read_vjp(dp, *call.arguments, dlast, skip=call.skip)
+    r = g.w.reshape(call.shape[:-1])
+    d_raw = _of_raw(call.A[:, None] * r + g.gain.reshape(r.shape), call.raw, call.unclipped, dt_softplus, dt_limit)
+    gradient = {
+        "x": g.v.reshape(call.shape),
+        "dt": d_raw,
+        "A": (call.dt * r).sum(axis=-1),
+        "B": chunk_tensor.sum_heads(g.k).reshape(*call.groups, *g.k.shape[2:]),
+        "C": chunk_tensor.sum_heads(g.q).reshape(*call.groups, *g.q.shape[2:]),
+        "dt_bias": d_raw.sum(axis=-1),
+        "state": g.state.reshape(last),
+    }
+    if D is not None:
+        gradient["D"] = steps.dots(dp, values).sum(axis=-1).reshape(heads)
+    if z is not None:
+        read, z = chunk_tensor.read(*call.arguments, skip=call.skip).y, cast(call.z, wide)
+        gradient["z"] = (cast(dy, wide) * cast(read, wide) * silu_derivative(z)).reshape(call.shape)
+    return gradient
 
 
 def _of_raw(d_dt, raw, unclipped, dt_softplus, dt_limit):

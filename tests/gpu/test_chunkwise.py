@@ -263,7 +263,8 @@ def test_the_kernels_conform(name, dtype, device):
 
 
 def in_one_kernel(name: str):
-    """The operator as the mirror has it with ``method="tensor"``, on the host."""
+    """(function, gradient) as the mirror has them with ``method="tensor"``, on the host; what the kernel does not take goes in chunks."""
+    _, other = operator(name, chunk_steps.Steps, 64)
     if name == "ssd":
 
         def function(
@@ -271,28 +272,52 @@ def in_one_kernel(name: str):
         ):
             return ssd._in_one_kernel(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, return_state)
 
+        def vjp(dy, x, dt, A, B, C, D=None, z=None, dt_bias=None, *, dt_softplus=False, dt_limit=(0.0, np.inf), state=None, dstate=None):
+            return ssd._in_one_kernel_vjp(dy, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, dstate)
+
     elif name == "mlstm":
 
         def function(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=False):
             return mlstm._in_one_kernel(q, k, v, i, f, forget, eps, state, return_state)
 
+        vjp = other
+
     else:
 
+        def outside(q, decay, beta, feature_map):
+            channels = beta is not None or (decay is not None and decay.ndim == q.ndim)
+            return channels or linear_attention.width(feature_map, q) > chunk_policy.WIDEST
+
         def function(q, k, v, *, decay=None, beta=None, feature_map=None, normalize=False, scale=None, state=None, return_state=False):
-            wide = linear_attention.width(feature_map, q) > chunk_policy.WIDEST
-            if wide or beta is not None or (decay is not None and decay.ndim == q.ndim):
+            if outside(q, decay, beta, feature_map):
                 call = linear_attention.Chunkwise(chunk_steps.Steps, q, k, v, decay, beta, feature_map, normalize, scale, state, 64)
                 return call.result(return_state)
             return linear_attention._in_one_kernel(q, k, v, decay, feature_map, normalize, scale, state, return_state)
 
-    return refimpl.OPS[name].contract.form(function, half=True)
+        def vjp(dy, q, k, v, *, decay=None, beta=None, feature_map=None, normalize=False, scale=None, state=None, dstate=None):
+            if outside(q, decay, beta, feature_map) or normalize:
+                call = linear_attention.Chunkwise(chunk_steps.Steps, q, k, v, decay, beta, feature_map, normalize, scale, state, 64)
+                return call.vjp(dy, dstate)
+            return linear_attention._in_one_kernel_vjp(dy, q, k, v, decay, feature_map, scale, state, dstate)
+
+    contract = refimpl.OPS[name].contract
+    return contract.form(function, half=True), vjp if vjp is other else contract.gradient(vjp, half=True)
+
+
+def tensor_kernels(folder: Path, mistake=None, wrong_file=None):
+    """Both files' kernels on the host; `mistake` is planted in one of them."""
+    kernels, libraries = (*chunk_tensor.KERNELS, *chunk_tensor.KERNELS_VJP), {}
+    for file in {k.file: 0 for k in kernels}:
+        (folder / file).mkdir()
+        libraries[file] = Library(folder / file, [k for k in kernels if k.file == file], mistake if file == wrong_file else None)
+    return lambda kernel, *arguments: libraries[kernel.file](kernel, *arguments)
 
 
 @pytest.fixture(scope="session")
 def memory_library(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("not run: no g++")
-    return Library(tmp_path_factory.mktemp("memory"), chunk_tensor.KERNELS)
+    return tensor_kernels(tmp_path_factory.mktemp("memory"))
 
 
 @pytest.fixture
@@ -303,17 +328,51 @@ def tensor_cores(memory_library, monkeypatch):
 
 def run_on_host(monkeypatch, library):
     monkeypatch.setattr(launch.Kernel, "__call__", lambda kernel, grid, block, args, shared=0: library(kernel, grid, block, args, shared))
-    monkeypatch.setattr(chunk_tensor, "cp", np)
+    for module in (chunk_tensor, mlstm, linear_attention):
+        monkeypatch.setattr(module, "cp", np)
     monkeypatch.setattr(chunk_tensor, "_address", lambda x: 0)  # the host copies every array anyway
-    monkeypatch.setattr(mlstm, "cp", np)
     monkeypatch.setattr(mlstm, "gates", gates)
+    monkeypatch.setattr(chunk_kernels, "Steps", chunk_steps.Steps)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPS)
 def test_the_kernel_on_tensor_cores_conforms(name, tensor_cores):
-    report = refimpl.check(name, in_one_kernel(name), dtypes=["bfloat16"], level="quick")
+    function, vjp = in_one_kernel(name)
+    report = refimpl.check(name, function, dtypes=["bfloat16"], gradients=True, candidate_vjp=vjp, level="quick")
     assert report.verdict == "conforms", str(report)
+
+
+SEVERAL_CHUNKS = {
+    "ssd": ({"T": 150, "p": 70, "n": 100, "H": 4, "G": 2}, {"T": 64, "p": 8, "n": 16}),
+    "mlstm": ({"T": 150, "d": 100, "e": 70}, {"T": 64, "d": 9, "e": 5}),
+    "linear_attention": ({"T": 150, "d": 100, "e": 70, "Hq": 4, "Hkv": 2}, {"T": 70, "d": 33, "e": 128}),
+}
+
+
+def off_tensor_cores(name, rng, farthest, dtype=np.dtype(ml_dtypes.bfloat16)) -> float:
+    """The largest error through several chunks, of results, states and gradients, in units of what is allowed."""
+    (function, vjp), op, worst = in_one_kernel(name), refimpl.OPS[name], 0.0
+    for sizes in SEVERAL_CHUNKS[name]:
+        call = {n: x for n, x in drawn(name, rng, dtype, **sizes).items() if n != "beta"}
+        if name == "linear_attention" and call["decay"].ndim == call["q"].ndim:
+            call["decay"] = call["decay"][..., 0]
+        exact = {n: type(x)(*(y.astype(float) for y in x)) if isinstance(x, tuple) else x.astype(float) for n, x in call.items()}
+        want, state = op.definition(**exact, return_state=True)
+        got, last = function(**call, return_state=True)
+        bound, off_state = op.error_bound(**exact, unit=2.0**-24, store=2.0**-8, return_state=True)
+        for a, b, limit in zip((got, *parts(last)), (want, *parts(state)), (bound, *parts(off_state)), strict=True):
+            worst = max(worst, float((abs(a.astype(float) - b) / (limit + 2.0**-8 * abs(b) + 1e-30)).max()))
+        if name != "mlstm":
+            dy = rng.standard_normal(want.shape).astype(dtype)
+            dstate = rng.standard_normal(state.shape).astype(np.float32)
+            worst = max(worst, farthest(name, call, dy, dstate, vjp(dy, **call, dstate=dstate), "bfloat16"))
+    return worst
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_tensor_cores_through_several_chunks(name, tensor_cores, rng, farthest):
+    assert off_tensor_cores(name, rng, farthest) <= 1
 
 
 # -- by themselves ----------------------------------------------------------------------------------------------------
