@@ -206,9 +206,8 @@ def times(results, variants, gradient):
         "rows back": lambda: groups.back(y, made.weights),
     }
     parts = {name: median_ms(run, [()], repeat=8, warm_up=2) for name, run in parts.items()}
-    results.add(
-        "moe", "bf16, Mixtral", "16384 tokens d4096 f14336 E8 k2", floor_ms(bf16=flops), found | {"part: " + n: v for n, v in parts.items()}
-    )
+    found |= {"part: " + n: v for n, v in parts.items()}
+    results.add("moe", "bf16, Mixtral", "16384 tokens d4096 f14336 E8 k2", floor_ms(bf16=flops), found, error=error)
     if variants:
         for shared in ("WEIGHTS", "ROWS", "NOTHING"):
             for band in (1024, 2048, 4096):
@@ -244,7 +243,9 @@ def others(results):
     work = "16384 tokens d4096 f14336 E8 k2"
     call = draw(**MIXTRAL, kind=torch.float16)
     flops = 2 * MIXTRAL["T"] * 2 * 3 * MIXTRAL["d"] * MIXTRAL["f"]
-    results.add("moe", "fp16, Mixtral", work, floor_ms(bf16=flops), {"ours": median_ms(lambda: moe(**call), [()], repeat=10, warm_up=3)})
+    found = {"ours": median_ms(lambda: moe(**call), [()], repeat=10, warm_up=3)}
+    found["without Hopper's kernel"] = median_ms(lambda: plainly(moe, **call), [()], repeat=5, warm_up=2)
+    results.add("moe", "fp16, Mixtral", work, floor_ms(bf16=flops), found)
     del call
     cp.get_default_memory_pool().free_all_blocks()
     torch.cuda.empty_cache()

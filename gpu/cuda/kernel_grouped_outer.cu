@@ -11,50 +11,50 @@ using i64 = long long;
 template <class X, int EACH>
 __global__ void __launch_bounds__(256, 2)
 grouped_outer(const X* a, const X* b, const i64* starts, const i64* counts, X* out, int p, int q) {
-    constexpr int TILE = 16 * EACH, DEEP = 16, MINE = DEEP * TILE / 256;
+    constexpr int TILE = 16 * EACH, DEEP = 16, MINE = DEEP * TILE / 256, APART = 256 / TILE;  // rows from one of a thread's loads to the next
     struct alignas(16) Run { X of[4]; };
     alignas(16) __shared__ X a_s[2][DEEP][TILE], b_s[2][DEEP][TILE];
     const int tiles = (p + TILE - 1) / TILE, group = blockIdx.x / tiles, x = threadIdx.x % 16, y = threadIdx.x / 16;
-    const int p0 = blockIdx.x % tiles * TILE, q0 = blockIdx.y * TILE;
-    const i64 first = starts[group], count = counts[group];
+    const int p0 = blockIdx.x % tiles * TILE, q0 = blockIdx.y * TILE, across = threadIdx.x % TILE, down = threadIdx.x / TILE;
+    const bool a_there = p0 + across < p, b_there = q0 + across < q;
+    const X *a_at = a + (starts[group] + down) * p + p0 + across, *b_at = b + (starts[group] + down) * q + q0 + across;
+    int left = int(counts[group]) - down;  // rows from the one that is loaded next
     X sums[EACH][EACH] = {}, a_next[MINE], b_next[MINE];
 
-    auto load = [&](i64 r0) {
+    auto load = [&]() {
 #pragma unroll
         for (int m = 0; m < MINE; ++m) {
-            const int at = m * 256 + threadIdx.x, i = at % TILE;
-            const i64 r = r0 + at / TILE;
-            a_next[m] = r < count && p0 + i < p ? a[(first + r) * p + p0 + i] : X(0);
-            b_next[m] = r < count && q0 + i < q ? b[(first + r) * q + q0 + i] : X(0);
+            a_next[m] = m * APART < left && a_there ? a_at[m * APART * p] : X(0);
+            b_next[m] = m * APART < left && b_there ? b_at[m * APART * q] : X(0);
         }
+        a_at += i64(DEEP) * p, b_at += i64(DEEP) * q, left -= DEEP;
     };
     auto keep = [&](int buffer) {
 #pragma unroll
         for (int m = 0; m < MINE; ++m) {
-            const int at = m * 256 + threadIdx.x;
-            a_s[buffer][at / TILE][at % TILE] = a_next[m];
-            b_s[buffer][at / TILE][at % TILE] = b_next[m];
+            a_s[buffer][m * APART + down][across] = a_next[m];
+            b_s[buffer][m * APART + down][across] = b_next[m];
         }
     };
 
-    load(0);
+    load();
     keep(0);
     __syncthreads();
     int buffer = 0;
-    for (i64 r0 = 0; r0 < count; r0 += DEEP, buffer ^= 1) {
-        load(r0 + DEEP);
+    for (int steps = (int(counts[group]) + DEEP - 1) / DEEP; steps > 0; --steps, buffer ^= 1) {
+        load();
 #pragma unroll
         for (int r = 0; r < DEEP; ++r) {
-            Run left[EACH / 4], right[EACH / 4];
+            Run of_a[EACH / 4], of_b[EACH / 4];
 #pragma unroll
             for (int i = 0; i < EACH / 4; ++i) {
-                left[i] = *reinterpret_cast<const Run*>(&a_s[buffer][r][64 * i + 4 * y]);
-                right[i] = *reinterpret_cast<const Run*>(&b_s[buffer][r][64 * i + 4 * x]);
+                of_a[i] = *reinterpret_cast<const Run*>(&a_s[buffer][r][64 * i + 4 * y]);
+                of_b[i] = *reinterpret_cast<const Run*>(&b_s[buffer][r][64 * i + 4 * x]);
             }
 #pragma unroll
             for (int i = 0; i < EACH; ++i) {
 #pragma unroll
-                for (int j = 0; j < EACH; ++j) sums[i][j] += left[i / 4].of[i % 4] * right[j / 4].of[j % 4];
+                for (int j = 0; j < EACH; ++j) sums[i][j] += of_a[i / 4].of[i % 4] * of_b[j / 4].of[j % 4];
             }
         }
         keep(buffer ^ 1);
