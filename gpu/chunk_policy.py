@@ -43,6 +43,7 @@ def chosen(
     d: int,
     e: int,
     dtype,
+    adjoint: bool = True,
 ) -> Choice:
     """The method of a call: what is asked for, or with None what the table says.
 
@@ -54,7 +55,6 @@ def chosen(
         Batch axes and heads: how many memories are computed.
     T, d, e : int
         Steps, features of a key, of a value.
-
     adjoint : bool
         Whether the gradient can be that of the kernel on tensor cores.
 

@@ -350,9 +350,9 @@ SEVERAL_CHUNKS = {
 }
 
 
-def off_tensor_cores(name, rng, farthest, dtype=np.dtype(ml_dtypes.bfloat16)) -> float:
+def off_tensor_cores(name, rng, farthest) -> float:
     """The largest error through several chunks, of results, states and gradients, in units of what is allowed."""
-    (function, vjp), op, worst = in_one_kernel(name), refimpl.OPS[name], 0.0
+    (function, vjp), op, worst, dtype = in_one_kernel(name), refimpl.OPS[name], 0.0, np.dtype(ml_dtypes.bfloat16)
     for sizes in SEVERAL_CHUNKS[name]:
         call = {n: x for n, x in drawn(name, rng, dtype, **sizes).items() if n != "beta"}
         if name == "linear_attention" and call["decay"].ndim == call["q"].ndim:
