@@ -36,7 +36,9 @@ def choose(logits, k, order, renormalize):
     weights, experts = cp.empty((*rows, k), logits.dtype), cp.empty((*rows, k), np.int64)
     need, room = (E + k) * logits.itemsize, shared_memory() - 1024
     if need > room:
-        raise NotImplementedError(f"route: at most {room // logits.itemsize} experts and choices of a token fit into a block, got {E} + {k}")
+        raise NotImplementedError(
+            f"route: at most {room // logits.itemsize} experts and choices of a token fit into a block, got {E} + {k}"
+        )
     warps = max(1, min(4, room // need))
     count = weights.size // k
     sizes = (np.int64(count), np.int32(E), np.int32(k), np.int32(ORDERS.index(order)), np.int32(bool(renormalize)))
