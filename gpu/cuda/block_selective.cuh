@@ -73,26 +73,6 @@ template <class R> __device__ __forceinline__ Complex<R> decay(R dt, Complex<R> 
     sincos(dt * rate.im, &sine, &cosine);
     return {size * cosine, size * sine};
 }
-// The same without the special-function unit, which is the narrowest: 2^x = 2^i p(x - i), with i the integer next to x, added
-// to the exponent. p errs by 9e-8 and is exact where nothing decays.
-__device__ __forceinline__ float decay_by_polynomial(float dt, float rate) {
-    const float x = fminf(fmaxf(dt * rate, -127.f), 128.f), to_integer = 12582912.f;  // 1.5 2^23: what is added to it loses its fraction
-    const float shifted = x + to_integer, f = x - (shifted - to_integer);
-    float p = 0.001326472749f;
-    p = fmaf(p, f, 0.009671512642f);
-    p = fmaf(p, f, 0.05550733742f);
-    p = fmaf(p, f, 0.2402224209f);
-    p = fmaf(p, f, 0.6931469776f);
-    p = fmaf(p, f, 1.f);
-    return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
-}
-template <class R, class X> __device__ __forceinline__ X decay_by(bool, R dt, X rate) { return decay(dt, rate); }
-__device__ __forceinline__ float decay_by(bool polynomial, float dt, float rate) {
-    return polynomial ? decay_by_polynomial(dt, rate) : decay(dt, rate);
-}
-// Minimum and maximum lose a NaN; so that it is not lost, a state with such a rate begins with it.
-template <class X> __device__ __forceinline__ X tainted(X h, X) { return h; }
-__device__ __forceinline__ float tainted(float h, float rate) { return rate == rate ? h : rate; }
 // Σ conj(A) r was summed with rates in place of A.
 __device__ __forceinline__ float from_rate(float sum, float) { return of_rate(sum); }
 template <class R, class X> __device__ __forceinline__ R from_rate(R sum, X) { return sum; }

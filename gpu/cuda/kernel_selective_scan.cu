@@ -10,12 +10,11 @@
 //
 // What the tile after the next needs is on its way from memory meanwhile. One barrier a tile; all of shared memory is double.
 //
-// Few channels: more lanes to each, then `segments` of time at once. A first run (STATES) finds the state that each segment
-// would end with from zero, and its elapsed time; `carry_states` connects them; a second run has results. No array of T·n
-// numbers.
+// Few channels: `segments` of time at once. A first run (STATES) finds the state that each segment would end with from zero, and
+// its elapsed time; `carry_states` connects them; a second run has results. No array of T·n numbers.
 //
-// Limit: the special-function unit, n + 3 exponentials and reciprocals per (time, channel) at 16 a clock; POLYNOMIALS of a
-// lane's 2·K·EACH exponentials in two steps are polynomials, on the units that have time left.
+// Limit: the special-function unit, n + 3 exponentials and reciprocals per (time, channel) at 16 a clock, and next to it shared
+// memory, through which a lane reads B, C and its channel's step for every step.
 #include "block_selective.cuh"
 
 enum { RESULTS = 0, STATES = 1, CHECKPOINTS = 2 };
@@ -30,7 +29,7 @@ struct ScanTile {
 
 // S, SX: storage of u, delta, z, y and of B, C. X: arithmetic of A and the states, real or complex; R that of the rest.
 // CHECKPOINTS: no results, but the state before every tile, for the gradient to start from.
-template <int MODE, class S, class SX, class X, int LANES, int K, int EACH, int THREADS, int TT, int BLOCKS, int POLYNOMIALS>
+template <int MODE, class S, class SX, class X, int LANES, int K, int EACH, int THREADS, int TT, int BLOCKS>
 __global__ void __launch_bounds__(THREADS, BLOCKS) selective_scan(
     const S* u, i64 u_batch, i64 u_time, const S* delta, i64 delta_batch, i64 delta_time, const S* z, i64 z_batch, i64 z_time, const SX* B,
     i64 B_batch, i64 B_time, i64 B_group, const SX* C, i64 C_batch, i64 C_time, i64 C_group, const SX* A, const S* D, const S* bias,
@@ -69,7 +68,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) selective_scan(
 #pragma unroll
         for (int k = 0; k < K; ++k) {
             rate[e][k] = exists(e, k) ? rate_of(X(widen<SX>(A[state_of(0, e, k)]))) : X(0);
-            h[e][k] = tainted(MODE != STATES && state && exists(e, k) ? state[state_of(own, e, k)] : X(0), rate[e][k]);
+            h[e][k] = MODE != STATES && state && exists(e, k) ? state[state_of(own, e, k)] : X(0);
         }
     R bias_of[Steps::WIDE], D_of[Steps::WIDE], time_of[Steps::WIDE];
 #pragma unroll
@@ -145,7 +144,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) selective_scan(
                 sums[e][j] = 0;
 #pragma unroll
                 for (int k = 0; k < K; ++k) {
-                    const X a = decay_by((j % 2 * EACH + e) * K + k < POLYNOMIALS, step.of[2 * e], rate[e][k]);
+                    const X a = decay(step.of[2 * e], rate[e][k]);
                     h[e][k] = multiply_add(a, h[e][k], step.of[2 * e + 1] * B_now[k].of[j]);
                     if (MODE == RESULTS) sums[e][j] = real_product(C_now[k].of[j], h[e][k], sums[e][j]);
                 }

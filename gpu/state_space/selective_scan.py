@@ -14,13 +14,13 @@ from refimpl.gpu.launch import Kernel, multiprocessors
 
 from refimpl.ops.state_space.selective_scan import CONTRACT
 
-FILE, FILE_GRADIENT = "kernel_selective_scan.cu", "kernel_selective_scan_gradient.cu"
+FILE, FILE_GRADIENT, FILE_TENSOR_GRADIENT = (f"kernel_selective_scan{part}.cu" for part in ("", "_gradient", "_tensor_gradient"))
 
 
 @dataclass(frozen=True)
 class Tiles:
     """How a block cuts its work: lanes a channel, states a lane, threads, steps a tile, blocks that a multiprocessor must hold,
-    how many channels a lane has (of the gradient: one), and of how many of its states decays are polynomials."""
+    how many channels a lane has; of the gradient one, or with `tensor` two, and sums by matrix instructions."""
 
     lanes: int
     states: int
@@ -28,7 +28,7 @@ class Tiles:
     steps: int
     blocks: int
     each: int = 1
-    polynomials: int = 0
+    tensor: bool = False
 
     @property
     def channels(self) -> int:
@@ -36,10 +36,10 @@ class Tiles:
 
 
 # By the number of states that they hold. For real numbers of 4 bytes (and halves, which are computed in them):
-FAST = {4: Tiles(4, 1, 256, 16, 2), 16: Tiles(4, 4, 128, 8, 2, 2), 64: Tiles(16, 4, 256, 16, 2), 128: Tiles(32, 4, 256, 16, 1)}
-FEW = {16: Tiles(8, 2, 128, 32, 1)}  # where FAST would leave multiprocessors idle
+FAST = {4: Tiles(4, 1, 256, 16, 2), 16: Tiles(2, 8, 128, 8, 3), 64: Tiles(16, 4, 256, 16, 2), 128: Tiles(32, 4, 256, 32, 1)}
 FAST_GRADIENT = {4: Tiles(4, 1, 256, 16, 2), 16: Tiles(4, 4, 256, 16, 2), 64: Tiles(16, 4, 128, 16, 2), 128: Tiles(32, 4, 64, 32, 1)}
 FEW_GRADIENT = {16: Tiles(16, 1, 256, 16, 2)}
+TENSOR_GRADIENT = {16: Tiles(8, 2, 256, 16, 2, 2, True)}  # for bfloat16
 # For float64 and complex rates: right, not tuned.
 SLOW = {16: Tiles(16, 1, 128, 16, 1), 64: Tiles(16, 4, 128, 16, 1)}
 SLOW_GRADIENT = {16: Tiles(16, 1, 128, 16, 1), 64: Tiles(32, 2, 32, 32, 1)}
@@ -50,11 +50,14 @@ SLOW_TYPES = (("float64", "float64", "float64"), ("float32", "complex64", "compl
 
 
 def _kernel(mode: str, types, tiles: Tiles) -> Kernel:
-    numbers = f"{tiles.lanes}, {tiles.states}, {tiles.each}, {tiles.threads}, {tiles.steps}, {tiles.blocks}, {tiles.polynomials}"
+    numbers = f"{tiles.lanes}, {tiles.states}, {tiles.each}, {tiles.threads}, {tiles.steps}, {tiles.blocks}"
     return Kernel(FILE, f"selective_scan<{mode}, {', '.join(map(cpp, types))}, {numbers}>")
 
 
 def _gradient_kernel(types, tiles: Tiles) -> Kernel:
+    if tiles.tensor:
+        name = f"selective_scan_tensor_gradient<{cpp(types[0])}, {tiles.threads}, {tiles.blocks}>"
+        return Kernel(FILE_TENSOR_GRADIENT, name, spills=True, stack=128)
     numbers = f"{tiles.lanes}, {tiles.states}, {tiles.threads}, {tiles.steps}, {tiles.blocks}"
     few = tiles == FAST_GRADIENT[16]  # a register or two of 128, where more would halve the number of warps
     return Kernel(FILE_GRADIENT, f"selective_scan_gradient<{', '.join(map(cpp, types))}, {numbers}>", spills=few)
@@ -74,15 +77,11 @@ def _instances() -> tuple[Kernel, ...]:
     for kinds, plan, gradients in ((FAST_TYPES, FAST, (FAST_GRADIENT, FEW_GRADIENT)), (SLOW_TYPES, SLOW, (SLOW_GRADIENT,))):
         for types in kinds:
             found.append(_carry_kernel(types))
-            few = tuple(FEW.values()) if plan is FAST else ()
-            found += [_kernel(mode, types, tiles) for tiles in (*plan.values(), *few) for mode in ("RESULTS", "STATES")]
+            plans = (TENSOR_GRADIENT, gradients[0]) if types[0] == "bfloat16" else gradients
             for size, tiles in plan.items():
-                for gradient in gradients:
-                    if size in gradient:
-                        found += [
-                            _kernel("CHECKPOINTS", types, _checkpoint_tiles(tiles, gradient[size])),
-                            _gradient_kernel(types, gradient[size]),
-                        ]
+                found += [_kernel("RESULTS", types, tiles), _kernel("STATES", types, tiles)]
+                for gradient in [g[size] for g in plans if size in g][: 1 if types[0] == "bfloat16" else None]:
+                    found += [_kernel("CHECKPOINTS", types, _checkpoint_tiles(tiles, gradient)), _gradient_kernel(types, gradient)]
     return tuple(dict.fromkeys(found))
 
 
@@ -136,17 +135,15 @@ class _Prepared:
 
     @property
     def forward(self) -> Tiles:
-        """With few channels, more lanes to each."""
-        if not self.fast:
-            return SLOW[self.size]
-        many = FAST[self.size]
-        return FEW.get(self.size, many) if 4 * self.blocks(many) < 3 * many.blocks * multiprocessors() else many
+        return (FAST if self.fast else SLOW)[self.size]
 
     @property
     def backward(self) -> Tiles:
         """With few channels, more lanes to each."""
         if not self.fast:
             return SLOW_GRADIENT[self.size]
+        if self.types[0] == "bfloat16" and self.size in TENSOR_GRADIENT:
+            return TENSOR_GRADIENT[self.size]
         many = FAST_GRADIENT[self.size]
         return FEW_GRADIENT.get(self.size, many) if self.blocks(many) < multiprocessors() else many
 
@@ -193,7 +190,8 @@ def _shared_of_scan(p: _Prepared, tiles: Tiles, results: bool) -> int:
 def _segments(p: _Prepared, tiles: Tiles) -> tuple[int, int]:
     """Into how many segments time is cut, and their length: more than one where channels alone leave multiprocessors idle."""
     blocks = p.blocks(tiles)
-    wanted = 1 if 3 * blocks > multiprocessors() else -(-tiles.blocks * multiprocessors() // blocks)  # segments cost a second run
+    wanted = max(tiles.blocks * multiprocessors() // blocks, 1)  # all at once
+    wanted = wanted if wanted > 2 else 1  # for they are run twice
     length = -(-max(p.T // wanted, 8 * tiles.steps) // tiles.steps) * tiles.steps
     return -(-p.T // length), length
 
@@ -287,7 +285,7 @@ def selective_scan_vjp(dy, u, delta, A, B, C, D=None, z=None, delta_bias=None, *
         }  # fmt: skip
     tiles = p.backward
     checkpoints = cp.empty((N, -(-T // tiles.steps), c, n), p.number)
-    _run(p, "CHECKPOINTS", _checkpoint_tiles((FAST if p.fast else SLOW)[p.size], tiles), delta_softplus, state=p.state, last=checkpoints)
+    _run(p, "CHECKPOINTS", _checkpoint_tiles(p.forward, tiles), delta_softplus, state=p.state, last=checkpoints)
 
     parts = -(-(c // G) // tiles.channels)
     dA, dstate_in = cp.empty((N, c, n), p.number), cp.empty((N, c, n), p.number)
@@ -324,7 +322,11 @@ def _maps_gradient(parts, grouped, given, batch):
 
 
 def _shared(p: _Prepared, tiles: Tiles) -> int:
-    """Bytes of `GradientShared`."""
+    """Bytes of `GradientShared`, or of `TensorGradientShared`."""
+    if tiles.tensor:
+        CH, TT, each = tiles.channels, tiles.steps, 4  # numbers of a pack
+        floats = 3 * CH * (TT + 4) + 2 * TT * 24 + tiles.threads * TT + 6 * TT * (CH + 4) + tiles.threads // 2 * TT + 2 * each * tiles.threads + 4 * tiles.threads + 2 * CH
+        return 4 * floats + 2 * (2 * TT * (CH + 8) + 2 * TT * 24 + 8 * TT * CH) + 8 * 4 * tiles.threads
     real, number, NS = p.real.itemsize, p.number.itemsize, tiles.lanes * tiles.states
     parts = (
         tiles.steps * tiles.channels * 4 * real, 2 * tiles.steps * NS * number, tiles.steps // 4 * tiles.threads * tiles.states * number,

@@ -1,0 +1,39 @@
+// Matrix instructions as the selective scan's kernels for bfloat16 use them: 16 by 8 sums lie with lane 4 g + q in rows g and
+// g + 8, columns 2q and 2q + 1.
+#pragma once
+#include "block_selective.cuh"
+
+// Sums of 16 by 8 (rows g, g + 8; columns 2q, 2q + 1) to which products of 16 by 4 numbers and 4 by 8 are added.
+__device__ __forceinline__ void add_product(float& d0, float& d1, float& d2, float& d3, float a0, float a1, float b) {
+    asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
+        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(b)));
+}
+// The product of 16 by 8 numbers, in pairs of bfloat16, and 8 by 8.
+__device__ __forceinline__ void product(float (&d)[4], unsigned a0, unsigned a1, unsigned b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a0), "r"(a1), "r"(b), "f"(0.f));
+}
+__device__ __forceinline__ unsigned pair_of(float x, float y) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+    return *reinterpret_cast<const unsigned*>(&pair);
+}
+__device__ __forceinline__ float rounded_to_11_bits(float x) {
+    unsigned y;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+    return __uint_as_float(y);
+}
+// The same of 16 rows of which those from 8 on are zeros, in pairs, and 16 by 8; rows g, columns 2q and 2q + 1.
+__device__ __forceinline__ void product_of_8_rows(float& d0, float& d1, const unsigned (&a)[2], const unsigned (&b)[2]) {
+    float d2, d3;
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %8, %5, %8}, {%6, %7}, {%9, %9, %9, %9};"
+        : "=f"(d0), "=f"(d1), "=f"(d2), "=f"(d3)
+        : "r"(a[0]), "r"(a[1]), "r"(b[0]), "r"(b[1]), "r"(0), "f"(0.f));
+}
+// 8 by 8 numbers, a pair of lane 4 g + q from row g, columns 2q and 2q + 1: rows become columns.
+__device__ __forceinline__ unsigned transposed(unsigned pair) {
+    unsigned y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(pair));
+    return y;
+}
