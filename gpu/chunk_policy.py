@@ -1,8 +1,11 @@
 """Which method computes a matrix memory where the caller leaves it open: the one place, and data.
 
-Of one H100 (`asv_benchmarks/results/device/2026-11-22-chunkwise.json`): with a decay of each head chunks are 3 to 4 times as fast as the
-fused recurrence, and 5 to 7 times in the gradient; with decays of each channel only the gradient is faster, in chunks of 64; with the
-delta rule nothing is. A call in chunks is 20 launches, its gradient 40: where the recurrence takes no longer than those, it stays.
+Of one H100 (`asv_benchmarks/results/device/2026-11-22-chunkwise.json`): where the kernel on tensor cores can be taken, it is faster than
+both others, at any length and for few memories too, but for sequences of 16384 steps and more of fewer than 16 memories, where chunks
+of cuBLAS's keep the device busier (and the host: the call takes longer by the clock). Elsewhere, with a decay of each head, chunks are
+3 to 4 times as fast as the fused recurrence, and 5 to 7 times in the gradient; with decays of each channel only the gradient is faster,
+in chunks of 64; with the delta rule nothing is. A call in chunks is 20 launches, its gradient 40: where the recurrence takes no longer
+than those, it stays.
 """
 
 import math
@@ -25,7 +28,7 @@ CHUNKED = {  # by what decays, and whether it is the gradient: what is faster th
     ("channel", True): Choice("chunkwise", 64),
 }
 LEAST = {False: 250_000_000, True: 100_000_000}  # numbers of all states, times steps, from which launches no longer dominate
-LEAST_TENSOR = 20_000_000
+LEAST_TENSOR = {False: 0, True: 20_000_000}  # the same for the kernel on tensor cores, which is one launch, its gradient six
 LONGEST = 128  # steps of a chunk
 WIDEST = 128  # features of a key that the kernel on tensor cores holds
 NEVER = ("float64",)  # not timed in chunks
@@ -77,7 +80,7 @@ def chosen(
     if method is not None:
         return Choice(method, chunk)
     work = math.prod(heads) * T * d * e
-    if tensor and work >= LEAST_TENSOR:
+    if tensor and work >= LEAST_TENSOR[gradient]:
         return Choice("tensor")
     if work < LEAST[gradient] or dtype.name in NEVER:
         return Choice("fused")

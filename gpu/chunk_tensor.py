@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import cupy as cp
 import numpy as np
-from refimpl.gpu.arrays import cast
 from refimpl.gpu.chunk_policy import WIDEST
 from refimpl.gpu.launch import Kernel
 
@@ -113,10 +112,10 @@ def read_vjp(dy, q, k, v, w=None, gain=None, state=None, dlast=None, *, skip=Non
 
 
 def sum_heads(x):
-    """(G, H, T, f) in bfloat16, summed over the heads in float32; f a multiple of 8 or any."""
+    """(G, H, T, f) in bfloat16, summed over the heads in float32; what one head has stays as it is."""
     G, H, T, f = x.shape
     if H == 1:
-        return cast(x[:, 0], np.dtype(np.float32))
+        return x[:, 0]
     x = _ready(_eights(x, 1))
     y = cp.empty((G, T, x.shape[3]), np.float32)
     _SUM_HEADS((-(-y.size // (8 * THREADS)),), (THREADS,), (x, y, np.int64(G), np.int32(H), np.int64(T * x.shape[3])))
@@ -148,11 +147,11 @@ def _decays_vjp(dy, q, k, v, w, gain, states, adjoints):
     """Cotangents of w and of the gain, without its factor, of each head."""
     (G, H), T, d, e = dy.shape[:2], *q.shape[2:], v.shape[3]
     tiles, chunks, width = -(-e // TILE), states.shape[2], _width(d)
-    dw, dgain = (cp.zeros((tiles, G, H, T), np.float32) for _ in range(2))
+    dw, dgain = (cp.empty((tiles, G, H, T), np.float32) for _ in range(2))
     decays = next((x.shape[1] for x in (w, gain) if x is not None), 1)
     sizes = (np.int32(x) for x in (d, e, H, q.shape[1], k.shape[1], v.shape[1], decays, G * H))
     arguments = (q, k, v, dy, _or_null(w), _or_null(gain), states, adjoints, dw, dgain, np.int64(T), *sizes)
-    shared = 2 * (2 * CHUNK * width + 2 * CHUNK * TILE + 2 * TILE * width)
+    shared = 2 * (2 * CHUNK * width + 2 * CHUNK * TILE + 2 * TILE * width) + 16  # with what it has otherwise more than 48 KB in all
     _decays(width)((G * H * chunks, tiles), (THREADS,), arguments, shared)
     return (dw[0], dgain[0]) if tiles == 1 else (dw.sum(axis=0), dgain.sum(axis=0))
 

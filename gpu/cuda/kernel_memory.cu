@@ -187,6 +187,7 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
                 }
             }
             // y through this warp's rows of Q, which nobody needs any more, so that whole rows are written.
+            __syncwarp();
             times(o, factor);
             if (skip) {
 #pragma unroll

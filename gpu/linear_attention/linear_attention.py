@@ -164,8 +164,9 @@ def _in_one_kernel_vjp(dy, q, k, v, decay, feature_map, scale, state, dstate):
         dlast = cp.zeros((G, call.group, *dstate.shape[-2:]), wide)
         dlast[:, 0] = cp.broadcast_to(dstate, (*call.batch, call.heads, *dstate.shape[-2:])).reshape(G, *dstate.shape[-2:])
     g = chunk_tensor.read_vjp(dy, *call.arguments, None if dstate is None else dlast, scale=call.scale)
-    dq, dk, dv = call.queries(cast(g.q, wide)), call.keys(chunk_tensor.sum_heads(g.k)), call.keys(chunk_tensor.sum_heads(g.v))
+    dq, dk, dv = call.queries(g.q), call.keys(chunk_tensor.sum_heads(g.k)), call.keys(chunk_tensor.sum_heads(g.v))
     if phi is not None:
+        dq, dk = cast(dq, wide), cast(dk, wide)
         dq, dk = (
             phi.vjp(dx, cp.broadcast_to(x, (*dx.shape[:-1], x.shape[-1]))) for dx, x in ((dq, call.raw_q), (dk, call.raw_k))
         )  # fmt: skip

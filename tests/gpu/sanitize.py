@@ -59,7 +59,7 @@ def run_once(op: str) -> None:
             call = {n: on_device(v, np.float32 if n == "state" else dtype) for n, v in arranged.items()}
             call |= {"k": sizes.get("k", 2)} if op in ("route", "moe") else {}
             call |= {"method": "zoh"} if op == "discretize" else {}
-            for more in ({}, {"method": "chunkwise", "chunk_length": 16}) if op in IN_CHUNKS else ({},):
+            for more in ({"method": "fused"}, {"method": "chunkwise", "chunk_length": 16}, {"method": "tensor"}) if op in IN_CHUNKS else ({},):
                 y = f(**call, **more)
                 if vjp is not None:
                     vjp(y, **call, **more)
