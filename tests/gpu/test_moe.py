@@ -128,7 +128,7 @@ CASES = {
     "a capacity, entries": ({"T": 6, "d": 8, "f": 16, "batch": (2, 2)}, {"k": 2, "capacity": 2, "return_stats": True}),
     "gelu, an expert each": ({"T": 4, "d": 8, "f": 8, "E": 5}, {"k": 1, "activation": "gelu", "order": "sigmoid"}),
     "no gate": ({"T": 9, "d": 24, "f": 8, "E": 3}, {"k": 3, "activation": "relu", "order": "softmax_topk", "w_gate": None}),
-    "several tiles": ({"T": 40, "d": 133, "f": 70, "E": 2}, {"k": 1}),
+    "several tiles": ({"T": 40, "d": 133, "f": 70, "E": 2}, {"k": 1, "order": "sigmoid"}),
     "many experts": ({"T": 3, "d": 8, "f": 8, "E": 11}, {"k": 4, "renormalize": True}),
 }
 
@@ -137,23 +137,67 @@ CASES = {
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_steps_and_kernels_on_the_host(dtype, case, on_host, rng, farthest):
     """What products leave over: slots, rows there and back, activations, gradients, on either way of multiplying."""
+    assert _worst(dtype, case, on_host, rng, farthest) <= 1
+
+
+def _worst(dtype, case, on_host, rng, farthest):
+    """The largest error of results and gradients in units of what is allowed, on either way of multiplying; infinite for wrong counts."""
     sizes, options = CASES[case]
     kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     call = {name: x.astype(kind) for name, x in refimpl.OPS["moe"].sample(rng, **sizes).items()} | options
     exact = {name: x.astype(np.float64) if isinstance(x, np.ndarray) else x for name, x in call.items()}
     unit, store = {"float64": (2.0**-53, 0.0), "float32": (2.0**-24, 0.0), "bfloat16": (2.0**-24, 2.0**-8)}[dtype]
-    (want, *counts), (bound, *_) = (
-        _several(f(**exact, **more)) for f, more in ((refimpl.moe, {}), (refimpl.OPS["moe"].error_bound, {"unit": unit, "store": store}))
-    )
+    want, *counts = _several(refimpl.moe(**exact))
+    bound = _several(refimpl.OPS["moe"].error_bound(**exact, unit=unit, store=store))[0]
+    worst = []
     for hopper in (False, True):
         on_host(hopper)
         y, *stats = _several(moe.moe(**call))
-        assert np.all(abs(y.astype(np.float64) - want) <= bound + store * abs(want))
-        assert len(stats) == len(counts) and all(np.array_equal(a, b) for a, b in zip(stats, counts, strict=True))
+        worst.append(np.max(abs(y.astype(np.float64) - want) / np.maximum(bound + store * abs(want), 1e-300)))
+        if len(stats) != len(counts) or not all(np.array_equal(a, b) for a, b in zip(stats, counts, strict=True)):
+            return np.inf
         dy = rng.standard_normal(y.shape).astype(kind)
         given = {n: v for n, v in call.items() if n != "return_stats"}
         gradients = {n: v for n, v in moe.moe_vjp(dy, **given).items() if v is not None}
-        assert farthest("moe", given, dy, None, gradients, dtype) <= 1
+        worst.append(farthest("moe", given, dy, None, gradients, dtype))
+    return np.max(worst)  # NaN stays NaN
+
+
+MISTAKES = {
+    "a place too many": ("kernel_experts.cu", "place[p] < capacity", "place[p] <= capacity"),
+    "another entry's queue": ("kernel_experts.cu", "starts[e] + before[p / per_entry * E + e]", "starts[e] + before[e]"),
+    "experts that overlap": ("kernel_experts.cu", "sums[threadIdx.x] - filled", "(sums[threadIdx.x] - filled) / 2"),
+    "a choice left out": ("kernel_experts.cu", "for (int j = 0; j < k; ++j)", "for (int j = 1; j < k; ++j)"),
+    "the pair for the token": ("kernel_experts.cu", "token = pair / k", "token = pair % k"),
+    "the weight twice": ("kernel_experts.cu", "sum += h * d;", "sum += h * wd;"),
+    "the slope of the other": (
+        "kernel_experts.cu",
+        "narrow<S>(wd * a_i * slope(activation, g_i))",
+        "narrow<S>(wd * g_i * slope(activation, a_i))",
+    ),
+    "a lane too few": ("kernel_experts.cu", "for (int away = 16; away > 0; away /= 2) sum", "for (int away = 8; away > 0; away /= 2) sum"),
+    "a queue that starts anew": ("kernel_places.cu", "earlier_warps + upto - own", "earlier_warps + upto"),
+    "a column beyond the end": ("kernel_grouped_outer.cu", "row < p && column < q", "row < p && column <= q"),
+    "a step short": ("kernel_grouped_outer.cu", "+ DEEP - 1) / DEEP", "- 1) / DEEP"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_kernel_is_seen(mistake, kernels, on_host, rng, farthest, monkeypatch, tmp_path):
+    """The proof can fail: what is planted in the kernels' text makes a result wrong, or writes where nothing is."""
+    file, *change = MISTAKES[mistake]
+    instances = [k for k in moe.KERNELS if k.file == file and ("<" not in k.name or "<float" in k.name)]
+    monkeypatch.setitem(kernels[1], file, kernels[0].Library(tmp_path, instances, tuple(change)))
+    with np.errstate(all="ignore"):
+        for case in ("a capacity, entries", "several tiles"):
+            try:
+                worst = _worst("float32", case, on_host, rng, farthest)
+            except (AssertionError, IndexError):
+                return
+            if not worst <= 1:
+                return
+    pytest.fail(mistake)
 
 
 @pytest.mark.parametrize("capacity", [None, 3])
