@@ -17,8 +17,8 @@
 // Order of tiles. Blocks that run at the same time should need the same rows and columns, which then come from the L2 cache: about `band`
 // units of rows are taken up together, and walk from column to column.
 //
-// What limits it: the tensor cores (1024 clocks a step), if the copies keep up: 48 KB a step, of which a pair reads 16 KB but once, close
-// to what the L2 cache gives. Then the chip's power, which lowers the clock.
+// What limits it: the tensor cores (1024 clocks a step, active nine clocks in ten), at the clock that the chip's power allows; the copies keep up
+// if pairs share. A step takes 48 KB into shared memory; of the matrix's 32 KB each block of a pair brings half, for both.
 #include "block_pairs.cuh"
 
 using i64 = long long;
@@ -74,7 +74,7 @@ template <int FORM, int SHARED> struct Walk {
     __device__ int steps() const { return ((FORM == OUTER ? count : n.inner) + STEP - 1) / STEP; }  // of one term
 };
 
-// 64 columns x N / 2 rows of a warpgroup, rounded, to where `out` points; columns beyond `left` are left out.
+// 64 rows x 2 N columns of a warpgroup, rounded, to where `out` points; columns beyond `left` are left out.
 template <class T, int N> __device__ inline void write_tile(const float (&d)[128], T* out, i64 stride, int rows, int left) {
     const int thread = threadIdx.x % 128, lane = thread % 32, odd = lane % 2, row = thread / 32 * 16 + lane / 4;
 #pragma unroll
