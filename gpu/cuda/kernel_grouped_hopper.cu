@@ -11,7 +11,7 @@
 //
 // A tile of the result is 128 x 256. Of a block's three warpgroups one is the producer: a single thread that has the copy engine bring
 // steps of 64 of the inner dimension, 4 of them under way: 2 boxes of 64 x 64 of x and 4 of w. The other two multiply, 64 rows each, with
-// 128 sums a thread in registers. While one of them writes its results the other multiplies, and the producer is a tile ahead.
+// 128 sums a thread in registers. While one of them writes its results the other may multiply, and the next tile's first steps are under way.
 // Pairs of blocks share what both need: the matrix, if their tiles lie one below the other (WEIGHTS), or the rows, if side by side (ROWS).
 //
 // Order of tiles. Blocks that run at the same time should need the same rows and columns, which then come from the L2 cache: about `band`
