@@ -204,15 +204,24 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) selective_scan(
         advance();
         fetch(tile + 2);
         if (MODE == RESULTS) leave(other);  // shared memory is read before it is written: the compiler could not tell what is what
-        R sums[TT / AT_ONCE][EACH][AT_ONCE];
+        if constexpr (sizeof(X) <= 4) {
+            R sums[TT / AT_ONCE][EACH][AT_ONCE];
 #pragma unroll
-        for (int i = 0; i < TT / AT_ONCE; ++i) advance_states(now, i * AT_ONCE, sums[i]);
-        enter(other, tile + 1);
-        if (MODE == RESULTS) {
+            for (int i = 0; i < TT / AT_ONCE; ++i) advance_states(now, i * AT_ONCE, sums[i]);
+            enter(other, tile + 1);
+            if (MODE == RESULTS)
 #pragma unroll
-            for (int i = 0; i < TT / AT_ONCE; ++i) keep(now, i * AT_ONCE, sums[i]);
-            if (tile) put(tile - 1);
+                for (int i = 0; i < TT / AT_ONCE; ++i) keep(now, i * AT_ONCE, sums[i]);
+        } else {  // too many registers for that
+#pragma unroll 1
+            for (int t = 0; t < TT; t += AT_ONCE) {
+                R sums[EACH][AT_ONCE];
+                advance_states(now, t, sums);
+                if (MODE == RESULTS) keep(now, t, sums);
+            }
+            enter(other, tile + 1);
         }
+        if (MODE == RESULTS && tile) put(tile - 1);
         __syncthreads();
     }
     if (MODE == RESULTS) {

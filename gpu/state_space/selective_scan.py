@@ -1,7 +1,7 @@
 """`selective_scan` on the device: states in registers, step sizes, B and C through shared memory, nothing of size T·n anywhere.
 
-See ``cuda/kernel_selective_scan.cu`` and ``kernel_selective_scan_gradient.cu`` for the algorithms and
-`docs/gpu/selective_scan.md` for what was measured.
+See ``cuda/kernel_selective_scan.cu``, ``kernel_selective_scan_gradient.cu`` and, for bfloat16, ``kernel_selective_scan_tensor_gradient.cu``
+for the algorithms and `docs/gpu/selective_scan.md` for what was measured.
 """
 
 from dataclasses import dataclass, replace
@@ -51,7 +51,8 @@ SLOW_TYPES = (("float64", "float64", "float64"), ("float32", "complex64", "compl
 
 def _kernel(mode: str, types, tiles: Tiles) -> Kernel:
     numbers = f"{tiles.lanes}, {tiles.states}, {tiles.each}, {tiles.threads}, {tiles.steps}, {tiles.blocks}"
-    return Kernel(FILE, f"selective_scan<{mode}, {', '.join(map(cpp, types))}, {numbers}>")
+    few = tiles.blocks > 1 and tiles.lanes == 16  # a register or two, where more would halve the number of warps
+    return Kernel(FILE, f"selective_scan<{mode}, {', '.join(map(cpp, types))}, {numbers}>", spills=few)
 
 
 def _gradient_kernel(types, tiles: Tiles) -> Kernel:
@@ -67,6 +68,11 @@ def _carry_kernel(types) -> Kernel:
     return Kernel(FILE, f"carry_states<{cpp(arithmetic(types[0]))}, {cpp(types[1])}, {cpp(types[2])}>")
 
 
+def _by_matrices(types, size: int) -> bool:
+    """Whether the gradient sums by matrix instructions."""
+    return types[0] == "bfloat16" and size in TENSOR_GRADIENT
+
+
 def _checkpoint_tiles(tiles: Tiles, gradient: Tiles) -> Tiles:
     """The forward kernel's tiles, cut where the gradient wants its checkpoints."""
     return replace(tiles, steps=gradient.steps)
@@ -74,14 +80,15 @@ def _checkpoint_tiles(tiles: Tiles, gradient: Tiles) -> Tiles:
 
 def _instances() -> tuple[Kernel, ...]:
     found = []
-    for kinds, plan, gradients in ((FAST_TYPES, FAST, (FAST_GRADIENT, FEW_GRADIENT)), (SLOW_TYPES, SLOW, (SLOW_GRADIENT,))):
+    for kinds, plan, plans in ((FAST_TYPES, FAST, (FAST_GRADIENT, FEW_GRADIENT)), (SLOW_TYPES, SLOW, (SLOW_GRADIENT,))):
         for types in kinds:
             found.append(_carry_kernel(types))
-            plans = (TENSOR_GRADIENT, gradients[0]) if types[0] == "bfloat16" else gradients
             for size, tiles in plan.items():
                 found += [_kernel("RESULTS", types, tiles), _kernel("STATES", types, tiles)]
-                for gradient in [g[size] for g in plans if size in g][: 1 if types[0] == "bfloat16" else None]:
-                    found += [_kernel("CHECKPOINTS", types, _checkpoint_tiles(tiles, gradient)), _gradient_kernel(types, gradient)]
+                for gradients in (TENSOR_GRADIENT,) if _by_matrices(types, size) else plans:
+                    if size in gradients:
+                        checkpoints = _kernel("CHECKPOINTS", types, _checkpoint_tiles(tiles, gradients[size]))
+                        found += [checkpoints, _gradient_kernel(types, gradients[size])]
     return tuple(dict.fromkeys(found))
 
 
@@ -142,7 +149,7 @@ class _Prepared:
         """With few channels, more lanes to each."""
         if not self.fast:
             return SLOW_GRADIENT[self.size]
-        if self.types[0] == "bfloat16" and self.size in TENSOR_GRADIENT:
+        if _by_matrices(self.types, self.size):
             return TENSOR_GRADIENT[self.size]
         many = FAST_GRADIENT[self.size]
         return FEW_GRADIENT.get(self.size, many) if self.blocks(many) < multiprocessors() else many
@@ -324,9 +331,10 @@ def _maps_gradient(parts, grouped, given, batch):
 def _shared(p: _Prepared, tiles: Tiles) -> int:
     """Bytes of `GradientShared`, or of `TensorGradientShared`."""
     if tiles.tensor:
-        CH, TT, each = tiles.channels, tiles.steps, 4  # numbers of a pack
-        floats = 3 * CH * (TT + 4) + 2 * TT * 24 + tiles.threads * TT + 6 * TT * (CH + 4) + tiles.threads // 2 * TT + 2 * each * tiles.threads + 4 * tiles.threads + 2 * CH
-        return 4 * floats + 2 * (2 * TT * (CH + 8) + 2 * TT * 24 + 8 * TT * CH) + 8 * 4 * tiles.threads
+        CH, TT, threads = tiles.channels, tiles.steps, tiles.threads
+        floats = 3 * CH * (TT + 4) + 2 * TT * 24 + threads * TT + 6 * TT * (CH + 4) + threads // 2 * TT + 12 * threads + 2 * CH
+        halves, pointers = 2 * TT * (CH + 8) + 2 * TT * 24 + 8 * TT * CH, 4 * threads
+        return 4 * floats + 2 * halves + 8 * pointers
     real, number, NS = p.real.itemsize, p.number.itemsize, tiles.lanes * tiles.states
     parts = (
         tiles.steps * tiles.channels * 4 * real, 2 * tiles.steps * NS * number, tiles.steps // 4 * tiles.threads * tiles.states * number,
