@@ -1,6 +1,6 @@
 """Which method computes a matrix memory where the caller leaves it open: the one place, and data.
 
-Of one H100 (`asv_benchmarks/results/device/2026-11-22-chunkwise.json`): where the kernel on tensor cores can be taken, it is faster than
+Of one H100 (`asv_benchmarks/results/device/2026-11-22-chunkwise*.json`): where the kernel on tensor cores can be taken, it is faster than
 both others, at any length and for few memories too, but for sequences of 16384 steps and more of fewer than 16 memories, where chunks
 of cuBLAS's keep the device busier (and the host: the call takes longer by the clock). Elsewhere, with a decay of each head, chunks are
 3 to 4 times as fast as the fused recurrence, and 5 to 7 times in the gradient; with decays of each channel only the gradient is faster,

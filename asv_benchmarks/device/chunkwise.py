@@ -1,8 +1,7 @@
 """A matrix memory in chunks against the fused recurrence, on a device: python chunkwise.py FOLDER [PART ...]
 
 In one run, in this order, each part by itself so that one that fails costs no other: `compile` (kernels, all cores at once), `tensor`
-(the kernel on tensor cores by itself), `agree`
-(both methods at sizes of the kit's and at large ones, against the definition in float64 and each other, and the stream test),
+(the kernel on tensor cores, and under the kit at level standard), `agree` (all methods at sizes of the kit's and at large ones, against the definition in float64 and each other, and the stream test),
 `time` (both methods, forward and gradient, chunks of 64 and 128), `kit` (level quick under the kit, each operator and precision).
 `FOLDER/chunkwise.json` has the rows, `FOLDER/kit-*.txt` the reports.
 """
@@ -147,9 +146,10 @@ def timed(results: Results) -> None:
 
 def conforms(op: str, folder: str) -> None:
     """The kernel on tensor cores under the kit, level standard."""
-    f, start = functools.partial(getattr(refimpl.gpu, op), method="tensor"), time.time()
+    f, vjp = (functools.partial(getattr(refimpl.gpu, name), method="tensor") for name in (op, f"{op}_vjp"))
+    start = time.time()
     try:
-        report = refimpl.check(op, f, framework="cupy", dtypes=["bfloat16"], level="standard")
+        report = refimpl.check(op, f, framework="cupy", dtypes=["bfloat16"], gradients=True, candidate_vjp=vjp, level="standard")
         text, verdict = str(report), report.verdict
     except Exception as error:
         text, verdict = traceback.format_exc(), type(error).__name__
@@ -186,6 +186,14 @@ def tensor(results: Results, folder: Path) -> None:
         results.add(
             op, f"{work}, bfloat16", "", floor, times, target_ms=target, peer=peer, off_chunkwise=off, same_again=bool((one == again).all())
         )
+        if op != "mlstm":
+            vjp, y = getattr(refimpl.gpu, f"{op}_vjp"), again
+            times = {
+                name: median_ms(lambda vjp=vjp, y=y, call=call, how=how: vjp(y, **call, **how), [()], 5, 1)
+                for name, how in METHODS.items()
+                if name != "fused"
+            }
+            results.add(op, f"{work}, bfloat16, gradient", "", 2.2 * floor, times, peer=peer)
         del arguments, more, one, again
         cp.get_default_memory_pool().free_all_blocks()
     for process in started:

@@ -62,6 +62,8 @@ __device__ __forceinline__ void copy16(void* to, const void* from, bool there) {
 __device__ __forceinline__ void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 
-// Barriers by number: `threads` of the block come by, those that pass without waiting.
+// All threads of the block, wherever they are in the program.
+__device__ __forceinline__ void meet_all() { asm volatile("bar.sync 0;" ::: "memory"); }
+// Barriers by number, from 1: `threads` of the block come by, those that pass without waiting.
 __device__ __forceinline__ void meet(int number, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
 __device__ __forceinline__ void pass(int number, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory"); }

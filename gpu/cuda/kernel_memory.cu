@@ -88,7 +88,7 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
         copies_end();
         for (int c = 0; c < chunks; ++c) {
             copies_wait<0>();
-            meet(0, THREADS);
+            meet_all();
             if (c + 1 < chunks) fetch(c + 1);
             copies_end();
             char* const Q = shared + c % 2 * STAGE;
@@ -279,7 +279,7 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
         if (c > 0) meet(1, THREADS);
         leave_copy(c);
         copies_wait<0>();
-        meet(0, THREADS);
+        meet_all();
         if (c + 1 < chunks) fetch(c + 1);
         copies_end();
         char* const K = shared + c % 2 * STAGE + ROWS;

@@ -58,7 +58,7 @@ def ssd_vjp(
     dy, x, dt, A, B, C, D=None, z=None, dt_bias=None, *, dt_softplus=False, dt_limit=(0.0, np.inf), state=None, dstate=None,
     method=None, chunk_length=None,
 ):  # fmt: skip
-    """Gradient of `ssd` on CuPy arrays, as `refimpl.ssd_vjp`. Keeps one state in eight, or in chunks one of each."""
+    """Gradient of `ssd` on CuPy arrays, as `refimpl.ssd_vjp`. Keeps one state in eight, in chunks one of each, on tensor cores and its cotangent."""
     how = _chosen(method, chunk_length, x, B, gradient=True)
     if how.method == "chunkwise" or (how.method == "tensor" and dt_limit[0] < 0):
         return Chunkwise(chunk_kernels.Steps, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, how.chunk).vjp(dy, dstate)

@@ -59,7 +59,9 @@ def run_once(op: str) -> None:
             call = {n: on_device(v, np.float32 if n == "state" else dtype) for n, v in arranged.items()}
             call |= {"k": sizes.get("k", 2)} if op in ("route", "moe") else {}
             call |= {"method": "zoh"} if op == "discretize" else {}
-            for more in ({"method": "fused"}, {"method": "chunkwise", "chunk_length": 16}, {"method": "tensor"}) if op in IN_CHUNKS else ({},):
+            for more in (
+                ({"method": "fused"}, {"method": "chunkwise", "chunk_length": 16}, {"method": "tensor"}) if op in IN_CHUNKS else ({},)
+            ):
                 y = f(**call, **more)
                 if vjp is not None:
                     vjp(y, **call, **more)
@@ -69,7 +71,20 @@ def run_once(op: str) -> None:
 def sanitize(job: tuple[str, str]) -> dict:
     op, tool = job
     more = ["--racecheck-report", "all"] if tool == "racecheck" else []
-    command = ["compute-sanitizer", "--tool", tool, *more, "--error-exitcode", "9", "--print-limit", "5", sys.executable, __file__, "--once", op]
+    command = [
+        "compute-sanitizer",
+        "--tool",
+        tool,
+        *more,
+        "--error-exitcode",
+        "9",
+        "--print-limit",
+        "5",
+        sys.executable,
+        __file__,
+        "--once",
+        op,
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=100)
         code, output = done.returncode, done.stdout + done.stderr

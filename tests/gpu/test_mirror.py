@@ -73,27 +73,39 @@ def test_conforms_in_chunks(op, dtype):
     assert report.verdict == "conforms", str(report)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("op", IN_CHUNKS)
+def test_conforms_on_tensor_cores(op):
+    f, vjp = (functools.partial(getattr(mirror, name), method="tensor") for name in (op, f"{op}_vjp"))
+    report = refimpl.check(op, f, framework="cupy", dtypes=["bfloat16"], gradients=True, candidate_vjp=vjp, level="standard")
+    assert report.verdict == "conforms", str(report)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("op", IN_CHUNKS)
-def test_both_methods_agree(op, dtype, farthest):
+def test_all_methods_agree(op, dtype, farthest):
     """At a length and sizes that are no multiple of anything; the bound covers what products of halves lose."""
     kind, store = (np.dtype(np.float32), 0.0) if dtype == "float32" else (np.dtype(ml_dtypes.bfloat16), 2.0**-8)
     drawn = refimpl.OPS[op].sample(np.random.default_rng(0), **SIZES[op] | {"T": 777})
     call = {name: _on_device(x) if name == "state" else _on_device(x).astype(kind) for name, x in drawn.items()}
     exact = {name: _exact(x) for name, x in call.items()}
     bound = refimpl.OPS[op].error_bound(**exact, unit=2.0**-24, store=store)
-    y, other = (getattr(mirror, op)(**call, **more).astype(cp.float32).get() for more in ({"method": "fused"}, {"method": "chunkwise"}))
-    assert np.all(abs(y - other) <= 2 * bound + 2 * store * abs(y))
+    methods = [{"method": name} for name in ("fused", "chunkwise", "tensor")]
+    y, *others = (getattr(mirror, op)(**call, **more).astype(cp.float32).get() for more in methods)
+    for other in others:
+        assert np.all(abs(y - other) <= 2 * bound + 2 * store * abs(y))
     dy, given = _on_device(y).astype(kind), {n: x if n == "state" else x.astype(kind) for n, x in exact.items()}
-    for more in ({"method": "fused"}, {"method": "chunkwise"}):
+    for more in methods:
         gradients = {name: _exact(x) for name, x in getattr(mirror, f"{op}_vjp")(dy, **call, **more).items()}
         assert farthest(op, given, _exact(dy).astype(kind), None, gradients, dtype) <= 1
 
 
-@pytest.mark.parametrize("op", [*OPS, *(f"{op}:chunkwise" for op in IN_CHUNKS)])
+@pytest.mark.parametrize("op", [*OPS, *(f"{op}:{method}" for op in IN_CHUNKS for method in ("chunkwise", "tensor"))])
 def test_runs_on_the_current_stream_and_waits_for_nothing(op):
     op, _, method = op.partition(":")
     call, f, vjp = _call(op), getattr(mirror, op), getattr(mirror, f"{op}_vjp")
+    if method == "tensor":
+        call = {n: v.astype(ml_dtypes.bfloat16) if isinstance(v, cp.ndarray) and n != "state" else v for n, v in call.items()}
     call |= {"method": method} if method else {}
 
     def both():
@@ -126,8 +138,9 @@ def test_arrays_that_are_not_aligned_or_not_contiguous_in_chunks():
     exact = {n: _exact(x) for n, x in call.items()}
     want, bound = refimpl.ssd(**exact), refimpl.OPS["ssd"].error_bound(**exact, unit=2.0**-24, store=2.0**-8)
     for other in (moved, turned):
-        got = _exact(mirror.ssd(**other, method="chunkwise"))
-        assert np.all(abs(got - want) <= 2 * bound + 2.0**-8 * abs(want))
+        for method in ("chunkwise", "tensor"):
+            got = _exact(mirror.ssd(**other, method=method))
+            assert np.all(abs(got - want) <= 2 * bound + 2.0**-8 * abs(want))
 
 
 @pytest.mark.parametrize("op", OPS)

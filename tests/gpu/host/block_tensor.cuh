@@ -67,6 +67,7 @@ template <int LEFT> void copies_wait() {
     }
 }
 
+inline void meet_all() { host::meet_block(); }
 inline void meet(int number, int threads) {
     host::come(host::block_meetings[number], [threads] { return unsigned(threads); });
 }
