@@ -1,9 +1,9 @@
 """A matrix memory in chunks against the fused recurrence, on a device: python chunkwise.py FOLDER [PART ...]
 
 In one run, in this order, each part by itself so that one that fails costs no other: `compile` (kernels, all cores at once), `tensor`
-(the kernel on tensor cores, and under the kit at level standard), `agree` (all methods at sizes of the kit's and at large ones, against the definition in float64 and each other, and the stream test),
-`time` (both methods, forward and gradient, chunks of 64 and 128), `kit` (level quick under the kit, each operator and precision).
-`FOLDER/chunkwise.json` has the rows, `FOLDER/kit-*.txt` the reports.
+(the kernel on tensor cores, and under the kit at level standard), `agree` (all methods at sizes of the kit's and at large ones, against
+the definition in float64 and each other, and the stream test), `time` (all methods, forward and gradient, chunks of 64 and 128), `kit`
+(level quick under the kit, each operator and precision). `FOLDER/chunkwise.json` has the rows, `FOLDER/kit-*.txt` the reports.
 """
 
 import functools

@@ -114,7 +114,7 @@ def linear_attention_vjp(
 def _chosen(method, chunk, q, v, decay, beta, feature_map, normalize, scale, gradient: bool) -> chunk_policy.Choice:
     kind = "delta" if beta is not None else "channel" if decay is not None and decay.ndim == q.ndim else "head"
     sizes = {"heads": q.shape[:-2], "T": q.shape[-2], "d": width(feature_map, q), "e": v.shape[-1]}
-    adjoint = not normalize and scale != 0
+    adjoint = not normalize and (scale is None or abs(scale) > 1e-6)  # by which the last state's cotangent is divided
     return chunk_policy.chosen("linear_attention", method, chunk, kind=kind, gradient=gradient, **sizes, dtype=q.dtype, adjoint=adjoint)
 
 
