@@ -31,7 +31,8 @@ template <int DEGREE> __device__ __forceinline__ float softplus_by(const float (
     return fmaf(sum, e, fmaxf(x, 0.f));
 }
 __device__ __forceinline__ float softplus(float x) {
-    const float p[] = {0.99999997f, -0.499994931f, 0.333190967f, -0.248429817f, 0.19106005f, -0.136632425f, 0.0782259175f, -0.0295052199f, 0.00523269003f};
+    const float p[] = {0.99999997f, -0.499994931f, 0.333190967f, -0.248429817f, 0.19106005f,
+                       -0.136632425f, 0.0782259175f, -0.0295052199f, 0.00523269003f};
     return softplus_by<8>(p, x);
 }
 __device__ __forceinline__ float short_softplus(float x) {
@@ -163,7 +164,8 @@ template <class S, int V> __device__ __forceinline__ Pack<S, V> narrowed(const P
     Pack<S, V> pack;
     if constexpr (SameType<S, __nv_bfloat16>::value && V % 2 == 0) {
 #pragma unroll
-        for (int i = 0; i < V; i += 2) reinterpret_cast<__nv_bfloat162*>(pack.of)[i / 2] = __floats2bfloat162_rn(wide.of[i], wide.of[i + 1]);
+        for (int i = 0; i < V; i += 2)
+            reinterpret_cast<__nv_bfloat162*>(pack.of)[i / 2] = __floats2bfloat162_rn(wide.of[i], wide.of[i + 1]);
     } else {
 #pragma unroll
         for (int i = 0; i < V; ++i) pack.of[i] = narrow<S>(wide.of[i]);

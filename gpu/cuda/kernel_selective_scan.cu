@@ -2,7 +2,7 @@
 //
 // Idea. A block takes CH channels through time, LANES lanes to a channel, each lane with K states of EACH channels in
 // registers. Time goes in tiles of TT steps, and a thread's instructions for one tile are of three kinds that do not depend
-// on each other, so that units with long queues are always fed, by one warp a scheduler even:
+// on each other and need no barrier between them:
 //
 //     enter   step sizes of the next tile, once per (time, channel); they reach the lanes through shared memory, as B and C do
 //     main    the recurrence of this tile: of a state and step two products, an exponential, two fused multiply-adds
@@ -22,7 +22,7 @@ enum { RESULTS = 0, STATES = 1, CHECKPOINTS = 2 };
 // What a block keeps of a tile in shared memory.
 template <class R, class X, int CH, int NS, int PARTS, int TT, bool WITH_RESULTS>
 struct ScanTile {
-    alignas(16) Pack<R, 2> steps[TT][CH];                              // dt, dt u
+    alignas(16) Pack<R, 2> steps[TT][CH];                                   // dt, dt u
     alignas(16) X into[NS][TT + 4], out[WITH_RESULTS ? NS : 1][TT + 4];     // B, C; rows of states in different banks
     alignas(16) R read_out[WITH_RESULTS ? TT : 1][PARTS][CH + 32 / PARTS];  // C·h of a lane's states; the same
 };
@@ -33,7 +33,8 @@ template <int MODE, class S, class SX, class X, int LANES, int K, int EACH, int 
 __global__ void __launch_bounds__(THREADS, BLOCKS) selective_scan(
     const S* u, i64 u_batch, i64 u_time, const S* delta, i64 delta_batch, i64 delta_time, const S* z, i64 z_batch, i64 z_time, const SX* B,
     i64 B_batch, i64 B_time, i64 B_group, const SX* C, i64 C_batch, i64 C_time, i64 C_group, const SX* A, const S* D, const S* bias,
-    const X* state, X* last, S* y, Arithmetic<S>* elapsed, i64 T, int c, int n, int G, i64 segments, i64 length, int softplused, int packed) {
+    const X* state, X* last, S* y, Arithmetic<S>* elapsed, i64 T, int c, int n, int G, i64 segments, i64 length, int softplused,
+    int packed) {
     using R = Arithmetic<S>;
     enum { CH = THREADS / LANES * EACH, NS = LANES * K, AT_ONCE = 4, PARTS = LANES < 8 ? LANES : 8 };
     enum { KEPT = AT_ONCE * PARTS / LANES };  // of AT_ONCE sums over lanes, those that a lane keeps

@@ -1,9 +1,9 @@
 // Selective scan, gradient, for bfloat16 and at most 16 states: what kernel_selective_scan_gradient.cu does, with every sum over
 // states or channels by matrix instructions.
 //
-// Idea. A warp has 16 channels and 8 of their 16 states, 4 a lane, as the sums of a matrix instruction
-// lie: of channels g and g + 8 the states 2q and 2q + 1, g = lane / 4, q = lane % 4. A checkpoint is the state before every tile of TT steps.
-// The states before every 4 steps are found from it, and those 4 steps' states and decays are kept in registers, where
+// Idea. A warp has 16 channels and 8 of their 16 states, 4 a lane, as the sums of a matrix instruction lie: of channels g and
+// g + 8 the states 2q and 2q + 1, g = lane / 4, q = lane % 4. A checkpoint is the state before every tile of TT steps. The states
+// before every 4 steps are found from it, and those 4 steps' states and decays are kept in registers, where
 //
 //     g_t = C_t dp_t + G,    G <- a_t g_t,    r_t = h_{t-1} G                                             a_t = exp(dt_t A)
 //
@@ -15,7 +15,8 @@
 // Precision. States, G, decays and dA have 24 bits; dt u and dp are rounded to 11 where they enter; what is summed over
 // states or channels is rounded to bfloat16, its sums are not.
 //
-// Limit: about 20 instructions a state and step, of which 7 are the recurrences.
+// Limit: issue slots and waits between products that need each other: 19 instructions a state and step in the inner loop, of
+// which 7 are the recurrences, and half as many again around it.
 #include "block_selective_tensor.cuh"
 
 template <class S, int THREADS>
@@ -38,9 +39,10 @@ struct TensorGradientShared {
 
 template <class S, int THREADS, int BLOCKS>
 __global__ void __launch_bounds__(THREADS, BLOCKS) selective_scan_tensor_gradient(
-    const S* dy, i64 dy_batch, i64 dy_time, const S* u, i64 u_batch, i64 u_time, const S* delta, i64 delta_batch, i64 delta_time, const S* z,
-    i64 z_batch, i64 z_time, const S* B, i64 B_batch, i64 B_time, i64 B_group, const S* C, i64 C_batch, i64 C_time, i64 C_group, const S* A,
-    const S* D, const S* bias, const float* checkpoints, const float* dlast, S* du, S* ddelta, S* dz, float* dA, float* dD, float* dbias,
+    const S* dy, i64 dy_batch, i64 dy_time, const S* u, i64 u_batch, i64 u_time, const S* delta, i64 delta_batch, i64 delta_time,
+    const S* z, i64 z_batch, i64 z_time, const S* B, i64 B_batch, i64 B_time, i64 B_group, const S* C, i64 C_batch, i64 C_time, i64 C_group,
+    const S* A, const S* D, const S* bias,
+    const float* checkpoints, const float* dlast, S* du, S* ddelta, S* dz, float* dA, float* dD, float* dbias,
     float* dB, float* dC, float* dstate, i64 T, int c, int n, int G, i64 sequences, int softplused, int packed) {
     using Shared = TensorGradientShared<S, THREADS>;
     enum { CH = Shared::CH, NS = Shared::NS, TT = Shared::TT, EACH = 2, K = 2 };
@@ -138,7 +140,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) selective_scan_tensor_gradien
         const auto of_channels = [&](const float* values) { return load_pack<Pack<float, Steps::WIDE>>(values + Steps::column()); };
 #pragma unroll
         for (int p = 0; p < Steps::PASSES; ++p) {
-            const auto dy_of = given(0, p), u_of = given(1, p), delta_of = given(2, p), z_of = given(3, p), bias_of = of_channels(shared.bias);
+            const auto dy_of = given(0, p), u_of = given(1, p), delta_of = given(2, p), z_of = given(3, p);
+            const auto bias_of = of_channels(shared.bias);
             Pack<float, Steps::WIDE> x_of, dp_of;
 #pragma unroll
             for (int i = 0; i < Steps::WIDE; ++i) {

@@ -10,7 +10,7 @@ import cupy as cp
 import numpy as np
 from refimpl.gpu import mirror
 from refimpl.gpu.arrays import aligned, arithmetic, cast, cpp, flat, strides
-from refimpl.gpu.launch import Kernel, multiprocessors
+from refimpl.gpu.launch import Kernel, multiprocessors, shared_memory
 
 from refimpl.ops.state_space.selective_scan import CONTRACT
 
@@ -39,7 +39,7 @@ class Tiles:
 FAST = {4: Tiles(4, 1, 256, 16, 2), 16: Tiles(2, 8, 128, 8, 3), 64: Tiles(16, 4, 256, 16, 2), 128: Tiles(32, 4, 256, 32, 1)}
 FAST_GRADIENT = {4: Tiles(4, 1, 256, 16, 2), 16: Tiles(4, 4, 256, 16, 2), 64: Tiles(16, 4, 128, 16, 2), 128: Tiles(32, 4, 64, 32, 1)}
 FEW_GRADIENT = {16: Tiles(16, 1, 256, 16, 2)}
-TENSOR_GRADIENT = {16: Tiles(8, 2, 256, 16, 2, 2, True)}  # for bfloat16
+TENSOR_GRADIENT = {16: Tiles(8, 2, 256, 16, 2, 2, True)}  # for bfloat16, with 110 KiB of shared memory
 # For float64 and complex rates: right, not tuned.
 SLOW = {16: Tiles(16, 1, 128, 16, 1), 64: Tiles(16, 4, 128, 16, 1)}
 SLOW_GRADIENT = {16: Tiles(16, 1, 128, 16, 1), 64: Tiles(32, 2, 32, 32, 1)}
@@ -69,7 +69,7 @@ def _carry_kernel(types) -> Kernel:
 
 
 def _by_matrices(types, size: int) -> bool:
-    """Whether the gradient sums by matrix instructions."""
+    """Whether the gradient may sum by matrix instructions."""
     return types[0] == "bfloat16" and size in TENSOR_GRADIENT
 
 
@@ -85,7 +85,7 @@ def _instances() -> tuple[Kernel, ...]:
             found.append(_carry_kernel(types))
             for size, tiles in plan.items():
                 found += [_kernel("RESULTS", types, tiles), _kernel("STATES", types, tiles)]
-                for gradients in (TENSOR_GRADIENT,) if _by_matrices(types, size) else plans:
+                for gradients in (TENSOR_GRADIENT, *plans) if _by_matrices(types, size) else plans:
                     if size in gradients:
                         checkpoints = _kernel("CHECKPOINTS", types, _checkpoint_tiles(tiles, gradients[size]))
                         found += [checkpoints, _gradient_kernel(types, gradients[size])]
@@ -149,7 +149,7 @@ class _Prepared:
         """With few channels, more lanes to each."""
         if not self.fast:
             return SLOW_GRADIENT[self.size]
-        if _by_matrices(self.types, self.size):
+        if _by_matrices(self.types, self.size) and _shared(self, TENSOR_GRADIENT[self.size]) <= shared_memory():
             return TENSOR_GRADIENT[self.size]
         many = FAST_GRADIENT[self.size]
         return FEW_GRADIENT.get(self.size, many) if self.blocks(many) < multiprocessors() else many
