@@ -15,8 +15,8 @@ __device__ inline int rank_in_pair() {  // read again where it is needed, so tha
 __device__ inline void pair_meets() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
-// An arrival at the barrier of this name in the block of a rank. It says that shared memory was read by the tensor cores, and orders nothing
-// else: with `.release.cluster`, which waits for all that the warp wrote to memory, products took half as long again.
+// An arrival at the barrier of this name in the block of a rank. It says that shared memory was read by the tensor cores, and orders
+// nothing else: with `.release.cluster`, which waits for all that the warp wrote to memory, products took half as long again.
 __device__ inline void barrier_arrive_at(Barrier* b, int rank) {
     asm volatile(
         "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"

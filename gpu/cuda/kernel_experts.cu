@@ -1,15 +1,15 @@
 // What mixtures of experts do beside products: who goes where, rows there and back, activations and their gradients.
 //
-// The idea. Pairs of a token and an expert get a slot: sorted by expert, each expert's filled up to whole blocks of `size` slots. A pair's place
-// in its expert's queue is known (kernel_places.cu), so its slot is a sum of three numbers, and nothing is sorted. Everything else is one
-// pass over the data in accesses of 16 bytes, one block for each row. What limits it: memory.
+// The idea. Pairs of a token and an expert get a slot: sorted by expert, each expert's filled up to whole blocks of `size` slots. A
+// pair's place in its expert's queue is known (kernel_places.cu), so its slot is a sum of three numbers, and nothing is sorted.
+// Everything else is one pass over the data in accesses of 16 bytes, one block for each row. What limits it: memory.
 #include "numbers.cuh"
 #include "stable.cuh"
 
 // ---- who goes where ------------------------------------------------------------------------------------------------------
 
-// Of counts (entries, E), cut at `capacity`: before (entries, E), pairs of the expert in earlier entries; totals and starts (E), the expert's pairs
-// and first slot; of_block (blocks), the expert of each block of slots. One block of 256 threads.
+// Of counts (entries, E), cut at `capacity`: before (entries, E), pairs of the expert in earlier entries; totals and starts (E), the
+// expert's pairs and first slot; of_block (blocks), the expert of each block of slots. One block of 256 threads.
 __global__ void __launch_bounds__(256)
 plan(i64* counts, i64* before, i64* totals, i64* starts, i64* of_block, i64 capacity, i64 entries, int E, int size, int blocks) {
     __shared__ i64 sums[256];
@@ -51,8 +51,8 @@ plan(i64* counts, i64* before, i64* totals, i64* starts, i64* of_block, i64 capa
 
 // slot (pairs), -1 for dropped ones; pair_of (slots), which holds -1 where nobody stands. Pairs of an entry are `per_entry` neighbours.
 __global__ void __launch_bounds__(256)
-stand(const i64* experts, const i64* place, const i64* before, const i64* starts, i64* slot, i64* pair_of, i64 capacity, i64 pairs, i64 per_entry,
-      int E) {
+stand(const i64* experts, const i64* place, const i64* before, const i64* starts, i64* slot, i64* pair_of, i64 capacity, i64 pairs,
+      i64 per_entry, int E) {
     const i64 p = blockIdx.x * i64(256) + threadIdx.x;
     if (p >= pairs) return;
     const i64 e = experts[p], s = place[p] < capacity ? starts[e] + before[p / per_entry * E + e] + place[p] : -1;
@@ -104,7 +104,8 @@ combine_rows(const R* rows, const i64* slot, const Arithmetic<R>* weights, S* y,
 
 enum Activation { SILU, GELU, RELU };
 
-template <class X> __device__ __forceinline__ X cumulative(X x) { return X(0.5) * erfc(X(-0.70710678118654752440) * x); }  // normal distribution
+// Of the normal distribution.
+template <class X> __device__ __forceinline__ X cumulative(X x) { return X(0.5) * erfc(X(-0.70710678118654752440) * x); }
 template <class X> __device__ __forceinline__ X activated(int activation, X x) {
     return activation == SILU ? x * sigmoid(x) : activation == GELU ? x * cumulative(x) : x < X(0) ? X(0) : x;
 }

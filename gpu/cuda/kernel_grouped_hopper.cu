@@ -11,14 +11,16 @@
 //
 // A tile of the result is 128 x 256. Of a block's three warpgroups one is the producer: a single thread that has the copy engine bring
 // steps of 64 of the inner dimension, 4 of them under way: 2 boxes of 64 x 64 of x and 4 of w. The other two multiply, 64 rows each, with
-// 128 sums a thread in registers. While one of them writes its results the other may multiply, and the next tile's first steps are under way.
-// Pairs of blocks share what both need: the matrix, if their tiles lie one below the other (WEIGHTS), or the rows, if side by side (ROWS).
+// 128 sums a thread in registers. While one of them writes its results the other may multiply, and the next tile's first steps are under
+// way. Pairs of blocks share what both need: the matrix, if their tiles lie one below the other (WEIGHTS), or the rows, if side by side
+// (ROWS).
 //
 // Order of tiles. Blocks that run at the same time should need the same rows and columns, which then come from the L2 cache: about `band`
 // units of rows are taken up together, and walk from column to column.
 //
-// What limits it: the tensor cores (1024 clocks a step, active nine clocks in ten), at the clock that the chip's power allows; the copies keep up
-// if pairs share. A step takes 48 KB into shared memory; of the matrix's 32 KB each block of a pair brings half, for both.
+// What limits it: the tensor cores (1024 clocks a step, active nine clocks in ten), at the clock that the chip's power allows; the
+// copies keep up if pairs share. A step takes 48 KB into shared memory; of the matrix's 32 KB each block of a pair brings half, for
+// both.
 #include "block_pairs.cuh"
 
 using i64 = long long;
@@ -146,7 +148,7 @@ grouped_product(const __grid_constant__ Sizes n, const __grid_constant__ TensorM
         take_registers<224>();
         const int me = warpgroup - 1, lane = threadIdx.x % 32;
         constexpr bool X_BY_COLUMNS = FORM == OUTER, W_BY_COLUMNS = FORM != TRANSPOSED;
-        constexpr int X_STEP = X_BY_COLUMNS ? 2048 : 32, W_STEP = W_BY_COLUMNS ? 2048 : 32;  // bytes from 16 of the inner dimension to the next
+        constexpr int X_STEP = X_BY_COLUMNS ? 2048 : 32, W_STEP = W_BY_COLUMNS ? 2048 : 32;  // bytes to the next 16 of the inner dimension
         auto release = [&](int which_round) {
             __syncwarp();
             if (lane < PAIR) barrier_arrive_at(empty + which_round % STAGES, lane);

@@ -1,9 +1,9 @@
 // Sums of outer products by group: out[g] = sum over rows r of group g of a[r]^T b[r], a (rows, p), b (rows, q), out (groups, p, q).
 //
 // The idea. Rows lie sorted by group, and where a group begins is known on the device alone: a block takes a tile of one group's result and
-// walks through that group's rows, 16 at a time, through shared memory. So nobody on the host needs to know how long a group is. The next 16
-// rows come into registers while these are multiplied. A thread has EACH x EACH results, in runs of 4 neighbours that lie 64 apart, so that
-// a warp reads shared memory without conflicts. What limits it: multiply-adds on plain cores.
+// walks through that group's rows, 16 at a time, through shared memory. So nobody on the host needs to know how long a group is. The
+// next 16 rows come into registers while these are multiplied. A thread has EACH x EACH results, in runs of 4 neighbours that lie 64
+// apart, so that a warp reads shared memory without conflicts. What limits it: multiply-adds on plain cores.
 
 using i64 = long long;
 
@@ -11,7 +11,7 @@ using i64 = long long;
 template <class X, int EACH>
 __global__ void __launch_bounds__(256, 2)
 grouped_outer(const X* a, const X* b, const i64* starts, const i64* counts, X* out, int p, int q) {
-    constexpr int TILE = 16 * EACH, DEEP = 16, MINE = DEEP * TILE / 256, APART = 256 / TILE;  // rows from one of a thread's loads to the next
+    constexpr int TILE = 16 * EACH, DEEP = 16, MINE = DEEP * TILE / 256, APART = 256 / TILE;  // rows between a thread's loads
     struct alignas(16) Run { X of[4]; };
     alignas(16) __shared__ X a_s[2][DEEP][TILE], b_s[2][DEEP][TILE];
     const int tiles = (p + TILE - 1) / TILE, group = blockIdx.x / tiles, x = threadIdx.x % 16, y = threadIdx.x / 16;
