@@ -16,7 +16,8 @@
 // float and the rest, so that the difference is as exact as a sum from s to t. Less than -4096 is -4096: 0, whatever follows. The
 // exponents of columns have the gain in them. Where they might exceed 120 (decays above 1) each exponential is two of half of it.
 //
-// What limits it: the readers' chain of products, exponentials, products, and what they load: 2 to 4 times what mma.sync needs.
+// What limits it: latency. 4 warps a scheduler hide about half of what passes between loading operands, products, exponentials,
+// products, and the barrier; an H100 takes twice what mma.sync alone would need (docs/gpu/chunkwise.md).
 #include "block_memory.cuh"
 
 constexpr int READERS = 4;
@@ -36,12 +37,13 @@ __device__ __forceinline__ float silu(float x) {
     return __fdividef(x < 0.0f ? x * e : x, 1.0f + e);
 }
 
-// q (G, q_heads, T, d), k (G, k_heads, T, d), v (G, v_heads, T, e); w and gain (G, v_heads, T), state and last (G, v_heads, d, e), norm and
+// q (G, q_heads, T, d), k (G, k_heads, T, d), v (G, v_heads, T, e); w and gain (G, w_heads, T), state and last (G, v_heads, d, e), norm and
 // last_norm (G, v_heads, d); y and z (G, heads, T, e), lower (G, heads, T), skip (G, heads); an array's heads are `heads` or 1. What is
 // null is 0, and `lower`, `skip`, `z` are left out. d and e are multiples of 8, rows start at multiples of 16 bytes.
 // Grid: (G heads, tiles of 64 values).
-// As GRADIENT also backwards in time (`back`), gains those of the queries (`of_queries`), and the state that enters each chunk is kept,
-// (G heads, chunks, d, e), where `states` is not null: an adjoint of this operator is the operator with roles changed.
+// As GRADIENT also backwards in time (`backwards`), gains those of the queries (`of_queries`), and the state that enters each chunk is
+// kept, (G heads, chunks, d, e), where `states` is not null; state and last are (G heads, d, e). An adjoint of this operator is the
+// operator with roles changed.
 enum Kind { PLAIN, NORMALISED_BY_N, GRADIENT };
 template <int D, int KIND>
 __global__ void __launch_bounds__(THREADS, 2)
