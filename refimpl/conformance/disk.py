@@ -24,13 +24,13 @@ _SUFFIX = ".npz1"
 _written = 0
 
 
-def folder() -> Path | None:
-    """Where the numbers are; None where nobody wants them kept."""
+def folder(part: str = "ensembles") -> Path | None:
+    """Where the numbers are, or another part of the cache; None where nobody wants anything kept."""
     chosen = os.environ.get("REFIMPL_CACHE", "")
     if chosen.lower() in ("off", "0", "no", "false", "none"):
         return None
     root = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "refimpl"
-    return root / "ensembles"
+    return root / part
 
 
 def digest(*about: Any) -> str:
@@ -89,11 +89,11 @@ def store(key: str, arrays: dict[str, np.ndarray]) -> None:
         return
 
 
-def make_room(place: Path, room: int = ROOM) -> None:
+def make_room(place: Path, room: int = ROOM, suffixes: tuple[str, ...] = (_SUFFIX, ".part")) -> None:
     """Remove the files that were asked for longest ago until the rest takes no more than half of the room, if all take more."""
     files = []
     for entry in os.scandir(place):
-        if entry.name.endswith((_SUFFIX, ".part")):
+        if entry.name.endswith(suffixes):
             with contextlib.suppress(OSError):  # another process made room
                 about = entry.stat()
                 files.append((about.st_mtime, max(about.st_size, 4096), entry.path))

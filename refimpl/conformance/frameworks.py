@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.conformance import disk
+
 _array = np.array  # kept, since a candidate may replace what NumPy calls by this name
 
 
@@ -149,6 +151,7 @@ class Jax(Numpy):
 
         jax.config.update("jax_enable_x64", True)  # float64 candidates need it; float32 stays float32
         self.jax, self.device = jax, jax.devices(device)[0] if device else None
+        _keep_compiled(jax)
 
     def array(self, x: np.ndarray, view: str) -> Any:
         return self.jax.device_put(np.array(x, order="C", copy=True), self.device)
@@ -175,6 +178,24 @@ class Jax(Numpy):
         seeds = [jax.numpy.zeros_like(o) if c is None else c.astype(o.dtype) for o, c in zip(outputs, seeds, strict=False)]
         (grads,) = pull([jax.numpy.conj(s) for s in seeds])
         return {n: jax.tree.map(jax.numpy.conj, g) for n, g in grads.items()}  # JAX's cotangents are the conjugates of ours
+
+
+def _keep_compiled(jax) -> None:
+    """What XLA compiles for one shape after the other, hundreds of them in a check, is kept for the next check, unless the user has a place for it."""
+    place = disk.folder("jax")
+    if place is None or jax.config.jax_compilation_cache_dir:
+        return
+    try:
+        from jax.experimental.compilation_cache import compilation_cache
+
+        place.mkdir(parents=True, exist_ok=True)
+        disk.make_room(place, suffixes=("-cache", "-atime"))
+        jax.config.update("jax_compilation_cache_dir", str(place))
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        compilation_cache.reset_cache()  # or it stays unused where something was compiled before
+    except (OSError, ImportError, AttributeError):
+        return
 
 
 class Cupy(Numpy):
