@@ -63,7 +63,7 @@ def hand_off(contract: Contract, letter: str = "T") -> Law:
 def linear(contract: Contract, *names: str, hides_nothing: bool = True) -> Law:
     """The results are linear in `names` together: f(2x) = 2 f(x) exactly, f(x + x') = f(x) + f(x').
 
-    With `hides_nothing`: whatever depends on an element that is NaN is not finite either.
+    With `hides_nothing`, they carry NaN too.
     """
 
     def holds(f: Callable, call: dict, bound: Callable, rng) -> Iterator[Comparison]:
@@ -77,15 +77,26 @@ def linear(contract: Contract, *names: str, hides_nothing: bool = True) -> Law:
         for name in base:
             yield f"{name} of twice the input", twice[name], 2 * base[name], 4 * limit[name]
             yield f"{name} of a sum", both[name], base[name] + second[name], limit[name] + limit2[name] + limit3[name]
-        for changed in (n for n in names_here if hides_nothing and isinstance(call[n], np.ndarray) and call[n].size):
-            place = tuple(int(rng.integers(size)) for size in call[changed].shape)
-            nudged = _named(contract, f, {**call, changed: _with(call[changed], place, 2 * call[changed][place] + 1)})
-            hidden = _named(contract, f, {**call, changed: _with(call[changed], place, np.nan)})
-            for name in base:
-                depends = np.abs(nudged[name] - base[name]) > 16 * limit[name]
-                yield f"{name} where it depends on a NaN of {changed}", hidden[name][depends], np.full_like(base[name][depends], np.nan), limit[name][depends]
+        if hides_nothing:
+            yield from carries_nan(contract, *names).holds(f, call, bound, rng)
 
     return Law("linear", holds, names)
+
+
+def carries_nan(contract: Contract, *names: str) -> Law:
+    """What depends on an element of `names` is not finite where that element is NaN: nothing hides it."""
+
+    def holds(f: Callable, call: dict, bound: Callable, rng) -> Iterator[Comparison]:
+        base, limit = _named(contract, f, call), _named_bound(contract, bound, call)
+        for changed in (n for n in names if isinstance(call.get(n), np.ndarray) and call[n].size):
+            place = tuple(int(rng.integers(size)) for size in call[changed].shape)
+            nudged = _named(contract, f, {**call, changed: _with(call[changed], place, 2 * call[changed][place] + 1)})
+            carried = _named(contract, f, {**call, changed: _with(call[changed], place, np.nan)})
+            for name in base:
+                depends = np.abs(nudged[name] - base[name]) > 16 * limit[name]
+                yield f"{name} where it depends on a NaN of {changed}", carried[name][depends], np.full_like(base[name][depends], np.nan), limit[name][depends]
+
+    return Law("carries_nan", holds, names)
 
 
 def time_invariant(contract: Contract, *names: str, letter: str = "T") -> Law:

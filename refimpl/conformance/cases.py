@@ -248,7 +248,7 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
     for sizes in op.sizes:
         yield from case("shapes", dict(sizes), plain)
         yield from case("shapes", {**middle, **sizes}, next(turn))
-    for batch in ((), (2,), (2, 3), (2, 1, 2), (33,)) if level != "quick" else ((), (3,)):
+    for batch in ((), (2,), (2, 3), (2, 1, 2), (9, 2), (33,)) if level != "quick" else ((), (3,)):
         yield from case("shapes", {**middle, "batch": batch}, next(turn))
         yield from case("shapes", {"batch": batch}, plain)
     if level != "quick":
@@ -290,6 +290,7 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
         yield from case("long", {op.lengths[0]: 1030, **{x: 1030 for x in op.lengths[1:]}}, plain)
         yield from case("long", {op.lengths[0]: 2100, **{x: 70 for x in op.lengths[1:]}}, plain)
         yield from case("long", {**{x: 300 for x in op.lengths}, "batch": (36,)}, plain, label="more than ten thousand rows")
+        yield from case("long", {**{x: 300 for x in op.lengths}, **dict.fromkeys(letters(op)[:1], 8), "batch": (36,)}, plain, label="more than 2^16 elements")
         for combo in few:
             yield from case("long", {**{x: 300 for x in op.lengths}, "batch": (2,)}, combo)
         for hard in op.hard if op.stateful else ():  # sums that have gone on for long are where few bits, or a limit, show
@@ -298,6 +299,7 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
             yield from case("long", {**{x: 9 for x in op.lengths}, "batch": (400,)}, plain, label="many sequences")
     elif not op.lengths and level != "quick":
         yield from case("long", {"batch": (10007,)}, plain, label="more than ten thousand rows")
+        yield from case("long", {**dict.fromkeys(letters(op)[:1], 9), "batch": (8009,)}, plain, label="more than 2^16 elements")
 
 
 def at_random(op: Op, rng: np.random.Generator, chosen: dict[str, tuple]) -> tuple[dict, dict, str]:
@@ -319,7 +321,7 @@ class Refused(Exception):
 def _features(op: Op) -> Iterator[dict[str, int]]:
     """Sizes beside the lengths: each odd, single, a whole tile, beyond one of 8 and of 32; all alike, so that axes cannot be told apart."""
     for letter in letters(op):
-        yield from ({letter: size} for size in (1, 3, 9, 16, 34))
+        yield from ({letter: size} for size in (1, 3, 9, 16, 33, 34))
     if len(letters(op)) + len(op.lengths) > 1:
         yield dict.fromkeys(letters(op), 3)
         yield dict.fromkeys((*op.lengths, *letters(op)), 4)

@@ -33,7 +33,7 @@ def explain(op: Op, evidence: list[Evidence]) -> tuple[list[str], str]:
     fine, fine_gradients = ([e for e in passing if (e.cotangents is None) == plain] for plain in (True, False))
     sentences, found = _named(table, [m for m in mutants(op.name) if not m.of_gradient], results, fine, "")
     if gradients and not (found and all(any(table(m, e) in (SAME, UNKNOWN) for m in found) for e in gradients)):
-        more, of_gradient = _named(table, list(mutants(op.name)), gradients, fine_gradients, "its gradient " if results else "")
+        more, of_gradient = _named(table, list(mutants(op.name)), gradients, fine_gradients + fine, "its gradient " if results else "")
         sentences += [s for s in more if s not in sentences]
         found = (found or not results) and of_gradient and [*found, *of_gradient]
     variants = _variants(table, [m for m in mutants(op.name) if m.variant], failing, passing)

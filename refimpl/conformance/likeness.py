@@ -60,7 +60,7 @@ def likeness(op: Op, mutant: Mutant, e: Evidence) -> str:
     if mutant.of_gradient and e.cotangents is None:
         return SILENT
     if mutant.undecided is not None:
-        return _where_decided(op, mutant.undecided(widened(e.call, np.dtype(np.float64))), e)
+        return _where_decided(op, mutant, e)
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -194,11 +194,12 @@ def _same_places(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype.kind in "iub" or (np.array_equal(np.isnan(a), np.isnan(b)) and np.array_equal(np.isinf(a), np.isinf(b)))
 
 
-def _where_decided(op: Op, undecided: np.ndarray, e: Evidence) -> str:
+def _where_decided(op: Op, mutant: Mutant, e: Evidence) -> str:
     """Whether results (..., T, ...) are right at every step but the undecided; sums over steps say nothing where there are such."""
+    undecided = mutant.undecided(widened(e.call, np.dtype(np.float64))) if mutant.undecided else np.zeros(())
     if not np.any(undecided):
         return SILENT
-    axes = op.contract.result_axis("T") if e.cotangents is None else {}
+    axes = op.contract.result_axis(mutant.undecided_axis) if e.cotangents is None else {}
     for name in axes.keys() & e.got.keys():
         got, right, limit = e.got[name], np.asarray(e.right[name]), np.asarray(e.limits.get(name, 0.0))
         if got.shape != right.shape:

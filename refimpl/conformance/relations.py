@@ -79,7 +79,7 @@ def _factor_in_part(op, name, got, right, limit, to) -> str:
 
 
 def _shown(factor: complex) -> str:
-    if abs(factor.imag) >= 1e-4 * abs(factor):
+    if abs(factor.imag) > 1e-4 * abs(factor):
         return f"{factor:.4g}"
     return f"{factor.real:.4g}" if abs(factor - 1) > 1e-3 else f"1 {'+' if factor.real > 1 else '-'} {abs(factor.real - 1):.2g}"
 

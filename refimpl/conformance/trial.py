@@ -86,8 +86,8 @@ class Trial:
             return Finding("SHAPE", f"returned {', '.join(got) or 'another number of results'}, expected {', '.join(right)}")
         first = next(iter(right))
         compute, out = self.op.contract.precision(**call)
-        if any(v.dtype.kind == "c" for v in call.values() if isinstance(v, np.ndarray)):  # what is real may come as complex numbers, of that value
-            got = {n: y.real if y.dtype.kind == "c" and right[n].dtype.kind == "f" and not np.any(y.imag) else y for n, y in got.items()}
+        if any(v.dtype.kind == "c" for v in call.values() if isinstance(v, np.ndarray)):
+            got = {n: _of_one_kind(y, right[n]) for n, y in got.items()}
         mixed = out == compute  # complex arrays beside half-precision ones
         for name, exact in right.items():
             state = name.startswith("state")
@@ -183,6 +183,15 @@ class Trial:
         if len(parts) == 1 and "." not in self.op.contract.states[0].name:
             return parts[0]
         return namedtuple("State", [s.name.partition(".")[2] or s.name for s in self.op.contract.states])(*parts)
+
+
+def _of_one_kind(got: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """A result of complex arguments that is real may come as complex numbers, and the other way round: of the same values."""
+    if got.dtype.kind == "c" and right.dtype.kind == "f" and not np.any(got.imag):
+        return got.real
+    if got.dtype.kind == "f" and right.dtype.kind == "c" and not np.any(right.imag):
+        return got.astype(np.result_type(got.dtype, np.complex64))
+    return got
 
 
 def keywords(op: Op) -> set[str]:

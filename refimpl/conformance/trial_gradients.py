@@ -67,7 +67,7 @@ def _plans(trial: Trial) -> list[tuple[dict, dict, str, str]]:
         plans += [({**dict.fromkeys(op.lengths, 300), **batch}, combo, "", "") for combo in few if op.lengths]
         plans += [({**dict.fromkeys(op.lengths, 5), "batch": (33,)}, combo, "", "") for combo in few if batch]
         turn = itertools.cycle(few)
-        for sizes in wide(op, (16, 34, 64, 66, 130)):
+        for sizes in wide(op, (16, 33, 34, 64, 66, 130)):
             plans.append(({**dict.fromkeys(op.lengths, 5), **sizes}, next(turn), "", ""))
         rng = np.random.default_rng([trial.seed, 19])
         chosen = trial.factors()

@@ -38,6 +38,8 @@ class Mutant:
     undecided : callable, optional
         ``undecided(call) -> (..., T)``: the steps at which implementations may choose (ties). It explains a result that
         is right at all others, whatever it is there.
+    undecided_axis : str
+        The axis of the results that they are steps of.
     """
 
     operator: str
@@ -48,6 +50,7 @@ class Mutant:
     of_gradient: bool = False
     hidden: tuple[str, ...] = ()
     undecided: Callable[[dict], np.ndarray] | None = None
+    undecided_axis: str = "T"
 
     @functools.cached_property
     def function(self) -> Callable:

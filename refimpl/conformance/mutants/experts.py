@@ -3,6 +3,7 @@
 import numpy as np
 
 from refimpl.conformance.mutants import Mutant, edited
+from refimpl.core.numerics import softmax
 from refimpl.ops.experts import expert_choice as ec
 from refimpl.ops.experts import losses as lo
 from refimpl.ops.experts import moe as mo
@@ -413,6 +414,16 @@ _LOSSES = (
 )
 
 _EXPERT_CHOICE = (
+    Mutant(
+        "expert_choice",
+        "ties_elsewhere",
+        "of equal probabilities other tokens are taken (torch.topk promises no order): ties go to the earlier token",
+        lambda: ec.expert_choice,
+        variant=True,
+        hidden=EVERYWHERE,
+        undecided=lambda call: _ties(np.swapaxes(softmax(call["logits"]), -1, -2), call["capacity"]),
+        undecided_axis="E",
+    ),
     Mutant(
         "expert_choice",
         "softmax_over_tokens",

@@ -29,6 +29,7 @@ from refimpl.core import numerics
 from refimpl.core.contract import Contract
 from refimpl.core.numerics import pi_of, sigmoid, silu_derivative
 from refimpl.core.options import one_of
+from refimpl.laws import carries_nan
 from refimpl.op import Cost, Form, Law, Op
 
 _GELUS = ("none", "tanh")
@@ -300,7 +301,7 @@ OPS = (
         references=("dugas2000",),
         lengths=(),
         sizes=_SIZES,
-        laws=(Law("difference_is_x", _difference_is_x, ("x",)),),
+        laws=(Law("difference_is_x", _difference_is_x, ("x",)), carries_nan(SOFTPLUS, "x")),
     ),
     Op(
         name="silu",
@@ -314,7 +315,7 @@ OPS = (
         references=("elfwing2018, section 2",),
         lengths=(),
         sizes=_SIZES,
-        laws=(Law("sum_is_x", _sum_is_x, ("x",)),),
+        laws=(Law("sum_is_x", _sum_is_x, ("x",)), carries_nan(SILU, "x")),
     ),
     Op(
         name="gelu",
@@ -329,6 +330,6 @@ OPS = (
         references=("hendrycks2016, section 2",),
         lengths=(),
         sizes=_SIZES,
-        laws=(Law("sum_is_x", _sum_is_x, ("x",)),),
+        laws=(Law("sum_is_x", _sum_is_x, ("x",)), carries_nan(GELU, "x")),
     ),
 )

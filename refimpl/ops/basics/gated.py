@@ -22,6 +22,7 @@ from refimpl.core import numerics
 from refimpl.core.contract import Contract
 from refimpl.core.numerics import silu_derivative
 from refimpl.core.options import one_of
+from refimpl.laws import carries_nan
 from refimpl.op import Cost, Form, Law, Op
 from refimpl.ops.basics.activations import gelu, gelu_bound, gelu_vjp, silu_bound
 
@@ -197,7 +198,7 @@ OPS = (
         references=("shazeer2020, equation 6",),
         lengths=(),
         sizes=_SIZES,
-        laws=_LAWS,
+        laws=(*_LAWS, carries_nan(SWIGLU, "gate", "up")),
     ),
     Op(
         name="geglu",
@@ -212,6 +213,6 @@ OPS = (
         references=("shazeer2020, equation 5",),
         lengths=(),
         sizes=_SIZES,
-        laws=_LAWS,
+        laws=(*_LAWS, carries_nan(GEGLU, "gate", "up")),
     ),
 )

@@ -21,6 +21,7 @@ import numpy as np
 from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
 from refimpl.core.options import at_least_zero, positive_int
+from refimpl.laws import carries_nan
 from refimpl.op import Cost, Form, Law, Op
 from refimpl.ops.basics.normalised import hard_rows, normalised, normalised_bound, normalised_vjp
 
@@ -155,6 +156,7 @@ OPS = (
         lengths=(),
         sizes=({"c": 12, "groups": 1}, {"c": 12, "groups": 12}, {"c": 256, "groups": 8}, {"batch": ()}, {"batch": (2, 3)}),
         laws=(
+            carries_nan(CONTRACT, "x"),
             Law("each_group_alone", _each_group_alone, ("x",)),
             Law("shifted_groups", _shifted_groups, ("x",)),
         ),

@@ -29,6 +29,7 @@ from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import constant
 from refimpl.core.options import at_least_zero
+from refimpl.laws import carries_nan
 from refimpl.op import Cost, Form, Law, Op
 from refimpl.ops.basics.normalised import hard_rows, normalised, normalised_bound, normalised_vjp
 
@@ -185,6 +186,7 @@ OPS = (
         lengths=(),
         sizes=({"c": 1}, {"c": 2}, {"c": 256}, {"batch": ()}, {"batch": (2, 3)}),
         laws=(
+            carries_nan(CONTRACT, "x"),
             Law("shifted", _shifted, ("x",)),
             Law("features_are_equals", _features_are_equals, ("x", "weight", "bias")),
             Law("moments", _moments, ("x",)),

@@ -27,6 +27,7 @@ from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import constant, silu, silu_derivative, silu_rounding
 from refimpl.core.options import at_least_zero
+from refimpl.laws import carries_nan
 from refimpl.op import Cost, Form, Law, Op
 from refimpl.ops.basics.normalised import underflow
 
@@ -223,6 +224,7 @@ OPS = (
         lengths=(),
         sizes=({"c": 1}, {"c": 2}, {"c": 256}, {"batch": ()}, {"batch": (2, 3)}),
         laws=(
+            carries_nan(CONTRACT, "x"),
             Law("any_scale", _any_scale, ("x",)),
             Law("features_are_equals", _features_are_equals, ("x", "weight", "gate")),
             Law("mean_square_is_one", _mean_square_is_one, ("x",)),

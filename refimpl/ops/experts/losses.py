@@ -28,6 +28,7 @@ import numpy as np
 from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import logsumexp, softmax
+from refimpl.laws import carries_nan
 from refimpl.op import Cost, Form, Law, Op
 
 
@@ -312,6 +313,7 @@ OPS = (
         references=("zoph2022, section 3.3",),
         sizes=({"E": 1}, {"E": 64}, {"batch": ()}, {"batch": (2, 3)}),
         laws=(
+            carries_nan(Z, "logits"),
             Law("a_mean_of_tokens", _a_mean_of_tokens, ("logits",)),
             Law("one_expert", _one_expert, ("logits",)),
         ),

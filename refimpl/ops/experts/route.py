@@ -269,6 +269,7 @@ OPS = (
             "all equal": _with(lambda rng, x: x * 0),
             "a common offset": _with(lambda rng, x: x + 8192),
             "far apart": _with(lambda rng, x: 16 * x),
+            "all far below zero": _with(lambda rng, x: x - 25),
             "closed experts": _with(lambda rng, x: np.where(rng.random(x.shape) < 0.3, -1e9, x)),
             "some sure, some not": _with(lambda rng, x: x * rng.choice([1 / 8, 1.0, 4.0], (*x.shape[:-1], 1))),
         },

@@ -33,7 +33,7 @@ from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import sigmoid, sqrt_of, tanh_derivative
 from refimpl.core.propagation import Propagation
-from refimpl.laws import causal, hand_off
+from refimpl.laws import carries_nan, causal, hand_off
 from refimpl.op import Cost, Form, Law, Op
 
 
@@ -332,6 +332,6 @@ OPS = (
         error_bound=error_bound,
         references=("cho2014, section 2.3, equations 5-8", "chung2014, section 3.2"),
         sizes=({"c": 1, "d": 1}, {"c": 2, "d": 16}, {"c": 4, "d": 4}, {"batch": (2,)}, {"batch": (2, 3)}),
-        laws=(causal(CONTRACT, "x"), hand_off(CONTRACT), Law("between", _between, ("state",))),
+        laws=(causal(CONTRACT, "x"), hand_off(CONTRACT), Law("between", _between, ("state",)), carries_nan(CONTRACT, "x")),
     ),
 )

@@ -31,7 +31,7 @@ from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import sigmoid, sqrt_of, tanh_derivative
 from refimpl.core.propagation import Propagation
-from refimpl.laws import causal, hand_off
+from refimpl.laws import carries_nan, causal, hand_off
 from refimpl.op import Cost, Form, Law, Op
 
 
@@ -327,6 +327,6 @@ OPS = (
         error_bound=error_bound,
         references=("hochreiter1997, section 4", "gers2000, equations 2-8"),
         sizes=({"c": 1, "d": 1}, {"c": 2, "d": 16}, {"c": 4, "d": 4}, {"batch": (2,)}, {"batch": (2, 3)}),
-        laws=(causal(CONTRACT, "x"), hand_off(CONTRACT), Law("cell_only", _cell_only, ("W", "R", "b"))),
+        laws=(causal(CONTRACT, "x"), hand_off(CONTRACT), Law("cell_only", _cell_only, ("W", "R", "b")), carries_nan(CONTRACT, "x")),
     ),
 )

@@ -45,7 +45,7 @@ from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import constant, finite_or_zero, gate_exponents, log_sigmoid, masked_matmul, sigmoid, sqrt_of
 from refimpl.core.options import one_of, positive_int
 from refimpl.core.parallel import over_threads
-from refimpl.laws import causal, hand_off
+from refimpl.laws import carries_nan, causal, hand_off
 from refimpl.op import Cost, Form, Op
 from refimpl.ops.gated_rnn.mlstm_bound import bound
 from refimpl.ops.gated_rnn.mlstm_cases import hard_inputs
@@ -420,6 +420,6 @@ OPS = (
         error_bound=error_bound,
         references=("beck2024, equations 19-27, appendix A.3", "beck2025, section 3"),
         sizes=({"d": 1, "e": 1}, {"d": 5, "e": 5}, {"d": 16, "e": 8}, {"H": 1}, {"H": 3, "batch": (2,)}, {"batch": (2, 2)}),
-        laws=(causal(CONTRACT, "q", "k", "v", "i", "f"), hand_off(CONTRACT), SAME_MEMORY, RECALLS),
+        laws=(causal(CONTRACT, "q", "k", "v", "i", "f"), hand_off(CONTRACT), SAME_MEMORY, RECALLS, carries_nan(CONTRACT, "v")),
     ),
 )

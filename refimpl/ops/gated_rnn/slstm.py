@@ -38,7 +38,7 @@ from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import finite_or_zero, log_sigmoid, sigmoid, tanh_derivative
 from refimpl.core.options import one_of
 from refimpl.core.propagation import Propagation
-from refimpl.laws import causal, hand_off
+from refimpl.laws import carries_nan, causal, hand_off
 from refimpl.op import Cost, Form, Law, Op
 
 
@@ -373,6 +373,6 @@ OPS = (
         bound_work=lambda T, H, d, batch=1: batch * T * H * 4 * (3 * d) ** 3,
         references=("beck2024, section 2.2, appendix A.2",),
         sizes=({"d": 1}, {"d": 16}, {"H": 1}, {"H": 3, "batch": (2,)}, {"batch": (2, 2)}),
-        laws=(causal(CONTRACT, "z", "i", "f", "o"), hand_off(CONTRACT), Law("mean_of_z", _mean_of_z, ("z", "R"))),
+        laws=(causal(CONTRACT, "z", "i", "f", "o"), hand_off(CONTRACT), Law("mean_of_z", _mean_of_z, ("z", "R")), carries_nan(CONTRACT, "z")),
     ),
 )

@@ -122,6 +122,14 @@ HARD = {
     "normalised, small queries": _with(
         q=lambda rng, q: abs(q) * 2.0**-17 + 2.0**-20, k=lambda rng, k: abs(k) + 0.125, options={"normalize": True}
     ),
+    "features where relu bends": _with(
+        q=lambda rng, x: x * (rng.random(x.shape) < 0.5),
+        k=lambda rng, x: x * (rng.random(x.shape) < 0.5),
+        options={"normalize": False, "feature_map": "relu"},
+    ),
+    "queries beyond the range of exp": _with(  # the branch of elu that is not taken overflows
+        q=lambda rng, x: x + 90.0 * (rng.random(x.shape) < 0.2), options={"normalize": False, "feature_map": "elu+1"}
+    ),
     "features in both tails": _with(
         q=lambda rng, x: x * rng.choice([1.0, 8.0], x.shape),
         k=lambda rng, x: x * rng.choice([1.0, 8.0], x.shape),

@@ -35,7 +35,7 @@ import numpy as np
 from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import finite_or_zero, masked_matmul
-from refimpl.laws import causal, hand_off
+from refimpl.laws import carries_nan, causal, hand_off
 from refimpl.op import Cost, Form, Op
 from refimpl.ops.linear_attention.wkv_bound import bound
 from refimpl.ops.linear_attention.wkv_laws import MEAN, OFFSET, UNITS
@@ -355,6 +355,6 @@ OPS = (
         error_bound=error_bound,
         references=("peng2023, section 3.1.2, equation 14, appendix D",),
         sizes=({"c": 1}, {"c": 16}, {"c": 5, "batch": (2,)}, {"batch": (2, 3)}),
-        laws=(causal(CONTRACT, "k", "v"), hand_off(CONTRACT), MEAN, OFFSET, UNITS),
+        laws=(causal(CONTRACT, "k", "v"), hand_off(CONTRACT), MEAN, OFFSET, UNITS, carries_nan(CONTRACT, "v")),
     ),
 )

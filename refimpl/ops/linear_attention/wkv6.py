@@ -294,6 +294,7 @@ OPS = (
         gradient=wkv6_vjp,
         sample=_sample,
         hard={
+            "decays slightly above 1": _with(w=lambda rng, w: -w * 2.0**-10),
             "decays of 0": _with(w=lambda rng, w: np.where(rng.random(w.shape) < 0.3, -1e3, w)),
             "no decay": _with(w=lambda rng, w: 0 * w),
             "all but forgotten": _with(w=lambda rng, w: w - 20),

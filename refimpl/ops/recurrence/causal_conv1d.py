@@ -29,7 +29,7 @@ from refimpl.core.contract import Contract
 from refimpl.core.costs import log2_ceil
 from refimpl.core.numerics import silu, silu_derivative, silu_rounding
 from refimpl.core.options import one_of
-from refimpl.laws import causal, hand_off
+from refimpl.laws import carries_nan, causal, hand_off
 from refimpl.op import Cost, Form, Law, Op
 
 
@@ -272,6 +272,6 @@ OPS = (
         error_bound=error_bound,
         references=("dao2023causalconv1d", "gu2023mamba, section 3.4", "higham2002, section 3.1"),
         sizes=({"c": 1}, {"c": 64}, {"W": 1}, {"W": 2}, {"W": 9}, {"batch": (2,)}, {"batch": (2, 3)}),
-        laws=(causal(CONTRACT, "x"), hand_off(CONTRACT), _newest_tap_last()),
+        laws=(causal(CONTRACT, "x"), hand_off(CONTRACT), _newest_tap_last(), carries_nan(CONTRACT, "x")),
     ),
 )

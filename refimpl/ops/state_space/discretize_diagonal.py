@@ -240,6 +240,7 @@ OPS = (
             "a = 0": _with(a=lambda rng, a: np.where(np.arange(a.shape[-1]) % 2 == 0, 0.0, a)),
             "dt = 0": _with(dt=lambda rng, dt: 0 * dt),
             "short steps": _with(dt=lambda rng, dt: dt * 10.0 ** -rng.integers(1, 12, dt.shape)),
+            "steps of a tenth to a thousandth": _with(dt=lambda rng, dt: dt * 10.0 ** -rng.uniform(1, 3, dt.shape)),
             "long steps": _with(dt=lambda rng, dt: 20 * dt),
             "growing": _with(a=lambda rng, a: -a / 4),
             "complex a and b": _with(a=lambda rng, a: a + 3j * rng.standard_normal(a.shape), b=lambda rng, b: b * (1 - 1j)),
