@@ -75,6 +75,11 @@ def nudged(y, at, by=1e-9):
 
 # The mistakes that a law must see; each is small or subtle, none changes shape or makes NaN.
 PLANTED = {
+    "carries_nan": {
+        "NaN becomes 0": changed(lambda a, x, y: np.nan_to_num(y)),
+        "the largest of it and a bound": changed(lambda a, x, y: np.fmax(y, -1e3)),
+        "bad steps are left out": lambda a, x, *, state=None, return_state=False: right(a, np.where(np.isnan(x), 0, x), state=state, return_state=return_state),
+    },
     "causal": {
         "a mean over the whole sequence is subtracted": changed(lambda a, x, y: y - 1e-6 * x.mean(axis=-2, keepdims=True)),
         "the last input reaches the first output": changed(lambda a, x, y: nudged(y, 0, 1e-9 * x[..., -1, :] if x.shape[-2] else 0)),
@@ -104,6 +109,7 @@ PLANTED = {
     },
 }
 LAWS = {
+    "carries_nan": laws.carries_nan(CONTRACT, "a", "x"),
     "causal": laws.causal(CONTRACT, "a", "x"),
     "hand_off": laws.hand_off(CONTRACT),
     "linear": laws.linear(CONTRACT, "x", "state"),
@@ -270,6 +276,7 @@ def damages(op, call) -> dict:
         "a ramp over columns": _each(_along(-1)),
         "centred": _each(lambda v: v - v.mean(axis=tuple(range(v.ndim))[-2:], keepdims=True)),
         "transposed columns": _each(lambda v: v[..., ::-1]),
+        "no NaN": _each(np.nan_to_num),
         "counts of one more": _each_integer(lambda v: v + 1),
     }
     required = {p.name for p in inspect.signature(op.definition).parameters.values() if p.default is p.empty}
