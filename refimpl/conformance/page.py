@@ -218,7 +218,7 @@ def _close(r: Result) -> str:
     if not close["rows"] or not close["columns"]:
         return ""
     across, down = escape(columns["name"]), escape(rows["name"])
-    head = "".join(f"<th>{across} = {j}</th>" if n == 0 else f"<th>{j}</th>" for n, j in enumerate(close["columns"]))
+    head = "".join(f"<th>{f'{across} = {j}' if across else ''}</th>" if n == 0 else f"<th>{j}</th>" for n, j in enumerate(close["columns"]))
     body = []
     for i, got, expected, ratio in zip(close["rows"], close["got"], close["expected"], close["ratio"], strict=True):
         cells = "".join(f"<td class='{'off' if _bad(q) else ''}'>{escape(g)}{f'<small>{escape(e)}</small>' if g != e or _bad(q) else ''}</td>" for g, e, q in zip(got, expected, ratio, strict=True))
