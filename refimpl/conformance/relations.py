@@ -100,6 +100,7 @@ def _smooth(pair: tuple) -> bool:
     """Whether neighbours' errors are alike along some axis."""
     got, right, *_ = pair
     error = np.nan_to_num(got.astype(right.dtype) - right)
+    error = error / (np.max(abs(error), initial=0.0) or 1.0)
     square = float(np.sum(abs(error) ** 2))
     for axis in (a for a in range(error.ndim) if error.shape[a] >= 8 and square):
         e = np.moveaxis(error, axis, 0)

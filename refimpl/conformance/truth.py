@@ -4,6 +4,7 @@ The truth about float32 and the half types is the definition in float64, about f
 distance allowed is the chapter's error bound, for the arithmetic in which the candidate computes.
 """
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -119,7 +120,7 @@ def gradient_truth(op: Op, call: dict, dy, dstate, to: Precision) -> dict:
         return _adjoint(op)(_widen(dy, to.truth), **wide, **extra)
 
 
-def gradient_tolerance(op: Op, call: dict, dy, dstate, to: Precision, right: dict, results: dict, draws: int = 4) -> dict:
+def gradient_tolerance(op: Op, call: dict, dy, dstate, to: Precision, right: dict, results: dict) -> dict:
     """The distance allowed for gradients: what perturbations of the inputs by their own roundoff do to them.
 
     A backward-stable algorithm is the exact gradient of inputs changed by a few roundoffs; so the spread of the exact
@@ -127,16 +128,19 @@ def gradient_tolerance(op: Op, call: dict, dy, dstate, to: Precision, right: dic
     gradient in the candidate's arithmetic, the roundoff of sums as large as the largest entry, and |dy| |error of y| / |x|,
     which is what is left where a gradient is exactly zero; the relative error that the results themselves may have; and u |x|,
     the relative error of a factor that is formed as e^(x - logsumexp x).
+
+    Perturbations come with their opposites, one pair thrice as large and counted a third: so that where the operator has a
+    kink (max(|n·q|, e^-m) of mLSTM, for one) nearby, one of them is on its other side, where a right algorithm may be too.
     """
-    rng = np.random.default_rng(7)
     unit = max(to.unit, to.store)
     base = widened(call, np.dtype(np.float64))
     right = {n: _tree(lambda v: np.asarray(v, dtype=np.result_type(v.dtype, np.float64) if v.dtype.kind != "g" else v.dtype), g) for n, g in right.items()}
     spread = {n: _tree(lambda v: np.zeros(np.shape(v)), g) for n, g in right.items()}
-    for _ in range(draws):
-        shaken = {n: _tree(lambda v: _shake(v, 2 * unit, rng), v) for n, v in base.items()}
-        moved = gradient_truth(op, shaken, _tree(lambda v: _shake(v, 2 * unit, rng), _widen(dy, np.dtype(np.float64))), dstate, to)
-        spread = _spread(spread, moved, right, 1.0)
+    for roundoffs, sign in ((2, 1), (2, -1), (6, 1), (6, -1)):
+        shake = functools.partial(_shake, unit=sign * roundoffs * unit, rng=np.random.default_rng(7 + roundoffs))
+        shaken = {n: _tree(shake, v) for n, v in base.items()}
+        moved = gradient_truth(op, shaken, _tree(shake, _widen(dy, np.dtype(np.float64))), dstate, to)
+        spread = _spread(spread, moved, right, 2 / roundoffs)
     compute = widened(call, to.compute)
     spread = _spread(spread, _own_gradient(op, compute, dy, dstate, to), right, 0.5)
     if to.half and not op.lengths:  # without steps in time, every intermediate result may be rounded to the half type
