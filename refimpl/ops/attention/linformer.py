@@ -277,7 +277,7 @@ OPS = (
                 k=lambda k: k[..., :1, :] + 0 * k, E=lambda E: E - E.mean(axis=1, keepdims=True) if E.shape[1] else E
             ),
             "large scores": _with(q=lambda q: 40 * q),
-            "far above zero": _with(q=lambda q: abs(q) + 20, k=lambda k: abs(k) + 2, E=lambda E: abs(E) + 1),
+            "far above zero": _with(q=lambda q: abs(q) + 20, k=lambda k: abs(k) + 2, E=lambda E: 4 * (abs(E) + 1) / E.shape[-1]),
             "a mixture that stands out": _with(E=lambda E: E * np.where(np.arange(len(E)) == len(E) // 2, 12.0, 1.0)[:, None]),
             "values that cancel": _with(v=lambda v: v + 100.0 * np.resize([1.0, -1.0], v.shape[-2])[:, None]),
         },
