@@ -20,6 +20,7 @@ _LARGE = 60_000  # elements of a case that is not looked at where there are othe
 _NAMES = 3  # mistakes that no case tells apart
 _EXCEPTIONS = 0.1  # of the failing cases
 _ALIKE = 0.4  # of the failing cases: from there on a mistake is said to be alike
+_AGAINST = 0.2  # of the passing cases
 _PARTNERS = 4  # mistakes that are tried together with every other
 
 
@@ -180,7 +181,7 @@ def _alike(table: _Table, candidates: list[Mutant], failing: list[Evidence], pas
     for m in candidates:
         same, not_same = ([e for e in failing if (table(m, e) == SAME) == yes] for yes in (True, False))
         against = [e for e in passing if table(m, e) == OTHER]
-        if len(same) < max(2, _ALIKE * len(failing)) or len(against) > 0.2 * len(passing):
+        if len(same) < max(2, _ALIKE * len(failing)) or len(against) > _AGAINST * len(passing):
             continue
         if not_same:
             contrast = f"but not {_what_tells(same, not_same) or 'in others'} ({not_same[0].case})"
@@ -199,11 +200,11 @@ def _what_tells(some: list[Evidence], others: list[Evidence]) -> str:
 def _variants(table: _Table, variants: list[Mutant], failing: list[Evidence], passing: list[Evidence]) -> list[str]:
     """Few legitimate variants of which each failure is one or the other; empty where some failure is none.
 
-    A variant that more passing cases speak against than failing ones speak for is not what the candidate computes.
+    A variant that many passing cases speak against, and more than speak for it, is not what the candidate computes.
     """
     explained = {m.name: {i for i, e in enumerate(failing) if table(m, e) == SAME} for m in variants}
     against = {m.name: sum(table(m, e) == OTHER for e in passing) for m in variants if explained[m.name]}
-    explained = {name: cases for name, cases in explained.items() if cases and against[name] <= len(cases)}
+    explained = {name: cases for name, cases in explained.items() if cases and against[name] <= max(len(cases), _AGAINST * len(passing))}
     left, names = set(range(len(failing))), []
     while left:
         name = max(explained, key=lambda n: len(explained[n] & left), default=None)
