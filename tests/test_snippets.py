@@ -96,7 +96,15 @@ def test_a_snippet_reproduces_a_wrong_gradient(candidate, vjp, more):
         names = {candidate.__name__: candidate, vjp.__name__: vjp}
         exec(failure.snippet, names)
         assert not np.array_equal(names["got"]["a"], names["expected"]["a"]), failure.snippet
-        np.testing.assert_allclose(names["got"]["a"], 1.5 * names["expected"]["a"], rtol=1e-5)
+        np.testing.assert_array_equal(names["got"]["a"], 1.5 * names["expected"]["a"])
+
+
+@pytest.mark.parametrize("id", ["gradients[T=5, #99999]", "gradients[T=5]"])
+def test_no_such_trial_of_gradients(id):
+    from refimpl.conformance.trial_gradients import recall_gradient
+
+    with pytest.raises(ValueError, match="recall_gradient: linear_recurrence has no trial 'gradients"):
+        recall_gradient("linear_recurrence", id, dtype="float32", level="quick")
 
 
 @pytest.mark.peers

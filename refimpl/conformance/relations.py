@@ -26,11 +26,9 @@ def relations(op: Op, failing: list[Evidence], passing: list[Evidence]) -> list[
             if relation is _lesser_precision and (fine > max(_FEW, len(wrong)) or 2 * sum(map(_smooth, wrong)) > len(wrong)):
                 continue  # roundings would show nearly everywhere, and change from one element to the next
             words = [relation(op, label, *p) for p in wrong]
-            if all(words):
-                same = relation is not _factor or len(set(words)) == 1
-                if relation is _factor_in_part and len(set(words)) > 1:
-                    continue
-                found.append(words[0] if same else f"{label} is the truth times a factor that differs from case to case")
+            same = len(set(words)) == 1
+            if all(words) and (same or relation is not _factor_in_part):
+                found.append(f"{label} is the truth times a factor that differs from case to case" if relation is _factor and not same else words[0])
                 break
     return found
 

@@ -105,18 +105,19 @@ def recall_gradient(
     """
     from refimpl.catalogue import operator as find
 
-    op, to, number = find(operator), precision(dtype), int(id.rpartition("#")[2].rstrip("]"))
+    op, to, number = find(operator), precision(dtype), id.rpartition("#")[2].rstrip("]")
     subject: Any = SimpleNamespace(support=Support(None if keywords is None else frozenset(keywords)))
     trial = Trial(op, subject, Report(operator, ""), level, seed, domain or Domain())
     plans, drawn, kind = _plans(trial), None, ""
-    if number < len(plans):
-        sizes, combo, hard, kind = plans[number]
-        drawn = _drawn(trial, to, number, sizes, combo, hard)
-    else:
-        drawn, _ = next(itertools.islice(_reshaped(trial, to, _middle(trial), trial.combos(5)), number - len(plans), None), (None, ""))
+    place = int(number) if number.isdecimal() else -1
+    if 0 <= place < len(plans):
+        sizes, combo, hard, kind = plans[place]
+        drawn = _drawn(trial, to, place, sizes, combo, hard)
+    elif place >= 0:
+        drawn, _ = next(itertools.islice(_reshaped(trial, to, _middle(trial), trial.combos(5)), place - len(plans), None), (None, ""))
     if drawn is None:
         raise ValueError(f"recall_gradient: {operator} has no trial {id!r} at level {level!r}, seed {seed}")
-    return drawn.call, *_cotangents(trial, drawn, number, kind)
+    return drawn.call, *_cotangents(trial, drawn, place, kind)
 
 
 def _gradient(trial: Trial, to: Precision, number: int, sizes: dict, combo: dict, hard: str, kind: str) -> None:

@@ -1,5 +1,7 @@
 """What the mirror's tests share: how far the kit lets gradients be from the truth."""
 
+import shutil
+
 import pytest
 
 import refimpl
@@ -21,3 +23,12 @@ def farthest():
         return max(float((abs(got[n].astype(right[n].dtype) - right[n]) / limits[n]).max(initial=0.0)) for n in right)
 
     return measure
+
+
+@pytest.fixture(scope="session")
+def host_compiler():
+    """g++, which compiles kernels for the host; where there is none, what needs it is reported as not run."""
+    found = shutil.which("g++")
+    if found is None:
+        pytest.skip("not run: no g++")
+    return found

@@ -207,9 +207,7 @@ def multiply(ta, tb, m, n, k, A, B, C, types, lds, compute):
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("not run: no g++")
+def library(tmp_path_factory, host_compiler):
     return Library(tmp_path_factory.mktemp("kernels"), chunk_kernels.KERNELS)
 
 
@@ -314,9 +312,7 @@ def tensor_kernels(folder: Path, mistake=None, wrong_file=None):
 
 
 @pytest.fixture(scope="session")
-def memory_library(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("not run: no g++")
+def memory_library(tmp_path_factory, host_compiler):
     return tensor_kernels(tmp_path_factory.mktemp("memory"))
 
 
@@ -526,7 +522,7 @@ def test_what_was_measured_chooses_the_method():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_stabilised_gates_of_the_host_are_the_kernels(dtype, rng, tmp_path, monkeypatch):
+def test_the_stabilised_gates_of_the_host_are_the_kernels(dtype, rng, tmp_path, monkeypatch, host_compiler):
     library = Library(tmp_path, [k for k in mlstm.KERNELS if "gates" in k.name])
     monkeypatch.setattr(launch.Kernel, "__call__", lambda kernel, grid, block, args, shared=0: library(kernel, grid, block, args, shared))
     monkeypatch.setattr(mlstm, "cp", np)
@@ -546,7 +542,7 @@ def test_the_stabilised_gates_of_the_host_are_the_kernels(dtype, rng, tmp_path, 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPS)
 def test_the_mirrors_functions_take_both_methods(name, rng, tmp_path, library, device, monkeypatch, farthest):
-    """`refimpl.gpu`'s own functions on the host, through the contract: the default is the fused recurrence, and both are right."""
+    """`refimpl.gpu`'s own functions on the host, through the contract: the default of so small a call is the fused recurrence, and both are right."""
     chapter = {"ssd": ssd, "mlstm": mlstm, "linear_attention": linear_attention}[name]
     small = ("matrix_memory<double, 8, 4, 2", "matrix_memory_vjp<double, 1, 8")
     wanted = {"kernel_chunks.cu": library}
@@ -603,7 +599,7 @@ TENSOR_MISTAKES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", TENSOR_MISTAKES)
-def test_a_mistake_on_tensor_cores_is_seen(mistake, tmp_path, rng, monkeypatch, farthest):
+def test_a_mistake_on_tensor_cores_is_seen(mistake, tmp_path, rng, monkeypatch, farthest, host_compiler):
     """A file's text is changed, or in a copy of the folder that of a header."""
     file, edit = TENSOR_MISTAKES[mistake]
     if file.endswith(".cuh"):

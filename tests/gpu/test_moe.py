@@ -6,7 +6,6 @@ lines of NumPy that mean the same.
 
 import ctypes
 import importlib.util
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -81,9 +80,7 @@ def adding(function, batched: bool):
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("not run: no g++")
+def kernels(tmp_path_factory, host_compiler):
     chunks, found = _other("test_chunkwise"), {}
     for file in ("kernel_experts.cu", "kernel_places.cu", "kernel_grouped_outer.cu"):
         instances = [k for k in moe.KERNELS if k.file == file and "__half" not in k.name]
@@ -260,10 +257,8 @@ int main() {
 
 @pytest.mark.parametrize("band", [1, 3])
 @pytest.mark.parametrize("counts", [[300, 0, 1, 1025, 0], [0, 0], [257]])
-def test_every_tile_is_taken_once(counts, band, tmp_path):
+def test_every_tile_is_taken_once(counts, band, tmp_path, host_compiler):
     """All tiles that hold rows and columns of the result, by whichever block; pairs of blocks stand side by side as they share."""
-    if shutil.which("g++") is None:
-        pytest.skip("not run: no g++")
     text, shared = ((launch.FOLDER / f).read_text(encoding="utf-8") for f in ("kernel_grouped_hopper.cu", "block_hopper.cuh"))
     code = text[text.index("using i64") : text.index("template <int ACTIVATION>")] + shared[shared.index("__device__ inline void which") :]
     code += text[text.index("// The tiles of one block") : text.index("// 64 rows x 2 N columns")]
@@ -273,7 +268,7 @@ def test_every_tile_is_taken_once(counts, band, tmp_path):
         WALK.replace("CODE", code).replace("COUNTS", ", ".join(map(str, counts))).replace("SIZES", ", ".join(str(sizes[x]) for x in SIZES))
     )
     (tmp_path / "walk.cpp").write_text(program)
-    subprocess.run(["g++", "-std=c++17", "-w", str(tmp_path / "walk.cpp"), "-o", str(tmp_path / "walk")], check=True)
+    subprocess.run([host_compiler, "-std=c++17", "-w", str(tmp_path / "walk.cpp"), "-o", str(tmp_path / "walk")], check=True)
     lines = subprocess.run([str(tmp_path / "walk")], capture_output=True, text=True, check=True).stdout.splitlines()
     taken = [tuple(map(int, line.split())) for line in lines]
     assert len(set(taken)) == len(taken)
