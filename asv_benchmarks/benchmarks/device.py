@@ -64,9 +64,9 @@ class Mirror:
 
 
 class Methods(Mirror):
-    """Operators that the mirror computes in two ways: ``ssd:fused``, ``ssd:chunkwise``."""
+    """Operators that the mirror computes in several ways: ``ssd:fused``, ``ssd:chunkwise``, ``ssd:tensor``."""
 
-    params = ([f"{op}:{method}" for op in ("ssd", "mlstm", "linear_attention") for method in ("fused", "chunkwise")], *Mirror.params[1:])
+    params = ([f"{op}:{method}" for op in ("ssd", "mlstm", "linear_attention") for method in ("fused", "chunkwise", "tensor")], *Mirror.params[1:])
 
 
 def device():
