@@ -40,4 +40,4 @@ def pytest_terminal_summary(terminalreporter):
     for kind, dtype in sorted({k[:2] for k in _COUNTS}):
         total = _COUNTS[kind, dtype, "total"]
         flags = ", ".join(f"{k[2]} {v}" for k, v in sorted(_COUNTS.items()) if k[:2] == (kind, dtype) and k[2] != "total")
-        terminalreporter.write_line(f"{kind:<10} {dtype:<9} {flags} of {total}")
+        terminalreporter.write_line(f"{kind:<10} {dtype:<16} {flags} of {total}")

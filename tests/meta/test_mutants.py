@@ -8,6 +8,7 @@ import refimpl
 from refimpl.conformance.mutants import mutants
 
 DTYPES = ("float32", "bfloat16")
+SEEDS = (0, *(pytest.param(seed, marks=pytest.mark.thorough) for seed in (1, 2)))
 MUTANTS = mutants()
 
 
@@ -39,14 +40,16 @@ def examine(mutant, dtype, **settings):
     return refimpl.check(op, refusing(mutant.function), dtypes=[dtype], **settings)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mutant", spread(MUTANTS, 4), ids=lambda m: f"{m.operator}-{m.name}")
-def test_every_mutant_is_caught(mutant, dtype, tally):
+def test_every_mutant_is_caught(mutant, dtype, seed, tally):
+    which = f"{dtype}, seed {seed}"
     if dtype in mutant.hidden:
-        tally("mutants", dtype, hidden=True)
+        tally("mutants", which, hidden=True)
         return
-    report = examine(mutant, dtype, fail_fast=True)
-    tally("mutants", dtype, caught=bool(report.failures))
+    report = examine(mutant, dtype, fail_fast=True, seed=seed)
+    tally("mutants", which, caught=bool(report.failures))
     assert report.failures, str(report)
 
 
