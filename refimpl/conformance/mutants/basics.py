@@ -115,7 +115,6 @@ _ACTIVATIONS = (
     Mutant("silu", "sigmoid", "σ(x), without the factor x", edited(ac.silu, (_SILU, "    return sigmoid(x)\n"))),
     Mutant("silu", "quick_gelu", "x σ(1.702 x), which approximates gelu: silu is x σ(x)", edited(ac.silu, (_SILU, "    return x * sigmoid(np.asarray(1.702, x.dtype) * x)\n"))),
     Mutant("silu", "hard", "x clip(x + 3, 0, 6)/6, the piecewise substitute (hardswish): x σ(x)", edited(ac.silu, (_SILU, "    return x * np.clip(x + 3, 0, 6) / 6\n"))),
-    Mutant("silu", "left_tail_lost", "x - x σ(-x) has no digits left where σ(x) is small: x σ(x)", edited(ac.silu, (_SILU, "    return x - x * sigmoid(-x)\n"))),
     Mutant("silu", "gradient_of_sigmoid_only", "the gradient is dy σ(x): the factor σ depends on x too, and gives x σ(x) σ(-x)", edited(ac.silu_vjp, ("dy * silu_derivative(x)", "dy * sigmoid(x)")), of_gradient=True),
     Mutant("gelu", "tanh_for_erf", "approximate=\"none\" gives the approximation with tanh: x Φ(x)", edited(ac.gelu, (_GELU, "    return x * sigmoid(2 * _inner(x)[0])\n")), variant=True, hidden=HALVES),
     Mutant("gelu", "erf_for_tanh", "approximate=\"tanh\" gives x Φ(x): the approximation, which differs by up to 5e-4", edited(ac.gelu, (_GELU, "    return numerics.gelu(x)\n")), variant=True, hidden=HALVES),

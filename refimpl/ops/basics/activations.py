@@ -129,7 +129,8 @@ def silu(x):
 
     Notes
     -----
-    Two operations. Its least value is -0.278, at x = -1.278.
+    Two operations. Its least value is -0.278, at x = -1.278. ``error_bound`` is relative to x, since σ is often computed by
+    tanh; the function here keeps its digits in the left tail too.
 
     Examples
     --------
@@ -159,9 +160,10 @@ def silu_vjp(dy, x):
 def silu_bound(x, *, unit, store=0.0):
     """|computed - exact|: 8 roundings of y, and those of a fast exponential, 2 |x| times what its slope makes of them.
 
-    Relative to y, in the left tail as well. Half-precision code that is written out rounds every step of σ too.
+    And two of x: where a device has a tanh, σ(x) = (1 + tanh(x/2))/2 is how it is computed, which is off by a rounding of
+    1 in the left tail. Half-precision code that is written out rounds every step of σ too.
     """
-    return unit * (8 + 2 * abs(x) * sigmoid(-x)) * abs(numerics.silu(x)) + numerics.silu_rounding(x, store)
+    return unit * ((8 + 2 * abs(x) * sigmoid(-x)) * abs(numerics.silu(x)) + 2 * abs(x)) + numerics.silu_rounding(x, store)
 
 
 # -- gelu ------------------------------------------------------------------------------------------------------------
