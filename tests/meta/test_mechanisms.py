@@ -182,3 +182,14 @@ def test_arrays_that_are_not_contiguous_may_be_refused_but_not_got_wrong(wrong):
     report = check("linear_recurrence", wants_rows)
     assert report.verdict == ("wrong" if wrong else "conforms")
     assert wrong or "transposed inputs" in report.not_checked
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_angles_may_be_constants_but_not_have_a_wrong_gradient(wrong):
+    def vjp(dy, x, positions, **options):
+        gradients = refimpl.OPS["rope"].gradient(dy, x, positions, **options)
+        return {n: g if n == "x" else g * (0.5 if wrong else 0) for n, g in gradients.items()}
+
+    report = check("rope", refimpl.rope, gradients=True, candidate_vjp=vjp)
+    assert report.verdict == ("wrong" if wrong else "conforms")
+    assert wrong or any(line.endswith("(zero: a constant to it)") for line in report.not_checked)
