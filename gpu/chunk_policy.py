@@ -74,7 +74,7 @@ def chosen(
         positive_int(operator, "chunk_length", chunk)
         if chunk > LONGEST:
             raise ValueError(f"{operator}: chunk_length must be at most {LONGEST}, got {chunk}")
-    tensor = kind == "head" and dtype.name == "bfloat16" and 0 < d <= WIDEST and e > 0 and (not gradient or (adjoint and e <= WIDEST))
+    tensor = kind == "head" and dtype.name == "bfloat16" and 0 < d <= WIDEST and e > 0 and (not gradient or adjoint)
     if method == "tensor" and not tensor:
         return Choice("chunkwise")
     if method is not None:

@@ -14,25 +14,29 @@ import numpy as np
 from refimpl.gpu.chunk_policy import WIDEST
 from refimpl.gpu.launch import Kernel
 
-from refimpl.core.numerics import times_exp
-
 TILE, CHUNK = 64, 64  # values that a block takes, steps at a time
 THREADS = 256
 _SUMS = 200  # floats of a chunk's decays
-PLAIN, NORMALISED, GRADIENT = range(3)
+_STAGES = 3  # chunks under way in ``memory_states``
+PLAIN, NORMALISED, WITNESS = range(3)
 
 
 def _memory(width: int, kind: int) -> Kernel:
     return Kernel("kernel_memory.cu", f"memory_tensor<{width}, {kind}>")
 
 
-def _decays(width: int) -> Kernel:
-    return Kernel("kernel_memory_decays.cu", f"memory_decays<{width}>")
+def _states(width: int, normalised: bool) -> Kernel:
+    return Kernel("kernel_memory_gradient.cu", f"memory_states<{width}, {str(normalised).lower()}>")
 
 
-_SUM_HEADS = Kernel("kernel_memory_decays.cu", "sum_heads")
+def _gradient(width: int, normalised: bool) -> Kernel:
+    return Kernel("kernel_memory_gradient.cu", f"memory_gradient<{width}, {str(normalised).lower()}>")
+
+
+_SUM_HEADS = Kernel("kernel_memory_gradient.cu", "sum_heads")
 KERNELS = tuple(_memory(width, kind) for width in (TILE, WIDEST) for kind in (PLAIN, NORMALISED))
-KERNELS_VJP = (*(_memory(width, GRADIENT) for width in (TILE, WIDEST)), *map(_decays, (TILE, WIDEST)), _SUM_HEADS)
+KERNELS_VJP = (*(f(width, False) for f in (_states, _gradient) for width in (TILE, WIDEST)), _SUM_HEADS)
+KERNELS_NORMALISED_VJP = tuple(f(width, how) for width in (TILE, WIDEST) for f, how in ((_memory, WITNESS), (_states, True), (_gradient, True)))
 
 
 class Result(NamedTuple):
@@ -70,10 +74,32 @@ def read(
     return Result(y[..., :e], last[..., :d, :e], last_norm[..., :d] if normalised else None)
 
 
-class Gradients(NamedTuple):
-    """Of each head by itself, (G, H, T, features) in bfloat16, w and gain (G, H, T) and state (G, H, d, e) in float32.
+class Witness(NamedTuple):
+    """What the gradient of a memory with a normaliser is made of.
 
-    That of the gain is left without the factor e^g.
+    Overlaps q_t·n_t (G, H, T) and dy_t·o_t, o unnormalised (G, H, T), in float32; the states that enter each chunk, (G, H, chunks, d, e) in
+    bfloat16, and n, (G, H, chunks, d) in float32; d and e filled up to multiples of 8.
+    """
+
+    overlap: Any
+    against: Any
+    states: Any
+    norms: Any
+
+
+def witness(dy, q, k, v, w=None, gain=None, state=None, norm=None) -> Witness:
+    """The memory through a whole sequence, as `read` takes it, for the sake of its gradient; dy (G, H, T, e) in bfloat16."""
+    dy, q, k, v = (_ready(_eights(x, 1)) for x in (dy, q, k, v))
+    state = None if state is None else _ready(_eights(state, 2))
+    norm = None if norm is None else _ready(_eights(norm, 1))
+    return _start(WITNESS, q, k, v, w, gain, state, norm, z=dy)
+
+
+class Gradients(NamedTuple):
+    """q and k (G, H or 1, T, d), v (G, H, T, e), in bfloat16; w and gain (G, H, T), state (G, H, d, e), norm (G, H, d), skip (G, H), in float32.
+
+    What heads share is summed over them if both q and k are shared, else of each head by itself. That of the gain is left without
+    the factor e^g.
     """
 
     q: Any
@@ -82,33 +108,61 @@ class Gradients(NamedTuple):
     w: Any
     gain: Any
     state: Any
+    norm: Any
+    skip: Any
 
 
-def read_vjp(dy, q, k, v, w=None, gain=None, state=None, dlast=None, *, skip=None, scale=1.0) -> Gradients:
-    """Adjoint of `read` without a normaliser and a gate; dy (G, H, T, e) in bfloat16, dlast (G, 1 or H, d, e); up to 128 values.
+def read_vjp(
+    dy, q, k, v, w=None, gain=None, state=None, dlast=None, *, skip=None, scale=1.0, seen=None, of_query=None, of_n=None, dnorm=None
+) -> Gradients:
+    """Adjoint of `read` without a gate; dy (G, H, T, e) in bfloat16, dlast (G, 1 or H, d, e).
 
-    Three times the operator itself, with roles changed: dq is what queries dy read of a memory with keys v and values k; dv and dk
-    what k and v read of memories of q and dy, backwards in time. What the decays get is a kernel of its own, from the states that
-    enter and the cotangents that leave each chunk.
+    With a normaliser, `seen` is what `witness` said, `of_query` (G, H, T) the logarithm of 1/D, `of_n` the cotangent of q·n times D,
+    `dnorm` (G, 1 or H, d) that of the last n. Without one the states that enter each chunk are computed first. Then the cotangents of
+    those that leave each, backwards; then all chunks at once.
     """
     d, e = q.shape[3], v.shape[3]
     (G, H), T = dy.shape[:2], q.shape[2]
     dy, q, k, v = (_ready(_eights(x, 1)) for x in (dy, q, k, v))
-    dlast = None if dlast is None else dlast / np.float32(scale)  # so that the scale is one of everything that is read
-    state, dlast = (None if x is None else cp.broadcast_to(_eights(x, 2), (G, H, q.shape[3], v.shape[3])) for x in (state, dlast))
-    w, gain = (None if x is None else cp.ascontiguousarray(x) for x in (w, gain))
-    chunks = -(-T // CHUNK)
-    states = cp.empty((G, H, chunks, v.shape[3], q.shape[3]), q.dtype)
-    adjoints = cp.empty((G, H, chunks, q.shape[3], v.shape[3]), q.dtype)
-    turned = (None if x is None else cp.ascontiguousarray(x.swapaxes(-1, -2)) for x in (state, dlast))
-    dq, _, _ = _start(GRADIENT, dy, v, k, w, gain, next(turned), scale=scale, states=states)
-    back = {"scale": scale, "back": True, "of_queries": True}
-    dv, first, _ = _start(GRADIENT, k, q, dy, w, gain, None if dlast is None else _ready(dlast), skip=skip, states=adjoints, **back)
-    dk, _, _ = _start(GRADIENT, v, dy, q, w, gain, next(turned), **back)
-    dw, dgain = _decays_vjp(dy, q, k, v, w, gain, states, adjoints)
-    first = first if w is None or T == 0 else times_exp(first, cp.broadcast_to(w[:, :, 0], (G, H))[..., None, None])
-    scale = np.float32(scale)
-    return Gradients(dq[..., :d], dk[..., :d], dv[..., :e], dw * scale, dgain * scale, first[..., :d, :e] * scale)
+    state, dlast = (None if x is None else _ready(cp.broadcast_to(_eights(x, 2), (G, H, q.shape[3], v.shape[3]))) for x in (state, dlast))
+    dnorm = None if dnorm is None else _ready(cp.broadcast_to(_eights(dnorm, 1), (G, H, q.shape[3])))
+    w, gain, skip, of_query, of_n = (None if x is None else cp.ascontiguousarray(x) for x in (w, gain, skip, of_query, of_n))
+    normalised, width = seen is not None, _width(d)
+    states, norms = (seen.states, seen.norms) if normalised else _walk(k, v, w, gain, state, H)[:2]
+    adjoints, of_norms, first, first_norm = _walk(
+        q, dy, w, of_query, dlast, H, weights=of_n, norm=dnorm, normalised=normalised, scale=scale, back=True
+    )
+    together = q.shape[1] == k.shape[1] == 1
+    of_keys = 1 if together else H
+    dq, dk = (cp.empty((G, of_keys, T, q.shape[3]), q.dtype) for _ in range(2))
+    dv = cp.empty((G, H, T, v.shape[3]), q.dtype)
+    dw, dgain = (cp.empty((G, H, T), np.float32) for _ in range(2))
+    dskip = None if skip is None else cp.empty((G, H, states.shape[2]), np.float32)
+    decays = next((x.shape[1] for x in (w, gain) if x is not None), 1)
+    arrays = (q, k, v, dy, w, gain, of_query, of_n, states, adjoints, norms, of_norms, skip, dq, dk, dv, dw, dgain, dskip)
+    sizes = (np.int32(x) for x in (q.shape[3], v.shape[3], H, q.shape[1], k.shape[1], v.shape[1], decays, together))
+    shared = 2 * (2 * CHUNK * width + 2 * (2 * CHUNK * TILE + 2 * width * TILE) + CHUNK * TILE)
+    grid = (G * of_keys * states.shape[2],)
+    _gradient(width, normalised)(grid, (THREADS,), (*map(_or_null, arrays), np.int64(T), *sizes, np.float32(scale)), shared)
+    first_norm = first_norm[..., :d] if normalised else None
+    return Gradients(
+        dq[..., :d], dk[..., :d], dv[..., :e], dw, dgain, first[..., :d, :e], first_norm, None if skip is None else dskip.sum(axis=-1)
+    )
+
+
+def _walk(keys, values, w, gain, state, heads, *, weights=None, norm=None, normalised=False, scale=1.0, back=False):
+    """States before each chunk, or backwards after it, (G, H, chunks, d, e) in bfloat16, and n; and what comes out at the end."""
+    G, T, d, e = len(keys), *keys.shape[2:], values.shape[3]
+    chunks, width = -(-T // CHUNK), _width(d)
+    states, last = cp.empty((G, heads, chunks, d, e), keys.dtype), cp.empty((G, heads, d, e), np.float32) if back else None
+    norms, last_norm = (cp.empty((G, heads, *more, d), np.float32) if normalised else None for more in ((chunks,), ()))
+    decays, of_gain = (1 if x is None else x.shape[1] for x in (w, gain))
+    arrays = (keys, values, w, gain, weights, state, norm, states, norms, last, last_norm)
+    sizes = (np.int32(x) for x in (d, e, heads, keys.shape[1], values.shape[1], decays, of_gain))
+    shared = 2 * _STAGES * CHUNK * (width + TILE) + THREADS // 32 * 16 * 128
+    arguments = (*map(_or_null, arrays), np.int64(T), *sizes, np.float32(scale), np.int32(back))
+    _states(width, normalised)((G * heads, -(-e // TILE)), (THREADS,), arguments, shared)
+    return states, norms, last, last_norm
 
 
 def sum_heads(x):
@@ -122,38 +176,28 @@ def sum_heads(x):
     return y[..., :f]
 
 
-def _start(
-    kind, q, k, v, w=None, gain=None, state=None, norm=None, lower=None, skip=None, z=None, *,
-    scale=1.0, eps=0.0, states=None, back=False, of_queries=False,
-):  # fmt: skip
+def _start(kind, q, k, v, w=None, gain=None, state=None, norm=None, lower=None, skip=None, z=None, *, scale=1.0, eps=0.0):
     """One launch of ``memory_tensor`` on arrays as it takes them."""
     G, T, d, e = len(q), *q.shape[2:], v.shape[3]
     H = max(x.shape[1] for x in (q, k, v) if x is not None)
     w, gain, lower, skip = (None if x is None else cp.ascontiguousarray(x) for x in (w, gain, lower, skip))
     decays = next((x.shape[1] for x in (w, gain) if x is not None), 1)
-    width, own = _width(d), H if kind == GRADIENT else v.shape[1]
-    y = cp.empty((G, H, T, e), v.dtype)
-    last = cp.empty((G, own, d, e), np.float32)
-    last_norm = cp.empty((G, own, d), np.float32) if kind == NORMALISED else None
-    pointers = (_or_null(x) for x in (q, k, v, w, gain, state, norm, lower, skip, z, y, last, last_norm, states))
+    width, chunks, tiles, wide = _width(d), -(-T // CHUNK), -(-e // TILE), np.float32
+    y = last = last_norm = states = norms = overlap = against = None
+    if kind == WITNESS:
+        states, norms = cp.empty((G, H, chunks, d, e), v.dtype), cp.empty((G, H, chunks, d), wide)
+        overlap, against = cp.empty((G, H, T), wide), cp.empty((tiles, G, H, T), wide)
+    else:
+        y, last = cp.empty((G, H, T, e), v.dtype), cp.empty((G, v.shape[1], d, e), wide)
+        last_norm = cp.empty((G, v.shape[1], d), wide) if kind == NORMALISED else None
+    arrays = (q, k, v, w, gain, state, norm, lower, skip, z, y, last, last_norm, states, norms, overlap, against)
     sizes = (np.int32(x) for x in (d, e, H, q.shape[1], k.shape[1], v.shape[1], decays))
     shared = 2 * (4 * CHUNK * width + 2 * CHUNK * TILE) + 2 * width * TILE + 4 * (2 * _SUMS + width)
-    arguments = (*pointers, np.int64(T), *sizes, np.float32(scale), np.float32(eps), np.int32(back), np.int32(of_queries))
-    _memory(width, kind)((G * H, -(-e // TILE)), (THREADS,), arguments, shared)
+    arguments = (*map(_or_null, arrays), np.int64(T), *sizes, np.float32(scale), np.float32(eps))
+    _memory(width, kind)((G * H, tiles), (THREADS,), arguments, shared)
+    if kind == WITNESS:
+        return Witness(overlap, against[0] if tiles == 1 else against.sum(axis=0), states, norms)
     return y, last, last_norm
-
-
-def _decays_vjp(dy, q, k, v, w, gain, states, adjoints):
-    """Cotangents of w and of the gain, without its factor, of each head."""
-    (G, H), T, d, e = dy.shape[:2], *q.shape[2:], v.shape[3]
-    tiles, chunks, width = -(-e // TILE), states.shape[2], _width(d)
-    dw, dgain = (cp.empty((tiles, G, H, T), np.float32) for _ in range(2))
-    decays = next((x.shape[1] for x in (w, gain) if x is not None), 1)
-    sizes = (np.int32(x) for x in (d, e, H, q.shape[1], k.shape[1], v.shape[1], decays, G * H))
-    arguments = (q, k, v, dy, _or_null(w), _or_null(gain), states, adjoints, dw, dgain, np.int64(T), *sizes)
-    shared = 2 * (2 * CHUNK * width + 2 * CHUNK * TILE + 2 * TILE * width) + 16  # with what it has otherwise more than 48 KB in all
-    _decays(width)((G * H * chunks, tiles), (THREADS,), arguments, shared)
-    return (dw[0], dgain[0]) if tiles == 1 else (dw.sum(axis=0), dgain.sum(axis=0))
 
 
 def _width(d: int) -> int:

@@ -22,15 +22,6 @@
 
 constexpr int READERS = 4;
 
-// Tiles of a result times a factor of each of the lane's two rows.
-template <int N> __device__ __forceinline__ void times(float (&tiles)[N][4], const float (&factor)[2]) {
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-#pragma unroll
-        for (int x = 0; x < 4; ++x) tiles[j][x] *= factor[x / 2];
-    }
-}
-
 // x / (1 + e^-x)
 __device__ __forceinline__ float silu(float x) {
     const float e = exp2_fast(-LOG2E * fabsf(x));
@@ -41,18 +32,17 @@ __device__ __forceinline__ float silu(float x) {
 // last_norm (G, v_heads, d); y and z (G, heads, T, e), lower (G, heads, T), skip (G, heads); an array's heads are `heads` or 1. What is
 // null is 0, and `lower`, `skip`, `z` are left out. d and e are multiples of 8, rows start at multiples of 16 bytes.
 // Grid: (G heads, tiles of 64 values).
-// As GRADIENT also backwards in time (`backwards`), gains those of the queries (`of_queries`), and the state that enters each chunk is
-// kept, (G heads, chunks, d, e), where `states` is not null; state and last are (G heads, d, e). An adjoint of this operator is the
-// operator with roles changed.
-enum Kind { PLAIN, NORMALISED_BY_N, GRADIENT };
+// As WITNESS, of a gradient that goes through a normaliser, y and last are not written but what it asks: states (G heads, chunks, d, e) and
+// norms (G heads, chunks, d) that enter each chunk, overlaps q_t . n_t (G heads, T), and z_t . o_t, z the cotangent of y, of each tile of
+// values, `against` (tiles, G heads, T).
+enum Kind { PLAIN, NORMALISED_BY_N, WITNESS };
 template <int D, int KIND>
 __global__ void __launch_bounds__(THREADS, 2)
 memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat16* v, const float* w, const float* gain, const float* state,
               const float* norm, const float* lower, const float* skip, const __nv_bfloat16* z, __nv_bfloat16* y, float* last, float* last_norm,
-              __nv_bfloat16* states, i64 T, int d, int e, int heads, int q_heads, int k_heads, int v_heads, int w_heads, float scale, float eps,
-              int backwards, int of_queries) {
-    constexpr bool NORMALISED = KIND == NORMALISED_BY_N;
-    const bool back = KIND == GRADIENT && backwards;
+              __nv_bfloat16* states, float* all_norms, float* overlaps, float* against, i64 T, int d, int e, int heads, int q_heads, int k_heads,
+              int v_heads, int w_heads, float scale, float eps) {
+    constexpr bool NORMALISED = KIND != PLAIN;
     constexpr int ROWS = L * D * 2, VALUES = L * E * 2, STAGE = 2 * ROWS + VALUES;
     extern __shared__ double memory[];
     char* const shared = reinterpret_cast<char*>(memory);
@@ -70,19 +60,19 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
     const i64 of_decays = G * w_heads + (w_heads > 1 ? h : 0);
     if (w) w += of_decays * T;
     if (gain) gain += of_decays * T;
-    y += of_head * T * e;
+    if (KIND != WITNESS) y += of_head * T * e;
     if (z) z += of_head * T * e;
     if (lower) lower += of_head * T;
     const float skipped = skip ? skip[of_head] : 0.0f;
     const int chunks = int((T + L - 1) / L);
 
-    const auto start = [&](int c) { return i64(back ? chunks - 1 - c : c) * L; };  // of the c-th chunk that is taken
+    const auto start = [&](int c) { return i64(c) * L; };
     const auto fetch = [&](int c) {
         char* const tiles = shared + c % 2 * STAGE;
         const i64 t0 = start(c);
-        stage<D>(tiles, q + t0 * d, T - t0, d, 0, back);
-        stage<D>(tiles + ROWS, k + t0 * d, T - t0, d, 0, back);
-        stage<E>(tiles + 2 * ROWS, v + t0 * e, T - t0, e, int(column), back);
+        stage<D>(tiles, q + t0 * d, T - t0, d, 0);
+        stage<D>(tiles + ROWS, k + t0 * d, T - t0, d, 0);
+        stage<E>(tiles + 2 * ROWS, v + t0 * e, T - t0, e, int(column));
     };
 
     if (warp < READERS) {
@@ -100,7 +90,7 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
             const int group = c % 2 ? READERS - 1 - warp : warp, row = 16 * group + g;
             const bool halved = sums[3 * L] != 0.0f;
             const float at_row[2] = {sums[row], sums[row + 8]}, rest[2] = {sums[L + row], sums[L + row + 8]};
-            const i64 t = start(c) + row;  // forwards
+            const i64 t = start(c) + row;
             // What the state that enters the chunk has to say.
             float o[E / 8][4] = {}, overlap[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -174,6 +164,29 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
                 }
             }
 
+            if (NORMALISED) overlap[0] = over_columns(overlap[0]), overlap[1] = over_columns(overlap[1]);
+            if (KIND == WITNESS) {
+                float product[2] = {0.0f, 0.0f};
+#pragma unroll
+                for (int j = 0; j < E / 8; ++j) {
+#pragma unroll
+                    for (int x = 0; x < 2; ++x) {
+                        if (t + 8 * x < T && column + 8 * j < e) {
+                            const unsigned pair = *reinterpret_cast<const unsigned*>(z + (t + 8 * x) * e + column + 8 * j + 2 * t4);
+                            product[x] += o[j][2 * x] * low(pair) + o[j][2 * x + 1] * high(pair);
+                        }
+                    }
+                }
+#pragma unroll
+                for (int x = 0; x < 2; ++x) {
+                    const float whole = over_columns(product[x]);
+                    if (t4 == 0 && t + 8 * x < T) {
+                        against[(i64(blockIdx.y) * gridDim.x + of_head) * T + t + 8 * x] = whole;
+                        if (blockIdx.y == 0) overlaps[of_head * T + t + 8 * x] = overlap[x];
+                    }
+                }
+                continue;
+            }
             float least[2] = {0.0f, 0.0f};
             if (NORMALISED && lower) {
                 least[0] = t < T ? lower[t] : 0.0f;
@@ -182,11 +195,7 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
             float factor[2] = {scale, scale};
             if (NORMALISED) {
 #pragma unroll
-                for (int x = 0; x < 2; ++x) {
-                    overlap[x] += __shfl_xor_sync(0xffffffffu, overlap[x], 1);
-                    overlap[x] += __shfl_xor_sync(0xffffffffu, overlap[x], 2);
-                    factor[x] = scale / (lower ? max(fabsf(overlap[x]), least[x]) + eps : overlap[x]);
-                }
+                for (int x = 0; x < 2; ++x) factor[x] = scale / (lower ? max(fabsf(overlap[x]), least[x]) + eps : overlap[x]);
             }
             // y through this warp's rows of Q, which nobody needs any more, so that whole rows are written.
             __syncwarp();
@@ -201,7 +210,7 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
                     }
                 }
             }
-            if (KIND != GRADIENT && z) {
+            if (z) {
 #pragma unroll
                 for (int j = 0; j < E / 8; ++j) {
 #pragma unroll
@@ -223,7 +232,7 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int r = 16 * group + 4 * i + lane / 8, piece = lane % 8;
-                const i64 at_t = start(c) + (back ? L - 1 - r : r);
+                const i64 at_t = start(c) + r;
                 if (at_t < T && column + 8 * piece < e)
                     *reinterpret_cast<uint4*>(y + at_t * e + column + 8 * piece) = *reinterpret_cast<const uint4*>(at<L>(Q, r, piece));
             }
@@ -235,7 +244,7 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
     constexpr int TILES = D / 64;
     const int first = (warp - READERS) * 16 * TILES;
     float S[TILES][E / 8][4], n[TILES][2];  // n: a share of it, one of four lanes'
-    const i64 rows = (KIND == GRADIENT ? of_head : of_values) * d;
+    const i64 rows = of_values * d;
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
@@ -252,7 +261,7 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
         }
     }
     const auto leave_copy = [&](int c) {
-        __nv_bfloat16* const kept = KIND == GRADIENT && states ? states + (of_head * chunks + start(c) / L) * d * e : nullptr;
+        const i64 kept = (of_head * chunks + c) * d;
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
@@ -262,19 +271,18 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
                 for (int j = 0; j < E / 8; ++j) {
                     const unsigned pair = pack(S[tile][j][2 * x], S[tile][j][2 * x + 1]);
                     *reinterpret_cast<unsigned*>(at<D>(copy, r, j) + 4 * t4) = pair;
-                    if (KIND == GRADIENT && kept && r < d && column + 8 * j < e)
-                        *reinterpret_cast<unsigned*>(kept + i64(r) * e + column + 8 * j + 2 * t4) = pair;
+                    if (KIND == WITNESS && r < d && column + 8 * j < e)
+                        *reinterpret_cast<unsigned*>(states + (kept + r) * e + column + 8 * j + 2 * t4) = pair;
                 }
                 if (NORMALISED) {
-                    float whole = n[tile][x];
-                    whole += __shfl_xor_sync(0xffffffffu, whole, 1);
-                    whole += __shfl_xor_sync(0xffffffffu, whole, 2);
+                    const float whole = over_columns(n[tile][x]);
                     if (t4 == 0) norms[r] = whole;
+                    if (KIND == WITNESS && t4 == 0 && blockIdx.y == 0 && r < d) all_norms[kept + r] = whole;
                 }
             }
         }
     };
-    if (warp == READERS) sum_decays(decays, w, gain, start(0), T, back, KIND == GRADIENT && of_queries);
+    if (warp == READERS) sum_decays(decays, load_decays(w, gain, nullptr, start(0), T));
     if (chunks > 0) fetch(0);
     copies_end();
     for (int c = 0; c < chunks; ++c) {
@@ -330,10 +338,10 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
                 }
             }
         }
-        if (warp == READERS && c + 1 < chunks) sum_decays(decays + (c + 1) % 2 * SUMS, w, gain, start(c + 1), T, back, KIND == GRADIENT && of_queries);
+        if (warp == READERS && c + 1 < chunks) sum_decays(decays + (c + 1) % 2 * SUMS, load_decays(w, gain, nullptr, start(c + 1), T));
     }
     if (chunks > 0) meet(1, THREADS);
-    if (KIND != GRADIENT && v_heads == 1 && h > 0) return;  // heads that share a state have all computed it
+    if (KIND == WITNESS || (v_heads == 1 && h > 0)) return;  // heads that share a state have all computed it
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
@@ -346,9 +354,7 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
                     *reinterpret_cast<float2*>(last + (rows + r) * e + at_column) = float2{S[tile][j][2 * x], S[tile][j][2 * x + 1]};
             }
             if (NORMALISED) {
-                float whole = n[tile][x];
-                whole += __shfl_xor_sync(0xffffffffu, whole, 1);
-                whole += __shfl_xor_sync(0xffffffffu, whole, 2);
+                const float whole = over_columns(n[tile][x]);
                 if (t4 == 0 && r < d && blockIdx.y == 0) last_norm[rows + r] = whole;
             }
         }

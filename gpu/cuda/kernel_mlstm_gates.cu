@@ -72,3 +72,16 @@ mlstm_gates_vjp(const X* F, const X* i, const X* before, const X* m, const X* d_
     }
     if (threadIdx.x == 0) d_before[blockIdx.x] = dm;
 }
+
+// Of each step, with s = n . q, o what is read before it is divided by D = max(|s|, e^-m) + eps, and y = o / D: -log D, D times the cotangent
+// of s, and that of m where e^-m is the larger. e^-m is the least normal number where it were less.
+__global__ void __launch_bounds__(TILE)
+mlstm_read_vjp(const float* s, const float* o_dy, const float* m, float* of_query, float* of_n, float* d_read, i64 size, float eps) {
+    const i64 at = i64(blockIdx.x) * TILE + threadIdx.x;
+    if (at >= size) return;
+    const float bound = exp(-min(m[at], 87.336544f)), overlap = fabs(s[at]), D = max(overlap, bound) + eps, against = o_dy[at] / D;
+    const bool enough = overlap >= bound;
+    of_query[at] = -log(D);
+    of_n[at] = !enough || overlap == 0.0f ? 0.0f : (s[at] > 0.0f ? -against : against);
+    d_read[at] = enough ? 0.0f : against / (1.0f + eps / bound);
+}

@@ -15,7 +15,15 @@ from refimpl.ops.gated_rnn import mlstm as chapter
 
 _GATES = {x: Kernel("kernel_mlstm_gates.cu", f"mlstm_gates<{c}>") for x, c in (("float32", "float"), ("float64", "double"))}
 _GATES_VJP = {x: Kernel("kernel_mlstm_gates.cu", f"mlstm_gates_vjp<{c}>") for x, c in (("float32", "float"), ("float64", "double"))}
-KERNELS = (*instances(low_rank=False, before=False), *chunk_kernels.BY_HEAD, *chunk_tensor.KERNELS, *_GATES.values(), *_GATES_VJP.values())
+_READ_VJP = Kernel("kernel_mlstm_gates.cu", "mlstm_read_vjp")
+KERNELS_GATES = (*_GATES.values(), *_GATES_VJP.values(), _READ_VJP)
+KERNELS = (
+    *instances(low_rank=False, before=False),
+    *chunk_kernels.BY_HEAD,
+    *chunk_tensor.KERNELS,
+    *chunk_tensor.KERNELS_NORMALISED_VJP,
+    *KERNELS_GATES,
+)
 
 
 @mirror.form(chapter.CONTRACT)
@@ -53,10 +61,15 @@ def mlstm(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=
 
 @mirror.gradient(chapter.CONTRACT)
 def mlstm_vjp(dy, q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, dstate=None, method=None, chunk_length=None):
-    """Gradient of `mlstm` on CuPy arrays, as `refimpl.mlstm_vjp`, through the stabiliser. Keeps one state in eight, or in chunks one of each."""
+    """Gradient of `mlstm` on CuPy arrays, as `refimpl.mlstm_vjp`, through the stabiliser.
+
+    Keeps one state in eight, or in chunks one of each; on tensor cores one of 64 and its cotangent, in bfloat16.
+    """
     how = _chosen(method, chunk_length, q, v, gradient=True)
     if how.method == "chunkwise":
         return Chunkwise(chunk_kernels.Steps, gates, gates_vjp, q, k, v, i, f, forget, eps, state, how.chunk, gradient=True).vjp(dy, dstate)
+    if how.method == "tensor":
+        return _in_one_kernel_vjp(dy, q, k, v, i, f, forget, eps, state, dstate)
     dy, q, k, v, i, f = widened(dy, q, k, v, i, f)
     if k.shape[-1] > WIDEST:
         return chapter.mlstm_vjp(dy, q, k, v, i, f, forget=forget, eps=eps, state=state, dstate=dstate)
@@ -96,29 +109,57 @@ def _chosen(method, chunk, q, v, gradient: bool) -> chunk_policy.Choice:
     )
 
 
-def _in_one_kernel(q, k, v, i, f, forget, eps, state, return_state):
-    """log i'/√d is the gain of a key; the normaliser is the kernel's."""
-    wide = np.dtype(np.float32)
-    i, f = cast(i, wide), cast(f, wide)
-    F = log_sigmoid(f) if forget == "sigmoid" else f
-    batch = [x.shape[: x.ndim - own] for own, xs in ((2, (q, k, v)), (1, (i, F))) for x in xs]
-    batch = np.broadcast_shapes(*batch, *(() if state is None else (state[2].shape,)))
+class _Tensor:
+    """A call as the kernels on tensor cores take it: log i'/√d is the gain of a key."""
 
-    def each(x, own):
+    def __init__(self, q, k, v, i, f, forget, state):
+        wide = np.dtype(np.float32)
+        i, self.f = cast(i, wide), cast(f, wide)
+        F = log_sigmoid(self.f) if forget == "sigmoid" else self.f
+        batch = [x.shape[: x.ndim - own] for own, xs in ((2, (q, k, v)), (1, (i, F))) for x in xs]
+        self.batch = np.broadcast_shapes(*batch, *(() if state is None else (state[2].shape,)))
+        first = cp.full(self.batch, -np.inf, wide) if state is None else state[2]
+        self.F, self.i, self.first = (self.each(x, own) for x, own in ((F, 1), (i, 1), (first, 0)))
+        log_f, _, self.m = gates(self.F, self.i, self.first)
+        self.gain = self.i - np.where(self.m == -np.inf, np.zeros_like(self.m), self.m) - np.log(sqrt_of(k.shape[-1], i))
+        self.state = (None, None) if state is None else (self.each(state[0], 2)[:, None], self.each(state[1], 1)[:, None])
+        self.arguments = (*(self.each(x, 2)[:, None] for x in (q, k, v)), log_f[:, None], self.gain[:, None])
+
+    def each(self, x, own):
         """Batch axes written out and made one, before that of one head."""
         shape = x.shape[x.ndim - own :]
-        return cp.ascontiguousarray(cp.broadcast_to(x, (*batch, *shape))).reshape(math.prod(batch), *shape)
+        return cp.ascontiguousarray(cp.broadcast_to(x, (*self.batch, *shape))).reshape(math.prod(self.batch), *shape)
 
-    first = cp.full(batch, -np.inf, wide) if state is None else state[2]
-    F, i, first = (each(x, own) for x, own in ((F, 1), (i, 1), (first, 0)))
-    log_f, _, m = gates(F, i, first)
-    gain = i - np.where(m == -np.inf, np.zeros_like(m), m) - np.log(sqrt_of(k.shape[-1], i))
-    S, n = (None, None) if state is None else (each(state[0], 2)[:, None], each(state[1], 1)[:, None])
-    result = chunk_tensor.read(
-        *(each(x, 2)[:, None] for x in (q, k, v)), log_f[:, None], gain[:, None], S, n, normalised=True, lower=_lower_bound(m)[:, None], eps=eps
+    def whole(self, x):
+        return x.reshape(*self.batch, *x.shape[1:])
+
+
+def _in_one_kernel(q, k, v, i, f, forget, eps, state, return_state):
+    """The normaliser is the kernel's."""
+    call = _Tensor(q, k, v, i, f, forget, state)
+    m = call.m
+    result = chunk_tensor.read(*call.arguments, *call.state, normalised=True, lower=_lower_bound(m)[:, None], eps=eps)
+    h, C, n = (call.whole(x[:, 0]) for x in result)
+    return (h, chapter.State(C, n, call.whole(m[:, -1] if m.shape[1] else call.first))) if return_state else h
+
+
+def _in_one_kernel_vjp(dy, q, k, v, i, f, forget, eps, state, dstate):
+    """1/D is a factor of each query, and n one more column of the values, of which each step has 1."""
+    call = _Tensor(q, k, v, i, f, forget, state)
+    dy = call.each(cast(dy, v.dtype), 2)[:, None]
+    seen = chunk_tensor.witness(dy, *call.arguments, *call.state)
+    of_query, of_n, dm_read = denominator_vjp(seen.overlap[:, 0], seen.against[:, 0], call.m, eps)
+    dlast = dnorm = dm_last = None
+    if dstate is not None:
+        dlast, dnorm, dm_last = call.each(dstate[0], 2)[:, None], call.each(dstate[1], 1)[:, None], call.each(dstate[2], 0)
+    g = chunk_tensor.read_vjp(
+        dy, *call.arguments, dlast=dlast, seen=seen, of_query=of_query[:, None], of_n=of_n[:, None], dnorm=dnorm
     )  # fmt: skip
-    h, C, n = (x.reshape(*batch, *x.shape[2:]) for x in result)
-    return (h, chapter.State(C, n, (m[:, -1] if m.shape[1] else first).reshape(batch))) if return_state else h
+    dF, di, d_first = gates_vjp(call.F, call.i, call.first, call.m, g.w[:, 0], g.gain[:, 0] * np.exp(call.gain), dm_read, dm_last)
+    gradients = {name: call.whole(x) for name, x in {"q": g.q[:, 0], "k": g.k[:, 0], "v": g.v[:, 0], "i": di, "f": dF}.items()}
+    if forget == "sigmoid":
+        gradients["f"] = gradients["f"] * sigmoid(-call.f)
+    return gradients | {"state": chapter.State(*(call.whole(x) for x in (g.state[:, 0], g.norm[:, 0], d_first)))}
 
 
 class _Call:
@@ -223,6 +264,15 @@ def gates_vjp(F, i, first, m, d_old, d_new, d_read, d_last):
     last = np.uint64(0) if d_last is None else d_last
     _GATES_VJP[F.dtype.name]((count if T else 0,), (256,), (F, i, first, m, d_old, d_new, d_read, last, dF, di, d_first, np.int64(T)))
     return dF, di, d_first
+
+
+def denominator_vjp(overlap, against, m, eps):
+    """What `_read_vjp` is for the kernels on tensor cores, of n·q and o·dy, o unnormalised: -log D, D times the cotangent of n·q, that of m."""
+    of_query, of_n, dm_read = (cp.empty_like(m) for _ in range(3))
+    overlap, against = (cp.ascontiguousarray(x) for x in (overlap, against))
+    arguments = (overlap, against, m, of_query, of_n, dm_read, np.int64(m.size), np.float32(eps))
+    _READ_VJP((-(-m.size // 256),), (256,), arguments)
+    return of_query, of_n, dm_read
 
 
 def _read_vjp(memory, m, eps, dy):

@@ -134,12 +134,8 @@ def _in_one_kernel(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, 
 
 
 def _in_one_kernel_vjp(dy, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, dstate):
-    call, wide, steps = (
-        _Tensor(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state),
-        np.dtype(np.float32),
-        chunk_kernels.Steps(x.dtype),
-    )
-    heads, values = call.heads, call.arguments[2]
+    call, wide = _Tensor(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state), np.dtype(np.float32)
+    heads = call.heads
     dy = call.by_head(np.broadcast_to(dy, call.shape), 2)
     dp = cast(dy if z is None else cast(dy, wide) * silu(cast(call.z, wide)), x.dtype)
     last = (*heads, B.shape[-1], x.shape[-1])
@@ -157,7 +153,7 @@ def _in_one_kernel_vjp(dy, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit,
         "state": g.state.reshape(last),
     }
     if D is not None:
-        gradient["D"] = steps.dots(dp, values).sum(axis=-1).reshape(heads)
+        gradient["D"] = g.skip.reshape(heads)
     if z is not None:
         read, z = chunk_tensor.read(*call.arguments, skip=call.skip).y, cast(call.z, wide)
         gradient["z"] = (cast(dy, wide) * cast(read, wide) * silu_derivative(z)).reshape(call.shape)

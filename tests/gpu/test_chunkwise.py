@@ -262,7 +262,6 @@ def test_the_kernels_conform(name, dtype, device):
 
 def in_one_kernel(name: str):
     """(function, gradient) as the mirror has them with ``method="tensor"``, on the host; what the kernel does not take goes in chunks."""
-    _, other = operator(name, chunk_steps.Steps, 64)
     if name == "ssd":
 
         def function(
@@ -278,7 +277,8 @@ def in_one_kernel(name: str):
         def function(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=False):
             return mlstm._in_one_kernel(q, k, v, i, f, forget, eps, state, return_state)
 
-        vjp = other
+        def vjp(dy, q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, dstate=None):
+            return mlstm._in_one_kernel_vjp(dy, q, k, v, i, f, forget, eps, state, dstate)
 
     else:
 
@@ -299,12 +299,12 @@ def in_one_kernel(name: str):
             return linear_attention._in_one_kernel_vjp(dy, q, k, v, decay, feature_map, scale, state, dstate)
 
     contract = refimpl.OPS[name].contract
-    return contract.form(function, half=True), vjp if vjp is other else contract.gradient(vjp, half=True)
+    return contract.form(function, half=True), contract.gradient(vjp, half=True)
 
 
 def tensor_kernels(folder: Path, mistake=None, wrong_file=None):
-    """Both files' kernels on the host; `mistake` is planted in one of them."""
-    kernels, libraries = (*chunk_tensor.KERNELS, *chunk_tensor.KERNELS_VJP), {}
+    """All files' kernels on the host; `mistake` is planted in one of them."""
+    kernels, libraries = (*chunk_tensor.KERNELS, *chunk_tensor.KERNELS_VJP, *chunk_tensor.KERNELS_NORMALISED_VJP, *mlstm.KERNELS_GATES), {}
     for file in {k.file: 0 for k in kernels}:
         (folder / file).mkdir()
         libraries[file] = Library(folder / file, [k for k in kernels if k.file == file], mistake if file == wrong_file else None)
@@ -327,7 +327,6 @@ def run_on_host(monkeypatch, library):
     for module in (chunk_tensor, mlstm, linear_attention):
         monkeypatch.setattr(module, "cp", np)
     monkeypatch.setattr(chunk_tensor, "_address", lambda x: 0)  # the host copies every array anyway
-    monkeypatch.setattr(mlstm, "gates", gates)
     monkeypatch.setattr(chunk_kernels, "Steps", chunk_steps.Steps)
 
 
@@ -359,12 +358,12 @@ def off_tensor_cores(name, rng, farthest) -> list[float]:
         bound, off_state = op.error_bound(**exact, unit=2.0**-24, store=2.0**-8, return_state=True)
         for a, b, limit in zip((got, *parts(last)), (want, *parts(state)), (bound, *parts(off_state)), strict=True):
             found.append(float((abs(a.astype(float) - b) / (limit + 2.0**-8 * abs(b) + 1e-30)).max()))
-        if name != "mlstm":
-            dy = rng.standard_normal(want.shape).astype(dtype)
-            dstate = rng.standard_normal(state.shape).astype(np.float32)
-            gradients = vjp(dy, **call, dstate=dstate)
-            found.append(farthest(name, call, dy, dstate, gradients, "bfloat16"))
-            found += [0.0 * float(g.astype(float).sum()) for g in gradients.values()]
+        dy = rng.standard_normal(want.shape).astype(dtype)
+        dstate = tuple(rng.standard_normal(x.shape).astype(np.float32) for x in parts(state))
+        dstate = type(state)(*dstate) if isinstance(state, tuple) else dstate[0]
+        gradients = vjp(dy, **call, dstate=dstate)
+        found.append(farthest(name, call, dy, dstate, gradients, "bfloat16"))
+        found += [0.0 * float(x.astype(float).sum()) for g in gradients.values() for x in parts(g)]
     return found
 
 
