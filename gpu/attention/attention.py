@@ -6,7 +6,8 @@ Which kernel runs (`docs/gpu/attention.md` has what was measured):
                mask or bias: ``kernel_attention_decode.cu``
     hopper     halves on sm_90, head sizes to 128 in steps of 8: ``kernel_attention_hopper.cu``; the gradient, without mask and
                bias: ``kernel_attention_hopper_gradient.cu``
-    tiled      all else, in float32 (halves too) or float64: ``kernel_attention.cu``
+    tiled      all else, in float32 (halves too) or float64: ``kernel_attention.cu``; float32 of head sizes to 128, without mask, bias
+               and softcap: ``kernel_attention_float.cu``
 
 Arrays are read as they lie; one copy is made of an array whose last axis is not contiguous, or whose batch axes are not one.
 Tiles of pairs that position, or a mask, hides are not computed. The gradient is made of sums in a fixed order: the same
@@ -19,11 +20,11 @@ import cupy as cp
 import numpy as np
 from refimpl.gpu import mirror, tensor_map
 from refimpl.gpu.arrays import arithmetic, flat
-from refimpl.gpu.launch import Kernel, capability, multiprocessors
+from refimpl.gpu.launch import Kernel, capability, multiprocessors, shared_memory
 
 from refimpl.ops.attention.attention import CONTRACT
 
-TILED, DECODE = "kernel_attention.cu", "kernel_attention_decode.cu"
+TILED, FLOAT, DECODE = "kernel_attention.cu", "kernel_attention_float.cu", "kernel_attention_decode.cu"
 HOPPER, HOPPER_GRADIENT = "kernel_attention_hopper.cu", "kernel_attention_hopper_gradient.cu"
 TYPES = {"float32": "float", "float64": "double", "float16": "float16", "bfloat16": "bfloat16"}
 HALVES = ("float16", "bfloat16")
@@ -34,6 +35,7 @@ CALL = np.dtype(
 )  # fmt: skip
 RAW = np.dtype((np.void, CALL.itemsize))  # as kernels take it: CuPy needs not know what is inside
 NOTHING = np.uintp(0)
+RINGS = (4, 2)  # slices of keys and values in shared memory: on Hopper, on a device with less of it
 L2 = 24 << 20  # bytes of keys and values that are read from memory once for all rows of their heads
 
 
@@ -161,23 +163,44 @@ def results(p: Problem, dtype=None):
     return cp.empty(shape, accumulator if dtype is None else dtype), cp.empty(shape[:-1], accumulator)
 
 
-def _tiled(name: str, fast: bool) -> Kernel:
+def _tiled(name: str) -> Kernel:
     A = "double" if name == "float64" else "float"
-    return Kernel(TILED, f"attention_tiled<{TYPES[name]}, {A}, {'8, 8, 8, true, false' if fast else '4, 4, 4, false, true'}>", spills=fast or name == "float64")
+    return Kernel(TILED, f"attention_tiled<{TYPES[name]}, {A}, 4, 4>", spills=name == "float64")
+
+
+def _float(columns: int, ring: int) -> Kernel:
+    return Kernel(FLOAT, f"attention_float<{columns // 16}, {ring}>")
 
 
 def tiled(p: Problem):
     """Plain arithmetic. Head sizes to 128 in float32 without mask, bias and softcap take the large tiles."""
     call, name = p.call[0], p.q.dtype.name
+    ring = next((r for r in RINGS if _float_shared(r) <= shared_memory()), 0)
+    if name == "float32" and not p.maps and call["softcap"] == 0 and call["scale"] > 0 and call["d"] <= 128 and ring:
+        return tiled_float(p, ring)
     o, lse = results(p)
-    fast = name == "float32" and not p.maps and call["softcap"] == 0 and call["d"] <= 128
-    R, columns = (8, 128) if fast else (4, 64)
     size = o.itemsize
-    width, vector, rows = 128 // size, 16 // size, 16 * R
-    buffer = max((rows if fast else 2 * rows) * (width + vector), width * columns)
-    shared = size * (rows * (rows + vector) + 3 * buffer + (rows * (4 * width + vector) if fast else 0))
-    grid = int(call["B"]) * int(call["Hq"]) * -(-int(call["n"]) // rows) * max(1, -(-int(call["e"]) // columns))
-    _tiled(name, fast)((grid,), (256,), (p.call.view(RAW), p.q, p.k, p.v, *p.options, o, lse), shared)
+    width, vector = 128 // size, 16 // size
+    shared = size * (64 * (64 + vector) + 3 * max(128 * (width + vector), width * 64))
+    grid = int(call["B"]) * int(call["Hq"]) * -(-int(call["n"]) // 64) * max(1, -(-int(call["e"]) // 64))
+    _tiled(name)((grid,), (256,), (p.call.view(RAW), p.q, p.k, p.v, *p.options, o, lse), shared)
+    return o, lse
+
+
+def _float_shared(ring: int) -> int:
+    return 4 * (128 * 132 + 8 * 16 * 72 + ring * 32 * 132) + 16 * ring
+
+
+def tiled_float(p: Problem, ring: int, together: int | None = None):
+    """Tiles of 128 queries and 128 keys in float32."""
+    call = p.call.copy()
+    heads, tiles = int(call["B"][0]) * int(call["Hq"][0]), -(-int(call["n"][0]) // 128)
+    # The longest rows of a group of heads come first; a group keeps all multiprocessors busy several times over, so that it ends well.
+    call["heads"] = together or -(-heads // max(1, heads * tiles // (4 * multiprocessors())))
+    columns = 64 if call["e"] <= 64 else 128
+    o, lse = results(p)
+    grid = heads * tiles * max(1, -(-int(call["e"][0]) // columns))
+    _float(columns, ring)((grid,), (256,), (call.view(RAW), p.q, p.k, p.v, p.options[2], o, lse), _float_shared(ring))
     return o, lse
 
 
@@ -300,8 +323,8 @@ def decode(p: Problem, splits: int | None = None):
 
 
 KERNELS = (
-    *(_tiled(name, False) for name in TYPES),
-    _tiled("float32", True),
+    *(_tiled(name) for name in TYPES),
+    *(_float(columns, ring) for columns in (64, 128) for ring in RINGS),
     *(_gradient(name, of) for name in TYPES for of in ("QUERIES", "KEYS", "VALUES")),
     *(_hopper(name, D, 2, 128, capped, maps) for name in HALVES for D in (64, 128) for capped in (False, True) for maps in (False, True)),
     *(_hopper(name, 64, 3, 128, False, False) for name in HALVES),

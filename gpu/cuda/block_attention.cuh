@@ -86,6 +86,14 @@ __device__ inline bool inside(const Call& c, int i, int rows, int j, int keys) {
     return j >= i + rows - 1 + c.below && j + keys - 1 <= i + c.above && j + keys <= c.m;
 }
 
+// Which tile of rows of which head the item is. Heads of one group are taken up together, each tile for all of them, so
+// that what passes by the tiles stays in the L2 cache.
+__device__ inline void which(int item, int tiles, int all, int together, int& tile, int& head) {
+    const int group = item / (tiles * together), within = item % (tiles * together), heads = min(together, all - group * together);
+    tile = within / heads;
+    head = group * together + within % heads;
+}
+
 // A scaled and capped product becomes a score: biased, and -infinity where the pair is not allowed.
 template <class T, class A, bool MAPS>
 __device__ inline A biased(const Call& c, A s, bool edge, int i, int j, const unsigned char* mask, const T* bias) {

@@ -162,11 +162,3 @@ __device__ inline void write_rows(const float (&d)[N], const float (&factor)[2],
                     odd ? make_uint2(other, odd_group) : make_uint2(even_group, other);
         }
 }
-
-// Which tile of rows of which head the item is. Heads of one group are taken up together, each tile for all of them, so
-// that what passes by the tiles stays in the L2 cache.
-__device__ inline void which(int item, int tiles, int all, int together, int& tile, int& head) {
-    const int group = item / (tiles * together), within = item % (tiles * together), heads = min(together, all - group * together);
-    tile = within / heads;
-    head = group * together + within % heads;
-}

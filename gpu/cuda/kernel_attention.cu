@@ -2,13 +2,12 @@
 //
 // One block of 256 threads makes a tile of rows x columns of the output. Keys pass by in tiles; of a tile, first slices
 // of the features of K (to make the scores S), then slices of the keys of V (to add P V), each slice 128 bytes wide,
-// through a ring of three buffers that is filled two slices ahead. A thread holds R rows x C keys of S and R rows x E
+// through a ring of three buffers that is filled two slices ahead. A thread holds R rows x R keys of S and R rows x E
 // columns of O in registers: row ty + 16 i, key tx + 16 j, for ty = thread / 16, tx = thread % 16. So a row of S lies in
 // 16 lanes of one warp: the row's maximum takes four shuffles, and P goes through shared memory within the warp alone.
 //
-// With R = C = E = 8 each 16-byte read from shared memory feeds 16 multiply-adds of a thread, as in a good matrix
-// product; what limits the kernel is the rate of multiply-adds. Rows' strides are 16 bytes more than a multiple of 128:
-// neighbouring rows lie in other banks.
+// Rows' strides are 16 bytes more than a multiple of 128: neighbouring rows lie in other banks. Where float32 alone is asked for,
+// `kernel_attention_float.cu` is faster.
 #include "block_attention.cuh"
 
 template <class A> struct alignas(16) Vector { A x[16 / sizeof(A)]; };
@@ -19,16 +18,16 @@ template <class A> constexpr int VECTOR = 16 / sizeof(A);         // elements of
 template <class A> constexpr int STRIDE = SLICE<A> + VECTOR<A>;  // of a slice's rows
 
 // S[i][j] += X[row i] . Y[column j] over one slice.
-template <class A, int R, int C, int x_stride>
-__device__ inline void multiply_slice(A (&s)[R][C], const A* x, const A* y, int tx, int ty) {
+template <class A, int R>
+__device__ inline void multiply_slice(A (&s)[R][R], const A* x, const A* y, int tx, int ty) {
     constexpr int V = VECTOR<A>;
-#pragma unroll(R == 8 ? 2 : 1)
+#pragma unroll 1
     for (int w = 0; w < SLICE<A>; w += V) {
         Vector<A> a[R];
 #pragma unroll
-        for (int i = 0; i < R; i++) a[i] = load(x + (ty + 16 * i) * x_stride + w);
+        for (int i = 0; i < R; i++) a[i] = load(x + (ty + 16 * i) * STRIDE<A> + w);
 #pragma unroll
-        for (int j = 0; j < C; j++) {
+        for (int j = 0; j < R; j++) {
             Vector<A> b = load(y + (tx + 16 * j) * STRIDE<A> + w);
 #pragma unroll
             for (int i = 0; i < R; i++)
@@ -42,7 +41,7 @@ __device__ inline void multiply_slice(A (&s)[R][C], const A* x, const A* y, int 
 template <class A, int R, int E, int p_stride>
 __device__ inline void add_slice(A (&o)[R][E], const A* p, const A* y, int tx, int ty) {
     constexpr int V = VECTOR<A>;
-#pragma unroll(R == 8 ? 2 : 1)
+#pragma unroll 1
     for (int w = 0; w < SLICE<A>; w += V) {
         Vector<A> a[R];
 #pragma unroll
@@ -85,21 +84,17 @@ __device__ inline bool mask_shows(const Call& c, const unsigned char* mask, int 
     return __syncthreads_or(shows);
 }
 
-// MAPS: with mask, bias or softcap. RESIDENT: the tile's queries stay in shared memory; otherwise their slices come along with
-// those of the keys.
 // Grid: (batch, head, tile of rows, tile of columns), the last fastest, rows from the last tile to the first (with a
-// causal mask the longest work first). Shared memory: Q (if resident), P, three buffers.
-template <class T, class A, int R, int C, int E, bool RESIDENT, bool MAPS>
+// causal mask the longest work first). Shared memory: P, three buffers.
+template <class T, class A, int R, int E>
 __global__ void __launch_bounds__(256, 1)
 attention_tiled(const Call c, const T* q, const T* k, const T* v, const unsigned char* mask, const T* bias, const A* sink, A* o, A* lse) {
-    constexpr int W = SLICE<A>, S = STRIDE<A>, ROWS = 16 * R, KEYS = 16 * C, COLUMNS = 16 * E, P_STRIDE = KEYS + VECTOR<A>;
-    constexpr int FIRST = (KEYS + (RESIDENT ? 0 : ROWS)) * S, SECOND = W * COLUMNS, BUFFER = FIRST > SECOND ? FIRST : SECOND;
+    constexpr int W = SLICE<A>, S = STRIDE<A>, ROWS = 16 * R, KEYS = 16 * R, COLUMNS = 16 * E, P_STRIDE = KEYS + VECTOR<A>;
+    constexpr int FIRST = (KEYS + ROWS) * S, SECOND = W * COLUMNS, BUFFER = FIRST > SECOND ? FIRST : SECOND;
     extern __shared__ __align__(16) unsigned char memory[];
-    constexpr int q_stride = 4 * W + VECTOR<A>;  // resident: at most 4 slices
     const int q_slices = (c.d + W - 1) / W;
     A* const p_tile = (A*)memory;
     A* const buffers = p_tile + ROWS * P_STRIDE;
-    A* const q_tile = buffers + 3 * BUFFER;
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
 
     const int tiles = (c.n + ROWS - 1) / ROWS, chunks = (c.e + COLUMNS - 1) / COLUMNS;
@@ -121,8 +116,6 @@ attention_tiled(const Call c, const T* q, const T* k, const T* v, const unsigned
 #pragma unroll
         for (int x = 0; x < E; x++) acc[i][x] = 0;
     }
-    if (RESIDENT)
-        for (int x = 0; x < q_slices; x++) stage<ROWS, W>(q_tile + x * W, q_stride, q, c.q[2], row, c.n, x * W, c.d, c.vectors);
 
     const int steps = q_slices + KEYS / W;
     auto run = [&](int first, int end) {  // tiles [first, end) of the keys
@@ -133,7 +126,7 @@ attention_tiled(const Call c, const T* q, const T* k, const T* v, const unsigned
                 const int key = (first + at / steps) * KEYS, x = at % steps;
                 if (x < q_slices) {
                     stage<KEYS, W>(to, S, k, c.k[2], key, c.m, x * W, c.d, c.vectors);
-                    if (!RESIDENT) stage<ROWS, W>(to + KEYS * S, S, q, c.q[2], row, c.n, x * W, c.d, c.vectors);
+                    stage<ROWS, W>(to + KEYS * S, S, q, c.q[2], row, c.n, x * W, c.d, c.vectors);
                 } else
                     stage<W, COLUMNS>(to, COLUMNS, v, c.v[2], key + (x - q_slices) * W, c.m, column, c.e, c.vectors);
             }
@@ -149,37 +142,36 @@ attention_tiled(const Call c, const T* q, const T* k, const T* v, const unsigned
         fetch(0);
         fetch(1);
         for (int key = first * KEYS; key < end * KEYS; key += KEYS) {
-            A s[R][C];
+            A s[R][R];
 #pragma unroll
             for (int i = 0; i < R; i++)
 #pragma unroll
-                for (int j = 0; j < C; j++) s[i][j] = 0;
+                for (int j = 0; j < R; j++) s[i][j] = 0;
             for (int x = 0; x < q_slices; x++) {
                 const A* slice = next();
-                if (RESIDENT) multiply_slice<A, R, C, q_stride>(s, q_tile + x * W, slice, tx, ty);
-                else multiply_slice<A, R, C, S>(s, slice + KEYS * S, slice, tx, ty);
+                multiply_slice(s, slice + KEYS * S, slice, tx, ty);
             }
             const bool edge = !inside(c, row, ROWS, key, KEYS);
             A larger[R];
             const A scale = (A)c.scale;
-            if (MAPS && c.softcap > 0) {
+            if (c.softcap > 0) {
                 const A cap = (A)c.softcap, factor = scale / cap;
 #pragma unroll
                 for (int i = 0; i < R; i++)
 #pragma unroll
-                    for (int j = 0; j < C; j++) s[i][j] = cap * tanh_(s[i][j] * factor);
+                    for (int j = 0; j < R; j++) s[i][j] = cap * tanh_(s[i][j] * factor);
             } else {
 #pragma unroll
                 for (int i = 0; i < R; i++)
 #pragma unroll
-                    for (int j = 0; j < C; j++) s[i][j] *= scale;
+                    for (int j = 0; j < R; j++) s[i][j] *= scale;
             }
 #pragma unroll
             for (int i = 0; i < R; i++) {
                 larger[i] = top[i];
 #pragma unroll
-                for (int j = 0; j < C; j++) {
-                    s[i][j] = biased<T, A, MAPS>(c, s[i][j], edge, row + ty + 16 * i, key + tx + 16 * j, mask, bias);
+                for (int j = 0; j < R; j++) {
+                    s[i][j] = biased<T, A, true>(c, s[i][j], edge, row + ty + 16 * i, key + tx + 16 * j, mask, bias);
                     larger[i] = s[i][j] > larger[i] ? s[i][j] : larger[i];
                 }
             }
@@ -190,7 +182,7 @@ attention_tiled(const Call c, const T* q, const T* k, const T* v, const unsigned
                 top[i] = larger[i];
                 total[i] *= keep;
 #pragma unroll
-                for (int j = 0; j < C; j++) {
+                for (int j = 0; j < R; j++) {
                     A w = exp_(s[i][j] - shift);
                     total[i] += w;
                     p_tile[(ty + 16 * i) * P_STRIDE + tx + 16 * j] = w;
@@ -205,7 +197,7 @@ attention_tiled(const Call c, const T* q, const T* k, const T* v, const unsigned
         copies_wait<0>();
         __syncthreads();
     };
-    if (MAPS && mask != nullptr) {
+    if (mask != nullptr) {
         for (int t = from; t < until; t++)
             if (mask_shows(c, mask, row, ROWS, t * KEYS, KEYS)) run(t, t + 1);
     } else if (from < until)
@@ -308,11 +300,11 @@ attention_gradient(const Call c, const T* q, const T* k, const T* v, const T* dy
                 for (int j = 0; j < R; j++) s[i][j] = dp[i][j] = 0;
             for (int x = 0; x < d_slices; x++) {
                 const A* slice = next();
-                multiply_slice<A, R, R, S>(s, slice, slice + TILE * S, tx, ty);
+                multiply_slice(s, slice, slice + TILE * S, tx, ty);
             }
             for (int x = 0; x < e_slices; x++) {
                 const A* slice = next();
-                multiply_slice<A, R, R, S>(dp, slice, slice + TILE * S, tx, ty);
+                multiply_slice(dp, slice, slice + TILE * S, tx, ty);
             }
 #pragma unroll
             for (int a = 0; a < R; a++)
