@@ -30,7 +30,7 @@ def _states(width: int, normalised: bool) -> Kernel:
 
 
 def _gradient(width: int, normalised: bool) -> Kernel:
-    return Kernel("kernel_memory_gradient.cu", f"memory_gradient<{width}, {str(normalised).lower()}>")
+    return Kernel("kernel_memory_gradient.cu", f"memory_gradient<{width}, {str(normalised).lower()}>", spills=True, stack=128)
 
 
 _SUM_HEADS = Kernel("kernel_memory_gradient.cu", "sum_heads")

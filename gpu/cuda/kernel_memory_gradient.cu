@@ -217,6 +217,26 @@ template <int D> __device__ __forceinline__ float product_of_states(const char* 
     return sum;
 }
 
+// Rows 16 group ... of X with rows 16 block ... of Y, blocks up to the group or from it on.
+template <int D, bool UPTO> __device__ __forceinline__ void multiply_pairs(float (&pairs)[L / 8][4], char* X, char* Y, int group) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int block = 0; block < L / 16; ++block) {
+#pragma unroll
+        for (int x = 0; x < 8; ++x) pairs[2 * block + x / 4][x % 4] = 0.0f;
+        if (UPTO ? block <= group : block >= group) {
+#pragma unroll
+            for (int i = 0; i < D / 16; ++i) {
+                unsigned a[4], b[4];
+                load_tiles(a, at<L>(X, 16 * group + lane % 16, 2 * i + lane / 16));
+                load_tiles(b, at<L>(Y, 16 * block + lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2));
+                multiply_tiles(pairs[2 * block], a, b[0], b[1]);
+                multiply_tiles(pairs[2 * block + 1], a, b[2], b[3]);
+            }
+        }
+    }
+}
+
 // q, k, v, w, gain, of_query (the f) as above; dy (G, heads, T, e), of_n (G, heads, T): what each query adds to its row of P, null without a
 // normaliser; S, R (G heads, chunks, d, e), of n too, ns and rs (G heads, chunks, d); skip (G, heads). dq and dk (G, heads or 1, T, d), dv (G,
 // heads, T, e); dw and dgain (G heads, T): that of a gain without its factor e^g; dskip (G heads, chunks), dy_t . v_t, null without skip.
@@ -321,24 +341,9 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
     char* const P_s = stages + items % 2 * STAGE;  // once all items have been read
     char* const room = stages + (items + 1) % 2 * STAGE + warp * (2 * OUT);  // rows on their way out
     float sum[D / 8][4] = {};  // dq or dk
-    float pairs[L / 8][4] = {};  // of this warp's queries with all keys, or its keys with all queries
-#pragma unroll
-    for (int i = 0; i < D / 16; ++i) {
-        unsigned a[4];
-        load_tiles(a, at<L>(warp < 4 ? Q : K, 16 * group + lane % 16, 2 * i + lane / 16));
-#pragma unroll
-        for (int block = 0; block < L / 16; ++block) {
-            if (warp < 4 ? block <= group : block >= group) {
-                unsigned b[4];
-                load_tiles(b, at<L>(warp < 4 ? K : Q, 16 * block + lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2));
-                multiply_tiles(pairs[2 * block], a, b[0], b[1]);
-                multiply_tiles(pairs[2 * block + 1], a, b[2], b[3]);
-            }
-        }
-    }
-
     if (warp < 4) {
-        float P[L / 8][4] = {};
+        float pairs[L / 8][4], P[L / 8][4] = {};
+        multiply_pairs<D, true>(pairs, Q, K, group);
         for (int number = 0, item = 0; number < each; ++number) {
             if (number > 0) turn(item);
             Head& head = shared_heads[number % 2];
@@ -414,11 +419,10 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                 }
                 for (int i = warp * (D / 4) + lane; i < (warp + 1) * (D / 4); i += 32) product += n[i] * r[i];
             }
-            float below[L / 8][4] = {};  // of rows g and g + 8, and r: sums of z over s < r
+            unsigned z[L / 16][4];
 #pragma unroll
             for (int block = 0; block < L / 16; ++block) {
                 if (block <= group) {
-                    unsigned z[4];
 #pragma unroll
                     for (int tile = 0; tile < 2; ++tile) {
                         const int j = 2 * block + tile, s = 8 * j + 2 * t4;
@@ -439,27 +443,26 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                         for (int x = 0; x < 2; ++x) {
                             const float whole = over_rows(dP[j][x] + dP[j][x + 2]);
                             if (g == 0) head.column[group][s + x] = whole;
-                            z[2 * tile + x] = pack(dP[j][2 * x] * factor.x, dP[j][2 * x + 1] * factor.y);
-                        }
-                    }
-                    // times ones where s < r
-#pragma unroll
-                    for (int j = 0; j < L / 8; ++j) {
-                        if (j >= 2 * block && j <= 2 * group + 1) {
-                            const int r = 8 * j + g, s = 16 * block + 2 * t4;
-                            const auto ones = [r](int s) { return (s < r ? 0x3f80u : 0u) | (s + 1 < r ? 0x3f800000u : 0u); };
-                            multiply_tiles(below[j], z, ones(s), ones(s + 8));
+                            z[block][2 * tile + x] = pack(dP[j][2 * x] * factor.x, dP[j][2 * x + 1] * factor.y);
                         }
                     }
                 }
             }
+            // times ones where s < r: of rows g and g + 8, and each r, sums of z over s < r
 #pragma unroll
             for (int j = 0; j < L / 8; ++j) {
                 if (j <= 2 * group + 1) {
+                    float below[4] = {};
+#pragma unroll
+                    for (int block = 0; block <= j / 2; ++block) {
+                        const int r = 8 * j + g, s = 16 * block + 2 * t4;
+                        const auto ones = [r](int s) { return (s < r ? 0x3f80u : 0u) | (s + 1 < r ? 0x3f800000u : 0u); };
+                        multiply_tiles(below, z[block], ones(s), ones(s + 8));
+                    }
 #pragma unroll
                     for (int x = 0; x < 2; ++x) {
                         const int r = 8 * j + 2 * t4 + x;
-                        const float whole = over_rows((row >= r ? below[j][x] : 0.0f) + (row + 8 >= r ? below[j][x + 2] : 0.0f));
+                        const float whole = over_rows((row >= r ? below[x] : 0.0f) + (row + 8 >= r ? below[x + 2] : 0.0f));
                         if (g == 0) head.rectangle[group][r] = whole;
                     }
                 }
@@ -490,6 +493,8 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
             }
         }
     } else {
+        float pairs[L / 8][4];  // of keys and queries
+        multiply_pairs<D, false>(pairs, K, Q, group);
         for (int number = 0, item = 0; number < each; ++number) {
             if (number > 0) turn(item);
             Head& head = shared_heads[number % 2];
