@@ -47,6 +47,7 @@ def chosen(
     e: int,
     dtype,
     adjoint: bool = True,
+    normalised: bool = False,
 ) -> Choice:
     """The method of a call: what is asked for, or with None what the table says.
 
@@ -60,6 +61,8 @@ def chosen(
         Steps, features of a key, of a value.
     adjoint : bool
         Whether the gradient can be that of the kernel on tensor cores.
+    normalised : bool
+        Whether results are divided by q·n, which the kernel for decays of each channel does not do.
 
     Raises
     ------
@@ -74,13 +77,14 @@ def chosen(
         positive_int(operator, "chunk_length", chunk)
         if chunk > LONGEST:
             raise ValueError(f"{operator}: chunk_length must be at most {LONGEST}, got {chunk}")
-    tensor = kind == "head" and dtype.name == "bfloat16" and 0 < d <= WIDEST and e > 0 and (not gradient or adjoint)
+    takes = {"head": not gradient or adjoint, "channel": not (gradient or normalised), "delta": False}[kind]
+    tensor = takes and dtype.name == "bfloat16" and 0 < d <= WIDEST and e > 0
     if method == "tensor" and not tensor:
         return Choice("chunkwise")
     if method is not None:
         return Choice(method, chunk)
     work = math.prod(heads) * T * d * e
-    if tensor and work >= LEAST_TENSOR[gradient]:
+    if tensor and kind == "head" and work >= LEAST_TENSOR[gradient]:
         return Choice("tensor")
     if work < LEAST[gradient] or dtype.name in NEVER:
         return Choice("fused")

@@ -4,7 +4,7 @@ import math
 
 import cupy as cp
 import numpy as np
-from refimpl.gpu import chunk_kernels, chunk_policy, chunk_tensor, chunkwise, mirror
+from refimpl.gpu import channel_tensor, chunk_kernels, chunk_policy, chunk_tensor, chunkwise, mirror
 from refimpl.gpu.arrays import cast
 from refimpl.gpu.matrix_memory import WIDEST, flat, instances, read, read_vjp
 from refimpl.gpu.precision import widened
@@ -22,6 +22,7 @@ KERNELS = (
     *chunk_kernels.KERNELS,
     *chunk_tensor.KERNELS,
     *chunk_tensor.KERNELS_VJP,
+    *channel_tensor.KERNELS,
 )
 
 
@@ -35,9 +36,9 @@ def linear_attention(
     Parameters
     ----------
     method : {"fused", "chunkwise", "tensor"}, optional
-        How it is computed: step by step; in chunks, of cuBLAS's products, which read halves (float32 with the delta rule); or in chunks that never leave the chip,
-        for bfloat16, up to 128 features of a key and decays of a head (others go in chunks of cuBLAS's). By default what is fastest, of what
-        was measured (`chunk_policy`).
+        How it is computed: step by step; in chunks, of cuBLAS's products, which read halves (float32 with the delta rule); or in chunks that
+        never leave the chip, for bfloat16 and up to 128 features of a key, without the delta rule, and with decays of channels without the
+        normaliser (others go in chunks of cuBLAS's). By default what is fastest, of what was measured (`chunk_policy`).
     chunk_length : int, optional
         Steps of a chunk.
 
@@ -115,7 +116,7 @@ def _chosen(method, chunk, q, v, decay, beta, feature_map, normalize, scale, gra
     kind = "delta" if beta is not None else "channel" if decay is not None and decay.ndim == q.ndim else "head"
     sizes = {"heads": q.shape[:-2], "T": q.shape[-2], "d": width(feature_map, q), "e": v.shape[-1]}
     adjoint = not normalize and (scale is None or abs(scale) > 1e-6)  # by which the last state's cotangent is divided
-    return chunk_policy.chosen("linear_attention", method, chunk, kind=kind, gradient=gradient, **sizes, dtype=q.dtype, adjoint=adjoint)
+    return chunk_policy.chosen("linear_attention", method, chunk, kind=kind, gradient=gradient, **sizes, dtype=q.dtype, adjoint=adjoint, normalised=normalize)
 
 
 class _Tensor:
@@ -126,12 +127,13 @@ class _Tensor:
         if feature_map is not None:
             q, k = cast(q, wide), cast(k, wide)
         self.raw_q, self.raw_k = q, k
-        decay = None if decay is None else cast(decay, wide)
+        self.channels = decay is not None and decay.ndim == q.ndim  # whose kernel reads decays as they are stored
+        decay = decay if decay is None or self.channels else cast(decay, wide)
         plain = 1 / q.shape[-1] ** 0.5 if feature_map is None else 1
         q, k, v, g, _, S, z, _ = prepare(q, k, v, decay, None, feature_map, normalize, 1, state)
         self.batch, self.heads, self.group = k.shape[:-3], *q.shape[-4:-2]
         q, k, v = (self.shared(cast(x, stored)) for x in (q, k, v))
-        w = None if decay is None else self.shared(g)[..., 0]
+        w = None if decay is None else self.shared(g) if self.channels else self.shared(g)[..., 0]
         self.arguments = (q, k, v, w, None, None if state is None else self.shared(S))
         self.norm = z.reshape(len(q), 1, -1) if normalize and state is not None else None
         self.scale = 1 if normalize else plain if scale is None else scale
@@ -149,7 +151,11 @@ class _Tensor:
 
 def _in_one_kernel(q, k, v, decay, feature_map, normalize, scale, state, return_state):
     call = _Tensor(q, k, v, decay, feature_map, normalize, scale, state)
-    result = chunk_tensor.read(*call.arguments, call.norm, normalised=normalize, scale=call.scale)
+    if call.channels:
+        q, k, v, w, _, S = call.arguments
+        result = channel_tensor.read(q, k, v, w, S, scale=call.scale)
+    else:
+        result = chunk_tensor.read(*call.arguments, call.norm, normalised=normalize, scale=call.scale)
     o = call.queries(result.y)
     if not return_state:
         return o

@@ -1,0 +1,71 @@
+"""A matrix memory with a decay of each channel in one kernel on tensor cores (``cuda/kernel_memory_channels.cu``): bfloat16, keys of up to
+128 features.
+
+    S_t = diag(e^{w_t}) S_{t-1} + k_t v_tᵀ,    y_t = scale S_tᵀ q_t
+
+In blocks of 16 steps: products of bfloat16 (weights, the state that enters a block, and keys and queries faded within it are rounded),
+sums in float32. Only y and the last state are written.
+"""
+
+from typing import Any, NamedTuple
+
+import cupy as cp
+import numpy as np
+from refimpl.gpu.chunk_policy import WIDEST
+from refimpl.gpu.chunk_tensor import _eights, _or_null, _ready, _width
+from refimpl.gpu.launch import Kernel
+
+STEPS, VALUES, KEPT = 16, 128, 64  # of a block of steps; of a block of threads; steps between two states that are kept
+THREADS, STAGES, GROUPS = 512, 4, 2
+_TILES = 11  # of 8 rows: faded queries and keys of a block
+
+
+def _memory(width: int, gradient: bool) -> Kernel:
+    return Kernel("kernel_memory_channels.cu", f"memory_channels<{width}, {str(gradient).lower()}>")
+
+
+KERNELS = tuple(_memory(width, False) for width in (64, WIDEST))
+KERNELS_VJP = tuple(_memory(width, True) for width in (64, WIDEST))
+
+
+class Result(NamedTuple):
+    """y (G, H, T, e) in bfloat16; the last state (G, 1 or H, d, e) in float32."""
+
+    y: Any
+    last: Any
+
+
+def read(q, k, v, w, state=None, *, scale=1.0) -> Result:
+    """The memory through a whole sequence.
+
+    Parameters
+    ----------
+    q, k : array, shape (G, 1 or H, T, d)
+        bfloat16, as w and v.
+    v : array, shape (G, 1 or H, T, e)
+    w : array, shape (G, 1 or H, T, d)
+        Log-decays.
+    state : array, shape (G, 1 or H, d, e), optional
+        Before the first step, in float32; of the heads of v.
+    """
+    d, e = q.shape[3], v.shape[3]
+    q, k, v, w = (_ready(_eights(x, 1)) for x in (q, k, v, w))
+    state = None if state is None else cp.ascontiguousarray(_eights(state, 2))
+    y, last = _start(False, q, k, v, w, state, scale=scale)
+    return Result(y[..., :e], last[..., :d, :e])
+
+
+def _start(gradient, q, k, v, w, state=None, *, scale=1.0, states=None, back=False):
+    """One launch of ``memory_channels`` on arrays as it takes them."""
+    G, T, d, e = len(q), *q.shape[2:], v.shape[3]
+    H = max(x.shape[1] for x in (q, k, v))
+    width = _width(d)
+    y = cp.empty((G, H, T, e), v.dtype)
+    last = cp.empty((G, H if gradient else v.shape[1], d, e), np.float32)
+    pointers = (_or_null(x) for x in (q, k, v, w, state, y, last, states))
+    sizes = (np.int32(x) for x in (d, e, H, q.shape[1], k.shape[1], v.shape[1], w.shape[1]))
+    stage = 2 * STEPS * (2 * width + VALUES + STEPS) + 4 * width
+    shared = STAGES * stage + GROUPS * _TILES * 8 * width * 2
+    arguments = (*pointers, np.int64(T), *sizes, np.float32(scale), np.int32(back))
+    _memory(width, gradient)((G * H, -(-e // VALUES)), (THREADS,), arguments, shared)
+    return y, last
