@@ -210,6 +210,12 @@ _BITLINEAR = (
     ),
     Mutant(
         "bitlinear",
+        "halves_up",
+        "half way between two integers goes up, as Math.round does and floor(x + 1/2): it goes to the even one",
+        edited(bl.bitlinear, (_X_Q, _X_Q.replace("np.rint(", "np.floor(1 / 2 + "))),
+    ),
+    Mutant(
+        "bitlinear",
         "floor",
         "activations are rounded down: to the nearest integer",
         edited(bl.bitlinear, (_X_Q, _X_Q.replace("np.rint", "np.floor"))),

@@ -162,7 +162,8 @@ def error_bound(x, w, bias=None, *, unit, store=0.0, weights="ternary", activati
     Of right integers: c + 8 roundings of a sum of products of their values, and those of the mean that is γ, of n = c e
     numbers: 4 √n + 8, the size that the roundings of any summation reach with certainty enough [4 √n deviations of
     random ones]. Where an x lies within 8 u of half way between two integers, relative to what is rounded, or a weight
-    within what γ or the mean may be off, either integer is right, and a unit of it is added. Half-precision code that is
+    within what γ or the mean may be off, either integer is right, and a unit of it is added: not for integers of two
+    bits where x is half of a power of two, since nothing is rounded on the way to that half. Half-precision code that is
     written out rounds twice on the way to an integer, and the product, γ, the step and their products.
     """
     x_q, step = _activations(x, activation_bits)
@@ -171,7 +172,9 @@ def error_bound(x, w, bias=None, *, unit, store=0.0, weights="ternary", activati
     of_mean = (4 * np.sqrt(w.size) + 8) * unit
     level = abs(x) / _nonzero(step)
     near = abs(level - np.floor(level) - 0.5) <= (8 * unit + 3 * store) * level
-    x_off = np.where(near & (step != 0), step, 0 * x)
+    largest = np.max(abs(x), axis=-1, keepdims=True, initial=0)
+    exact = (activation_bits == 2) & (2 * abs(x) == largest) & (np.frexp(largest)[0] == 0.5)
+    x_off = np.where(near & ~exact & (step != 0), step, 0 * x)
     if weights == "ternary":
         w_off = np.where(abs(abs(w) / _nonzero(scale) - 0.5) <= of_mean + 2 * store, scale, 0 * w)
     else:
@@ -232,7 +235,7 @@ def _with(options=None, **changes):
 
 def _exactly_half(rng, x):
     """The largest of a row is a power of two, and other elements are half of it: 63.5 units, 3.5, or 0.5."""
-    x = np.where(rng.random(x.shape) < 0.3, np.ones_like(x), np.where(rng.random(x.shape) < 0.5, 0 * x, -2 * np.ones_like(x)))
+    x = rng.choice([-2.0, -1.0, 0.0, 1.0], x.shape)
     return np.concatenate([np.full_like(x[..., :1], 2.0), x[..., 1:]], axis=-1)
 
 
