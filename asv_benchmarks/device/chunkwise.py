@@ -1,7 +1,7 @@
 """A matrix memory in chunks against the fused recurrence, on a device: python chunkwise.py FOLDER [PART ...]
 
 In one run, in this order, each part by itself so that one that fails costs no other: `compile` (kernels, all cores at once), `tensor`
-(the kernel on tensor cores, and under the kit at level standard), `agree` (all methods at sizes of the kit's and at large ones, against
+(the kernel on tensor cores, and under the kit at level standard), `gradients` (the same of its gradients), `agree` (all methods at sizes of the kit's and at large ones, against
 the definition in float64 and each other, and the stream test), `time` (all methods, forward and gradient, chunks of 64 and 128), `kit`
 (level quick under the kit, each operator and precision). `FOLDER/chunkwise.json` has the rows, `FOLDER/kit-*.txt` the reports.
 """
@@ -186,20 +186,93 @@ def tensor(results: Results, folder: Path) -> None:
         results.add(
             op, f"{work}, bfloat16", "", floor, times, target_ms=target, peer=peer, off_chunkwise=off, same_again=bool((one == again).all())
         )
-        if op != "mlstm":
-            vjp, y = getattr(refimpl.gpu, f"{op}_vjp"), again
-            times = {
-                name: median_ms(lambda vjp=vjp, y=y, call=call, how=how: vjp(y, **call, **how), [()], 5, 1)
-                for name, how in METHODS.items()
-                if name != "fused"
-            }
-            results.add(op, f"{work}, bfloat16, gradient", "", 2.2 * floor, times, peer=peer)
+        vjp, y = getattr(refimpl.gpu, f"{op}_vjp"), again
+        times = {
+            name: median_ms(lambda vjp=vjp, y=y, call=call, how=how: vjp(y, **call, **how), [()], 5, 1)
+            for name, how in METHODS.items()
+            if name != "fused"
+        }
+        results.add(op, f"{work}, bfloat16, gradient", "", 2.2 * floor, times, peer=peer)
         del arguments, more, one, again
         cp.get_default_memory_pool().free_all_blocks()
     for process in started:
         process.start()
     for process in started:
         process.join(100)
+        if process.is_alive():
+            process.kill()
+            print("kit: not done in time", flush=True)
+
+
+def parts(x):
+    return x if isinstance(x, tuple) else (x,)
+
+
+def kernels_of(function) -> dict[str, float]:
+    """Milliseconds of each of the mirror's own kernels in one call, by events around its launches."""
+    from refimpl.gpu import launch
+
+    call, seen = launch.Kernel.__call__, []
+
+    def timed(kernel, *arguments, **more):
+        events = [cp.cuda.Event(), cp.cuda.Event()]
+        events[0].record()
+        call(kernel, *arguments, **more)
+        events[1].record()
+        seen.append((kernel.name, events))
+
+    launch.Kernel.__call__ = timed
+    try:
+        hold_back()
+        function()
+        cp.cuda.get_current_stream().synchronize()
+    finally:
+        launch.Kernel.__call__ = call
+    found: dict[str, float] = {}
+    for name, (start, stop) in seen:
+        found[name] = found.get(name, 0.0) + cp.cuda.get_elapsed_time(start, stop)
+    return found
+
+
+def gradients(results: Results, folder: Path) -> None:
+    """Gradients on tensor cores: against the definition's in float64 at many lengths, the same bits twice, timed, whole and kernel by kernel."""
+    small = {"ssd": {"B": 2, "H": 4}, "mlstm": {"B": 2, "H": 2}, "linear_attention": {"B": 2, "H": 2}}
+    for op, work, make, floor, _, peer in ROWS[:3]:
+        f, vjp = getattr(refimpl.gpu, op), getattr(refimpl.gpu, f"{op}_vjp")
+        for T in (1, 64, 65, 777):
+            try:
+                call = make(BF16, **small[op], T=T)
+                exact = {name: wide(x).astype(cp.float64) for name, x in call.items()}
+                dy = normal(*f(**call, method="tensor").shape, dtype=BF16)
+                want = vjp(wide(dy).astype(cp.float64), **exact, method="fused")
+                found = {}
+                for method in ("tensor", "chunkwise"):
+                    got = vjp(dy, **call, method=method)
+                    found[method] = {n: max(difference(a, b) for a, b in zip(parts(got[n]), parts(want[n]), strict=True)) for n in call}
+                print(f"agree {op} T={T}: {found}", flush=True)
+            except Exception:
+                print(f"agree {op} T={T}: {traceback.format_exc()}"[-1500:], flush=True)
+        try:
+            call = make(BF16)
+            dy = normal(*f(**call, method="tensor").shape, dtype=BF16)
+            runs = [vjp(dy, **call, method="tensor") for _ in range(2)]
+            same = all(bool((a == b).all()) for n in call for a, b in zip(*(parts(run[n]) for run in runs), strict=True))
+            other = vjp(dy, **call, method="chunkwise")
+            off = {n: difference(runs[0][n], other[n]) for n in call}
+            del runs, other
+            cp.get_default_memory_pool().free_all_blocks()
+            times = {"tensor": median_ms(lambda vjp=vjp, dy=dy, call=call: vjp(dy, **call, method="tensor"), [()], 9, 3)}
+            each = kernels_of(lambda vjp=vjp, dy=dy, call=call: vjp(dy, **call, method="tensor"))
+            more = {"peer": peer, "kernels_ms": each, "off_chunkwise": off, "same_again": same}
+            results.add(op, f"{work}, bfloat16, gradient", "", 2.2 * floor, times, **more)
+        except Exception:
+            print(f"time {op} {work}: {traceback.format_exc()}"[-1500:], flush=True)
+        cp.get_default_memory_pool().free_all_blocks()
+    started = [multiprocessing.get_context("spawn").Process(target=conforms, args=(op, str(folder))) for op in small]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(150)
         if process.is_alive():
             process.kill()
             print("kit: not done in time", flush=True)
@@ -223,9 +296,10 @@ def main(folder: str, parts: list[str]) -> None:
     results = Results()
     jobs = {
         "compile": lambda: subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("precompile.py")), "chunk_", "memory_tensor", "matrix_memory<", "mlstm_gates"]
+            [sys.executable, str(Path(__file__).with_name("precompile.py")), "chunk_", "memory_", "matrix_memory<", "mlstm_", "sum_heads"]
         ),
         "tensor": lambda: tensor(results, Path(folder)),
+        "gradients": lambda: gradients(results, Path(folder)),
         "agree": lambda: agree(results),
         "time": lambda: timed(results),
         "kit": lambda: kit(Path(folder)),
