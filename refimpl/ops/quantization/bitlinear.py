@@ -162,8 +162,8 @@ def error_bound(x, w, bias=None, *, unit, store=0.0, weights="ternary", activati
     Of right integers: c + 8 roundings of a sum of products of their values, and those of the mean that is γ, of n = c e
     numbers: 4 √n + 8, the size that the roundings of any summation reach with certainty enough [4 √n deviations of
     random ones]. Where an x lies within 8 u of half way between two integers, relative to what is rounded, or a weight
-    within what γ or the mean may be off, either integer is right, and a unit of it is added: not for integers of two
-    bits where x is half of a power of two, since nothing is rounded on the way to that half. Half-precision code that is
+    within what γ or the mean may be off, either integer is right, and a unit of it is added: not where x is half of
+    its largest, a power of two, and the unit is 1 or 1/127 of that: x/γ·Q, x/(γ/Q), x (Q/γ) are all Q/2 in any precision. Half-precision code that is
     written out rounds twice on the way to an integer, and the product, γ, the step and their products.
     """
     x_q, step = _activations(x, activation_bits)
@@ -173,7 +173,7 @@ def error_bound(x, w, bias=None, *, unit, store=0.0, weights="ternary", activati
     level = abs(x) / _nonzero(step)
     near = abs(level - np.floor(level) - 0.5) <= (8 * unit + 3 * store) * level
     largest = np.max(abs(x), axis=-1, keepdims=True, initial=0)
-    exact = (activation_bits == 2) & (2 * abs(x) == largest) & (np.frexp(largest)[0] == 0.5)
+    exact = (activation_bits in (2, 8)) & (2 * abs(x) == largest) & (np.frexp(largest)[0] == 0.5)
     x_off = np.where(near & ~exact & (step != 0), step, 0 * x)
     if weights == "ternary":
         w_off = np.where(abs(abs(w) / _nonzero(scale) - 0.5) <= of_mean + 2 * store, scale, 0 * w)

@@ -202,7 +202,10 @@ def _exact_ties(rng, w):
 
 
 def _exactly_half(rng, x):
-    """Rows of which the largest is a power of two, and some elements half of it."""
+    """Rows of which the largest is a power of two, and some elements half of it.
+
+    In units of 1 or 1/127 of the largest, x/γ·Q, x/(γ/Q) and x (Q/γ) are all Q/2, exactly; of 1/7 one of them is 3.4999998.
+    """
     x = np.where(rng.random(x.shape) < 0.5, rng.choice([-1.0, 1.0, 2.0, -2.0], x.shape), 0 * x)
     return np.concatenate([np.full_like(x[..., :1], 2.0), x[..., 1:]], axis=-1)
 
@@ -215,9 +218,9 @@ def _activations(rng, *, c=9, batch=(7,)):
     return {"x": decided_activations(rng, (*batch, c))}
 
 
-def _with(sample, change):
+def _with(sample, change, **options):
     def draw(rng, **sizes):
-        return {n: change(rng, v) for n, v in sample(rng, **sizes).items()}
+        return {n: change(rng, v) for n, v in sample(rng, **sizes).items()} | options
 
     return draw
 
@@ -325,7 +328,8 @@ OPS = (
             "all zero": _with(_activations, lambda rng, x: 0 * x),
             "some rows of zeros": _with(_activations, lambda rng, x: x * (rng.random((*x.shape[:-1], 1)) < 0.5)),
             "rows of many sizes": _with(_activations, lambda rng, x: x * 2.0 ** rng.integers(-30, 30, (*x.shape[:-1], 1))),
-            "exactly half": _with(_activations, _exactly_half),
+            "exactly half": _with(_activations, _exactly_half, bits=8),
+            "half a unit": _with(_activations, _exactly_half, bits=2),
             "one outlier": _with(_activations, lambda rng, x: np.where(np.arange(x.shape[-1]) == 0, 512.0, x / 64)),
         },
         error_bound=absmax_bound,
