@@ -174,8 +174,9 @@ class Launches:
             function(*arguments)
         finally:
             Kernel.__call__ = original
-        counters = [a for launch in self.kept for a in launch[3] if isinstance(a, cp.ndarray) and a.dtype == np.int32 and a.size == 1]
-        self.clear = [functools.partial(cp.cuda.runtime.memsetAsync, a.data.ptr, 0, 4, cp.cuda.get_current_stream().ptr) for a in counters]
+        counters = {a.data.ptr: a for launch in self.kept for a in launch[3] if isinstance(a, cp.ndarray) and a.dtype == np.int32}
+        stream = cp.cuda.get_current_stream().ptr
+        self.clear = [functools.partial(cp.cuda.runtime.memsetAsync, a.data.ptr, 0, a.nbytes, stream) for a in counters.values()]
 
     def __call__(self):
         for clear in self.clear:

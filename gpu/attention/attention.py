@@ -26,6 +26,7 @@ from refimpl.ops.attention.attention import CONTRACT
 
 TILED, FLOAT, DECODE = "kernel_attention.cu", "kernel_attention_float.cu", "kernel_attention_decode.cu"
 HOPPER, HOPPER_GRADIENT = "kernel_attention_hopper.cu", "kernel_attention_hopper_gradient.cu"
+ORDERED = "kernel_attention_hopper_ordered.cu"
 TYPES = {"float32": "float", "float64": "double", "float16": "float16", "bfloat16": "bfloat16"}
 HALVES = ("float16", "bfloat16")
 CALL = np.dtype(
@@ -272,7 +273,15 @@ def _hopper_gradient(name: str, of: str, *more) -> Kernel:
     return Kernel(HOPPER_GRADIENT, f"attention_{of}<{', '.join((TYPES[name], *map(str, more)))}>", hopper=of != "across", spills=spills)
 
 
-def hopper_backward(p: Problem, do, o, lse, dlse):
+def _ordered(name: str) -> Kernel:
+    return Kernel(ORDERED, f"attention_gradient_ordered<{TYPES[name]}>", hopper=True, spills=True)
+
+
+def _sum(name: str) -> Kernel:
+    return Kernel(ORDERED, f"attention_gradient_sum<{TYPES[name]}>", hopper=True)
+
+
+def hopper_backward(p: Problem, do, o, lse, dlse, ordered: bool = True, together: int = 16):
     """dq, dk, dv in the arrays' precision, and across = dlse - do.o (B, Hq, n)."""
     call, name = p.call.copy(), p.q.dtype.name
     B, Hq, Hkv, n, m, d, e = (int(call[x][0]) for x in ("B", "Hq", "Hkv", "n", "m", "d", "e"))
@@ -284,8 +293,18 @@ def hopper_backward(p: Problem, do, o, lse, dlse):
     lse2, across = cp.empty((2, B, Hq, padded), np.float32)
     _hopper_gradient(name, "across")((-(-B * Hq * padded // 32),), (128,), (
         call.view(RAW), o, do, lse, NOTHING if dlse is None else dlse, across, lse2, np.int32(padded)))  # fmt: skip
-    found = []
     shared = 1024 + 2 * 128 * D * 2 + 3 * (2 * 64 * D * 2 + 2 * 64 * 4) + 64
+    if ordered and D == 128 and capped == "false":
+        maps = [tensor_map.panels(x, box) for x, box in zip((q, k, v, do), (64, 128, 128, 64), strict=True)]
+        call["heads"] = min(B * Hkv, together)
+        dq, dk, dv = (cp.empty(x.shape, x.dtype) for x in (q, k, v))
+        tiles = B * Hq * -(-n // 64)
+        parts, order = cp.empty(tiles * 64 * D, np.float32), cp.zeros(1 + 2 * tiles, np.int32)
+        _ordered(name)((B * Hkv * -(-m // 128),), (384,), (
+            call.view(RAW), *maps, lse2, across, np.int32(padded), parts, order, dk, dv), shared + 2 * 128 * 64 * 2 + 64)  # fmt: skip
+        _sum(name)((tiles,), (256,), (call.view(RAW), parts, order, dq))
+        return dq, dk, dv, across[..., :n]
+    found = []
     for of, heads, rows, boxes, passing in (
         ("queries", Hq, n, (128, 64, 64, 128), (p.k.nbytes + p.v.nbytes) // (B * Hkv)),
         ("keys", Hkv, m, (64, 128, 128, 64), (q.nbytes + do.nbytes) // (B * Hkv)),
@@ -337,6 +356,7 @@ KERNELS = (
         for D in (64, 128)
         for capped in ("false", "true")
     ),
+    *(of(name) for of in (_ordered, _sum) for name in HALVES),
     *(_portions(name, D, halves) for name in HALVES for D in (64, 128) for halves in (1, 2)),
     *(_merge(name) for name in HALVES),
 )

@@ -144,10 +144,11 @@ template <int D> __device__ inline void read_operand(unsigned (&a)[D / 16][4], u
 }
 
 // ---- results ---------------------------------------------------------------------------------------------------------
-// 64 x D of a warpgroup to memory, rounded: this thread's rows are `row` and `row` + 8 of `rows`, scaled by its factors.
+// 64 x D of a warpgroup to memory, rounded, from column `first` on: this thread's rows are `row` and `row` + 8 of `rows`, scaled by
+// its factors.
 // Neighbouring lanes swap halves of two groups of 8 columns, so that each writes 4 neighbouring numbers.
 template <class T, int N>
-__device__ inline void write_rows(const float (&d)[N], const float (&factor)[2], T* out, int row, int rows, int columns) {
+__device__ inline void write_rows(const float (&d)[N], const float (&factor)[2], T* out, int row, int rows, int columns, int first = 0) {
     const int lane = threadIdx.x % 32, odd = lane % 2;
 #pragma unroll
     for (int r = 0; r < 2; r++)
@@ -156,7 +157,7 @@ __device__ inline void write_rows(const float (&d)[N], const float (&factor)[2],
             const unsigned even_group = pack<T>(d[4 * x + 2 * r] * factor[r], d[4 * x + 2 * r + 1] * factor[r]);
             const unsigned odd_group = pack<T>(d[4 * x + 4 + 2 * r] * factor[r], d[4 * x + 5 + 2 * r] * factor[r]);
             const unsigned other = __shfl_xor_sync(0xffffffff, odd ? even_group : odd_group, 1);
-            const int column = 8 * (x + odd) + 2 * (lane % 4 - odd);
+            const int column = first + 8 * (x + odd) + 2 * (lane % 4 - odd);
             if (row + 8 * r < rows && column < columns)
                 *(uint2*)(out + (long long)(row + 8 * r) * columns + column) =
                     odd ? make_uint2(other, odd_group) : make_uint2(even_group, other);

@@ -15,7 +15,7 @@
 #include "block_attention.cuh"
 
 constexpr int ROWS = 128, KEYS = 128;  // of a block's tile of scores
-constexpr int SLICE = 32;              // features of K, or keys of V, in one buffer
+constexpr int SLICE = 64;              // features of K, or keys of V, in one buffer
 constexpr int STRIDE = 132;            // from feature to feature, of Q and K: 4 more than 128, so that turned copies meet in no bank
 constexpr int QUAD = 72;               // from 4 keys to 4 keys of P: 4 x 16 rows and 8 more, for the same reason
 constexpr int BUFFER = SLICE * STRIDE, HALF = KEYS / 2;
@@ -43,49 +43,46 @@ __device__ inline void barrier_wait(Barrier* b, int phase) {
                  : "memory");
 }
 
-// ---- copies ------------------------------------------------------------------------------------------------------------
-__device__ inline void copy4(void* to, const void* from, bool there) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 4 : 0) : "memory");
+// ---- copies: addresses go from copy to copy, since working them out anew would cost as many instructions as the copies ----------
+__device__ inline void copy4(unsigned to, const void* from, bool there) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(there ? 4 : 0) : "memory");
+}
+__device__ inline void copy16(unsigned to, const void* from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
 
-// SLICE features from `feature` of 128 rows from `row`, turned. A warp's copy takes 8 features (32 bytes) of 4 rows.
-__device__ inline void stage_turned(float* to, const float* from, long long stride, int row, int rows, int feature, int features) {
-    const int warp = threadIdx.x / 32, f = warp % 4 * 8 + threadIdx.x % 8, r = warp / 4 * 64 + threadIdx.x % 32 / 8;
-    const float* const base = from;
-    from += (row + r) * stride + feature + f, to += f * STRIDE + r;
-    if (row + 128 <= rows && feature + SLICE <= features) {
+// SLICE features of 128 rows, turned. A warp's copy takes 8 features (32 bytes) of 4 rows: this thread's feature, and its first row.
+__device__ inline int turned_feature() { return threadIdx.x / 32 % 4 * 8 + threadIdx.x % 8; }
+__device__ inline int turned_row() { return threadIdx.x / 128 * 64 + threadIdx.x % 32 / 8; }
+// `from`: where this thread's first number is; `rows`, `features`: how many there are from there on.
+__device__ inline void stage_turned(unsigned to, const float* from, long long stride, int rows, int features, bool whole) {
+    if (whole) {
 #pragma unroll
-        for (int x = 0; x < 16; x++, from += 4 * stride) copy4(to + 4 * x, from, true);
+        for (int x = 0; x < 16; x++, from += 4 * stride)
+#pragma unroll
+            for (int f = 0; f < SLICE; f += 32) copy4(to + 16 * x + f * STRIDE * 4, from + f, true);
     } else {
-        const float* const start = from;
-        for (int x = 0; x < 16; x++) {
-            const bool there = row + r + 4 * x < rows && feature + f < features;
-            copy4(to + 4 * x, there ? start + 4 * x * stride : base, there);
-        }
+#pragma unroll 1
+        for (int x = 0; x < 16; x++, from += 4 * stride)
+            for (int f = 0; f < SLICE; f += 32) copy4(to + 16 * x + f * STRIDE * 4, from + f, 4 * x < rows && f < features);
     }
 }
 
-// SLICE rows from `row` of 16 E columns from `column`, as they lie.
+// SLICE rows of 16 E columns, as they lie; `from` goes on to the next slice.
+template <int E> __device__ inline int straight_column() { return threadIdx.x % (4 * E) * 4; }
+template <int E> __device__ inline int straight_row() { return threadIdx.x / (4 * E); }
 template <int E>
-__device__ inline void stage_straight(float* to, const float* from, long long stride, int row, int rows, int column, int columns,
-                                      bool vectors) {
-    constexpr int PIECES = 4 * E, STEP = 256 / PIECES;  // pieces of 16 bytes a row; rows that 256 threads copy
-    const int piece = threadIdx.x % PIECES * 4, r = threadIdx.x / PIECES;
-    const float* const base = from;
-    if (vectors) {
-        from += (row + r) * stride + column + piece;
-        const bool whole = row + SLICE <= rows && column + 16 * E <= columns;
+__device__ inline void stage_straight(unsigned to, const float*& from, long long stride, int rows, int columns, bool whole, bool vectors) {
+    constexpr int STEP = 64 / E;  // rows that 256 threads copy
+    if (whole) {
 #pragma unroll
-        for (int x = 0; x < SLICE / STEP; x++, from += STEP * stride) {
-            const bool there = whole || (row + r + STEP * x < rows && column + piece < columns);
-            copy16(to + (r + STEP * x) * 16 * E + piece, there ? from : base, there);
-        }
+        for (int x = 0; x < SLICE / STEP; x++, from += STEP * stride) copy16(to + x * 4096, from, true);
     } else {
-        for (int x = threadIdx.x; x < SLICE * 16 * E; x += 256) {
-            const int at = x / (16 * E), c = x % (16 * E);
-            const bool there = row + at < rows && column + c < columns;
-            copy4(to + x, there ? from + (row + at) * stride + column + c : base, there);
-        }
+#pragma unroll 1
+        for (int x = 0; x < SLICE / STEP; x++, from += STEP * stride)
+            if (vectors) copy16(to + x * 4096, from, STEP * x < rows && columns > 0);
+            else
+                for (int u = 0; u < 4; u++) copy4(to + x * 4096 + 4 * u, from + u, STEP * x < rows && u < columns);
     }
 }
 
@@ -98,11 +95,16 @@ template <int N, int APART> __device__ inline void take(float (&x)[N], const flo
         x[4 * g] = y.x, x[4 * g + 1] = y.y, x[4 * g + 2] = y.z, x[4 * g + 3] = y.w;
     }
 }
+// To and fro: from one multiply-add to the next one number stays, so that each reads at most two registers that are not at hand
+// (a third would come out of the same bank as one of them, and cost a clock).
 template <int N> __device__ inline void multiply(float (&d)[8][N], const float (&a)[8], const float (&b)[N]) {
 #pragma unroll
     for (int i = 0; i < 8; i++)
 #pragma unroll
-        for (int j = 0; j < N; j++) d[i][j] = fmaf(a[i], b[j], d[i][j]);
+        for (int x = 0; x < N; x++) {
+            const int j = i % 2 ? N - 1 - x : x;
+            d[i][j] = fmaf(a[i], b[j], d[i][j]);
+        }
 }
 
 // D += A B over SLICE steps. A: 8 numbers a step, the second four 8 further; `A_QUAD` from 4 steps to the next 4. The last step takes
@@ -162,30 +164,48 @@ attention_float(const Call c, const float* q, const float* k, const float* v, co
         for (int s = 0; s < RING; s++) barrier_init(full + s, 256), barrier_init(free + s, 8);
     __syncthreads();
 
-    // What slice is to be copied next: of this tile of keys, this one. Slices are counted as they are copied and as they are used.
-    const int k_slices = (c.d + SLICE - 1) / SLICE, slices = k_slices + KEYS / SLICE;
-    int copy_key = from * KEYS, copy_slice = 0, copied = 0, used = 0;
+    // Slices are copied AHEAD of their use; each side goes round the ring on its own.
+    const int k_slices = (c.d + SLICE - 1) / SLICE;
+    struct Place { int stage = 0, phase = 0; } copy, use;
+    auto advance = [](Place& p) {
+        if (++p.stage == RING) p.stage = 0, p.phase ^= 1;
+    };
+    const unsigned k_to = shared_address(buffers + turned_feature() * STRIDE + turned_row());
+    const unsigned v_to = shared_address(buffers + straight_row<E>() * COLUMNS + straight_column<E>());
+    const float* k_from = k + (from * KEYS + turned_row()) * c.k[2] + turned_feature();
+    const float* v_from = v + (from * KEYS + straight_row<E>()) * c.v[2] + column + straight_column<E>();
+    const long long k_back = KEYS * c.k[2] - k_slices * SLICE;
+    int copy_key = from * KEYS, copy_slice = 0;
+    bool used_before = false;  // the buffer that is to be filled
     auto fetch = [&]() {
         if (copy_key >= until * KEYS) return;
-        float* const to = buffers + copied % RING * BUFFER;
-        if (copied >= RING) barrier_wait(free + copied % RING, (copied / RING & 1) ^ 1);
-        if (copy_slice < k_slices) stage_turned(to, k, c.k[2], copy_key, c.m, copy_slice * SLICE, c.d);
-        else
-            stage_straight<E>(to, v, c.v[2], copy_key + (copy_slice - k_slices) * SLICE, c.m, column, c.e, c.vectors);
-        barrier_arrive_after_copies(full + copied % RING);
-        copied++;
-        if (++copy_slice == slices) copy_slice = 0, copy_key += KEYS;
+        const unsigned to = copy.stage * (BUFFER * 4);
+        if (used_before) barrier_wait(free + copy.stage, copy.phase ^ 1);
+        if (copy_slice < k_slices) {
+            const int feature = copy_slice * SLICE;
+            stage_turned(k_to + to, k_from, c.k[2], c.m - copy_key - turned_row(), c.d - feature - turned_feature(),
+                         copy_key + KEYS <= c.m && feature + SLICE <= c.d);
+            k_from += SLICE;
+        } else {
+            const int key = copy_key + (copy_slice - k_slices) * SLICE;
+            stage_straight<E>(v_to + to, v_from, c.v[2], c.m - key - straight_row<E>(), c.e - column - straight_column<E>(),
+                              c.vectors && key + SLICE <= c.m && column + COLUMNS <= c.e, c.vectors);
+        }
+        barrier_arrive_after_copies(full + copy.stage);
+        advance(copy);
+        used_before |= copy.stage == 0;
+        if (++copy_slice == k_slices + KEYS / SLICE) copy_slice = 0, copy_key += KEYS, k_from += k_back;
     };
     auto next = [&]() -> const float* {
         fetch();
-        barrier_wait(full + used % RING, used / RING & 1);
+        barrier_wait(full + use.stage, use.phase);
         __syncwarp();
-        return buffers + used % RING * BUFFER;
+        return buffers + use.stage * BUFFER;
     };
     auto release = [&]() {
         __syncwarp();
-        if (lane == 0) barrier_arrive(free + used % RING);
-        used++;
+        if (lane == 0) barrier_arrive(free + use.stage);
+        advance(use);
     };
 
     const float unit = (float)(c.scale * LOG2E);  // scores are taken in powers of two
@@ -199,7 +219,10 @@ attention_float(const Call c, const float* q, const float* k, const float* v, co
         for (int x = 0; x < E; x++) acc[i][x] = 0;
     }
     if (from < until) {
-        for (int x = 0; x < k_slices; x++) stage_turned(q_tile + x * BUFFER, q, c.q[2], row, c.n, x * SLICE, c.d);
+        for (int x = 0; x < k_slices; x++)
+            stage_turned(shared_address(q_tile + x * BUFFER + turned_feature() * STRIDE + turned_row()),
+                         q + (row + turned_row()) * c.q[2] + x * SLICE + turned_feature(), c.q[2], c.n - row - turned_row(),
+                         c.d - x * SLICE - turned_feature(), row + ROWS <= c.n && (x + 1) * SLICE <= c.d);
         for (int x = 0; x < AHEAD; x++) fetch();  // the first of them is there only when the queries are, too
     }
     float* const p = p_tiles + warp * (HALF / 4 * QUAD) + 4 * left;

@@ -11,14 +11,7 @@
 // 64 rows each take turns in issuing products, those of the next tile right behind those of this one, and while one makes weights the
 // other multiplies. What passes by comes in tiles of 64; with it come lse log2 e and across of each
 // query, padded to whole tiles with rows of weight 0 (lse = +infinity).
-#include "block_hopper.cuh"
-
-constexpr int PASSING = 64;  // rows of a tile that passes by
-constexpr int ROWS = 128;    // of the result
-constexpr int STAGES = 3;
-
-struct Yes { static constexpr bool value = true; };
-struct No { static constexpr bool value = false; };
+#include "block_hopper_gradient.cuh"
 
 // across = dlse - do.o of each query, and lse in powers of two; for queries beyond n the weight is 0. Half a warp a query, 8 numbers a
 // lane and read; a warp takes 8 queries, so that enough reads are under way.
@@ -46,39 +39,6 @@ attention_across(const Call c, const T* o, const T* dy, const float* lse, const 
         across[at] = there ? (dlse == nullptr ? 0.0f : dlse[row]) - sum : 0.0f;
         lse2[at] = !there ? -NOTHING_SEEN : lse[row] == NOTHING_SEEN ? 0.0f : lse[row] * (float)LOG2E;
     }
-}
-
-// Contiguous bytes, a multiple of 16, by the copy engine.
-__device__ inline void copy_bytes(void* to, const void* from, int bytes, Barrier* b) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(shared_address(b))
-                 : "memory");
-}
-
-// d = A B^T over D features: 64 rows of A (in panels of height `rows`), N rows of B.
-template <class T, int D, int N>
-__device__ inline void multiply_rows(float (&d)[N / 2], unsigned a, int a_panel, unsigned b, int b_panel) {
-    const unsigned long long x = operand(a, 0), y = operand(b, 0);
-#pragma unroll
-    for (int k = 0; k < D / 16; k++)
-        Product<T, N, false>::add(d, x + ((k / 4 * a_panel + k % 4 * 32) >> 4), y + ((k / 4 * b_panel + k % 4 * 32) >> 4), k > 0);
-    products_commit();
-}
-// The same with A in registers.
-template <class T, int D, int N>
-__device__ inline void multiply_rows(float (&d)[N / 2], const unsigned (&a)[D / 16][4], unsigned b, int b_panel) {
-    const unsigned long long y = operand(b, 0);
-#pragma unroll
-    for (int k = 0; k < D / 16; k++) Product<T, N, false>::add(d, a[k], y + ((k / 4 * b_panel + k % 4 * 32) >> 4), k > 0);
-    products_commit();
-}
-// d += W B, W 64 x 64 in registers, B 64 rows x D.
-template <class T, int D>
-__device__ inline void multiply_columns(float (&d)[D / 2], const unsigned (&w)[PASSING / 4], unsigned b, int b_panel) {
-    const unsigned long long y = operand(b, b_panel);
-#pragma unroll
-    for (int k = 0; k < PASSING / 16; k++) Product<T, D, true>::add(d, w + 4 * k, y + (k * 2048 >> 4), 1);
-    products_commit();
 }
 
 template <class T, int D, bool CAP>
