@@ -9,6 +9,20 @@ __device__ __forceinline__ void add_product(float& d0, float& d1, float& d2, flo
         : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
         : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(b)));
 }
+// The product of 16 by 4 numbers and 4 by 8.
+__device__ __forceinline__ void product_of_4(float (&d)[4], float a0, float a1, float b) {
+    asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(b)), "f"(0.f));
+}
+// Sums to which products of 16 by 8 numbers (rows g, g + 8 of column q, then of column q + 4) and 8 by 8 (rows q, q + 4 of column g)
+// are added.
+__device__ __forceinline__ void add_product_of_8(float (&d)[4], const float (&a)[4], float b0, float b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+          "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
 // The product of 16 by 8 numbers, in pairs of bfloat16, and 8 by 8.
 __device__ __forceinline__ void product(float (&d)[4], unsigned a0, unsigned a1, unsigned b) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"

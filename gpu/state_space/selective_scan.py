@@ -1,7 +1,8 @@
 """`selective_scan` on the device: states in registers, step sizes, B and C through shared memory, nothing of size T·n anywhere.
 
-See ``cuda/kernel_selective_scan.cu``, ``kernel_selective_scan_gradient.cu`` and, for bfloat16, ``kernel_selective_scan_tensor_gradient.cu``
-for the algorithms and `docs/gpu/selective_scan.md` for what was measured.
+See ``cuda/kernel_selective_scan.cu``, ``kernel_selective_scan_gradient.cu`` and, for bfloat16, ``kernel_selective_scan_strips.cu``,
+``kernel_selective_scan_ring.cu`` and ``kernel_selective_scan_tensor_gradient.cu`` for the algorithms and `docs/gpu/selective_scan.md` for what
+was measured.
 """
 
 from dataclasses import dataclass, replace
@@ -40,6 +41,9 @@ FAST = {4: Tiles(4, 1, 256, 16, 2), 16: Tiles(2, 8, 128, 8, 3), 64: Tiles(16, 4,
 FAST_GRADIENT = {4: Tiles(4, 1, 256, 16, 2), 16: Tiles(4, 4, 256, 16, 2), 64: Tiles(16, 4, 128, 16, 2), 128: Tiles(32, 4, 64, 32, 1)}
 FEW_GRADIENT = {16: Tiles(16, 1, 256, 16, 2)}
 TENSOR_GRADIENT = {16: Tiles(8, 2, 256, 16, 2, 2, True)}  # for bfloat16, with 110 KiB of shared memory
+# For bfloat16 with 16 states and whole strips of 16 channels: warps of a block and blocks a multiprocessor; teams of a ring.
+WARPS, STRIP_BLOCKS, TEAMS = 4, 2, 6
+STRIP = 16
 # For float64 and complex rates: right, not tuned.
 SLOW = {16: Tiles(16, 1, 128, 16, 1), 64: Tiles(16, 4, 128, 16, 1)}
 SLOW_GRADIENT = {16: Tiles(16, 1, 128, 16, 1), 64: Tiles(32, 2, 32, 32, 1)}
@@ -68,6 +72,14 @@ def _carry_kernel(types) -> Kernel:
     return Kernel(FILE, f"carry_states<{cpp(arithmetic(types[0]))}, {cpp(types[1])}, {cpp(types[2])}>")
 
 
+def _strips(mode: str) -> Kernel:
+    return Kernel("kernel_selective_scan_strips.cu", f"selective_scan_strips<{mode}, {cpp('bfloat16')}, {WARPS}, {STRIP_BLOCKS}>")
+
+
+def _ring() -> Kernel:
+    return Kernel("kernel_selective_scan_ring.cu", f"selective_scan_ring<{cpp('bfloat16')}, {TEAMS}>")
+
+
 def _by_matrices(types, size: int) -> bool:
     """Whether the gradient may sum by matrix instructions."""
     return types[0] == "bfloat16" and size in TENSOR_GRADIENT
@@ -79,7 +91,7 @@ def _checkpoint_tiles(tiles: Tiles, gradient: Tiles) -> Tiles:
 
 
 def _instances() -> tuple[Kernel, ...]:
-    found = []
+    found = [_strips("RESULTS"), _strips("CHECKPOINTS"), _ring()]
     for kinds, plan, plans in ((FAST_TYPES, FAST, (FAST_GRADIENT, FEW_GRADIENT)), (SLOW_TYPES, SLOW, (SLOW_GRADIENT,))):
         for types in kinds:
             found.append(_carry_kernel(types))
@@ -157,6 +169,15 @@ class _Prepared:
     def blocks(self, tiles: Tiles, segments=1) -> int:
         return self.N * segments * self.G * -(-(self.c // self.G) // tiles.channels)
 
+    @property
+    def strips(self) -> int:
+        """How many strips of 16 channels there are, if the kernels for them can take these arrays; else 0."""
+        if self.types != ("bfloat16",) * 2 + ("float32",) or self.n != STRIP or self.c // self.G % STRIP or self.T >= 2**31 - 8 * STRIP:
+            return 0
+        arrays = [(x, 2) for x in (self.u, self.delta, self.z) if x is not None] + [(self.B, 3), (self.C, 3)]
+        good = all(aligned(x, axis, 8) and 0 <= x.strides[1] < 2**32 for x, axis in arrays)
+        return self.N * self.c // STRIP if good else 0
+
     def packed(self, tiles: Tiles, *arrays) -> np.int32:
         """Whether all (time, channel) arrays can be read in packs of the widest access."""
         width = min(4, tiles.steps * tiles.channels // tiles.threads)
@@ -181,6 +202,27 @@ def _run(p: _Prepared, mode, tiles, softplus, *, state=None, last=None, y=None, 
     )  # fmt: skip
     shared = _shared_of_scan(p, tiles, mode == "RESULTS")
     _kernel(mode, p.types, tiles)((p.blocks(tiles, segments),), (tiles.threads,), everything, shared)
+
+
+def _run_strips(p: _Prepared, mode, softplus, *, last=None, y=None, ring=False):
+    """Results, or checkpoints, by strips."""
+    everything = (
+        *_rows(p.u), *_rows(p.delta), *_rows(p.z), p.B, *strides(p.B)[:3], p.C, *strides(p.C)[:3], p.A,
+        *map(_pointer, (p.D, p.bias, p.state, last, y)), np.int32(p.T), np.int32(p.c), np.int32(p.G), np.int32(softplus),
+    )  # fmt: skip
+    raw, entering, sums, ends = 5 * 320 * 2, 2 * 324 * 4, 320 * 4, 2 * 16 * 4  # bytes of their structures
+    if ring:
+        shared = TEAMS * (2 * raw + entering + 2 * sums + 64 * 16) + ends
+        _ring()((p.strips,), (64 * TEAMS,), everything, shared)
+    else:
+        parts = -(-(p.c // p.G) // (STRIP * WARPS))
+        shared = WARPS * (4 * raw + 2 * entering + 2 * sums + ends)
+        _strips(mode)((p.N * p.G * parts,), (32 * WARPS,), everything, shared)
+
+
+def _in_a_ring(p: _Prepared) -> bool:
+    """Whether strips are so few that warps of their own would leave multiprocessors idle, and so many that blocks do not."""
+    return multiprocessors() // 2 <= p.strips <= 2 * multiprocessors()
 
 
 def _shared_of_scan(p: _Prepared, tiles: Tiles, results: bool) -> int:
@@ -237,7 +279,9 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, *, delta_
     p = _Prepared(u, delta, A, B, C, D, z, delta_bias, state)
     y = cp.empty((p.N, p.T, p.c), p.types[0])
     last = cp.empty((p.N, p.c, p.n), p.number) if return_state else None
-    if y.size and p.n:
+    if y.size and (_in_a_ring(p) or p.strips >= 3 * multiprocessors()):
+        _run_strips(p, "RESULTS", delta_softplus, last=last, y=y, ring=_in_a_ring(p))
+    elif y.size and p.n:
         tiles = p.forward
         segments, length = _segments(p, tiles)
         before = p.state
@@ -292,7 +336,10 @@ def selective_scan_vjp(dy, u, delta, A, B, C, D=None, z=None, delta_bias=None, *
         }  # fmt: skip
     tiles = p.backward
     checkpoints = cp.empty((N, -(-T // tiles.steps), c, n), p.number)
-    _run(p, "CHECKPOINTS", _checkpoint_tiles(p.forward, tiles), delta_softplus, state=p.state, last=checkpoints)
+    if tiles.steps == STRIP and p.strips >= 3 * multiprocessors():
+        _run_strips(p, "CHECKPOINTS", delta_softplus, last=checkpoints)
+    else:
+        _run(p, "CHECKPOINTS", _checkpoint_tiles(p.forward, tiles), delta_softplus, state=p.state, last=checkpoints)
 
     parts = -(-(c // G) // tiles.channels)
     dA, dstate_in = cp.empty((N, c, n), p.number), cp.empty((N, c, n), p.number)
