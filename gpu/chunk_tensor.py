@@ -141,9 +141,9 @@ def read_vjp(
     decays = next((x.shape[1] for x in (w, gain) if x is not None), 1)
     arrays = (q, k, v, dy, w, gain, of_query, of_n, states, adjoints, norms, of_norms, skip, dq, dk, dv, dw, dgain, dskip)
     sizes = (np.int32(x) for x in (q.shape[3], v.shape[3], H, q.shape[1], k.shape[1], v.shape[1], decays, together))
-    shared = 2 * (2 * CHUNK * width + 2 * (2 * CHUNK * TILE + 2 * width * TILE) + CHUNK * TILE)
+    shared = 2 * (2 * CHUNK * width + 2 * (2 * CHUNK * TILE + 2 * width * TILE) + 2 * CHUNK * CHUNK + CHUNK * TILE)
     grid = (G * of_keys * states.shape[2],)
-    _gradient(width, normalised)(grid, (THREADS,), (*map(_or_null, arrays), np.int64(T), *sizes, np.float32(scale)), shared)
+    _gradient(width, normalised)(grid, (2 * THREADS,), (*map(_or_null, arrays), np.int64(T), *sizes, np.float32(scale)), shared)
     first_norm = first_norm[..., :d] if normalised else None
     return Gradients(
         dq[..., :d], dk[..., :d], dv[..., :e], dw, dgain, first[..., :d, :e], first_norm, None if skip is None else dskip.sum(axis=-1)

@@ -13,8 +13,9 @@ template <int ROWS> __device__ __forceinline__ char* at(char* tile, int r, int p
 
 // 64 x WIDTH numbers from `column` on of rows of `width`, of which the first `rows` are there; zeros outside.
 // A whole tile is copied without asking for each piece.
-template <int WIDTH> __device__ __forceinline__ void stage(char* tile, const __nv_bfloat16* from, i64 rows, int width, int column) {
-    constexpr int STEP = THREADS / (WIDTH / 8);  // a multiple of 8, so that the pieces of a thread stand in one column of the tile
+template <int WIDTH, int COUNT = THREADS>
+__device__ __forceinline__ void stage(char* tile, const __nv_bfloat16* from, i64 rows, int width, int column) {
+    constexpr int STEP = COUNT / (WIDTH / 8);  // a multiple of 8, so that the pieces of a thread stand in one column of the tile
     const int first = threadIdx.x / (WIDTH / 8), p = threadIdx.x % (WIDTH / 8), at_column = column + 8 * p;
     char* const to = at<L>(tile, first, p);
     if (rows >= L && column + WIDTH <= width) {

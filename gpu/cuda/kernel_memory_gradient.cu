@@ -18,21 +18,22 @@
 constexpr int STAGES = 3;  // of memory_states
 constexpr int OUT = 16 * 128;  // bytes of a warp's 16 rows on their way out
 
-// 16 rows of 64 numbers that a warp has as tiles of results, to `rows` rows of a matrix, in whole runs of 16 bytes.
+// 16 rows of 8 N numbers that a warp has as tiles of results, to `rows` rows of a matrix, in whole runs of 16 bytes.
+template <int N> __device__ __forceinline__ char* in_room(char* room, int r, int p) { return room + r * (16 * N) + ((N == 8 ? p ^ r % 8 : p ^ r / 2 % 4) << 4); }
 template <int N> __device__ __forceinline__ void store_rows(char* room, const float (&tiles)[N][4], __nv_bfloat16* to, i64 rows, int width, int column) {
     const int lane = threadIdx.x % 32, g = lane / 4, t4 = lane % 4;
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < N; ++j) {
 #pragma unroll
-        for (int x = 0; x < 2; ++x) *reinterpret_cast<unsigned*>(at<16>(room, g + 8 * x, j) + 4 * t4) = pack(tiles[j][2 * x], tiles[j][2 * x + 1]);
+        for (int x = 0; x < 2; ++x) *reinterpret_cast<unsigned*>(in_room<N>(room, g + 8 * x, j) + 4 * t4) = pack(tiles[j][2 * x], tiles[j][2 * x + 1]);
     }
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) {
         const int r = (32 * i + lane) / N, p = (32 * i + lane) % N;
         if (r < rows && column + 8 * p < width)
-            *reinterpret_cast<uint4*>(to + i64(r) * width + column + 8 * p) = *reinterpret_cast<const uint4*>(at<16>(room, r, p));
+            *reinterpret_cast<uint4*>(to + i64(r) * width + column + 8 * p) = *reinterpret_cast<const uint4*>(in_room<N>(room, r, p));
     }
 }
 
@@ -172,67 +173,103 @@ memory_states(const __nv_bfloat16* keys, const __nv_bfloat16* values, const floa
     }
 }
 
-// What the warps of a chunk tell each other of one head.
-struct Head {
-    float sums[SUMS], gains[L], of_n[L], rectangle[4][L], column[4][L], from_state[L], to_state[L], to_dgain[L], kept[8], diagonal[4];
+// What the warps of a chunk are told of one head, and what they tell.
+struct Told {
+    float sums[SUMS], gains[L], of_n[L];
 };
+struct Found {
+    float column[4][L], corner[8][16], from_state[2][L], to_state[2][L], kept[16], diagonal[8];
+};
+constexpr int WARPS = 16, CROWD = 32 * WARPS;
 
-// One warp: the sum of 64 numbers from each on, or of those before each; of places 2 lane and 2 lane + 1.
-__device__ __forceinline__ void sums_from(const float* x, float (&y)[2]) {
+// One warp: sums of 64 numbers, two a lane, from each on, or of those before each.
+__device__ __forceinline__ float2 sums_from(float2 x) {
     const int lane = threadIdx.x % 32;
-    const float first = x[2 * lane], second = x[2 * lane + 1];
-    float from = first + second;
+    float from = x.x + x.y;
 #pragma unroll
     for (int away = 1; away < 32; away *= 2) {
         const float more = __shfl_sync(0xffffffffu, from, min(lane + away, 31));
         from += lane + away < 32 ? more : 0.0f;
     }
-    const float later = __shfl_sync(0xffffffffu, from, min(lane + 1, 31));
-    y[1] = second + (lane < 31 ? later : 0.0f), y[0] = first + y[1];
+    const float later = __shfl_sync(0xffffffffu, from, min(lane + 1, 31)), second = x.y + (lane < 31 ? later : 0.0f);
+    return float2{x.x + second, second};
 }
-__device__ __forceinline__ void sums_before(const float* x, float (&y)[2]) {
+__device__ __forceinline__ float2 sums_before(float2 x) {
     const int lane = threadIdx.x % 32;
-    const float first = x[2 * lane], second = x[2 * lane + 1];
-    float upto = first + second;
+    float upto = x.x + x.y;
 #pragma unroll
     for (int away = 1; away < 32; away *= 2) {
         const float more = __shfl_up_sync(0xffffffffu, upto, away);
         upto += lane >= away ? more : 0.0f;
     }
-    const float before = __shfl_up_sync(0xffffffffu, upto, 1);
-    y[0] = lane > 0 ? before : 0.0f, y[1] = y[0] + first;
+    const float last = __shfl_up_sync(0xffffffffu, upto, 1), before = lane > 0 ? last : 0.0f;
+    return float2{before, before + x.x};
 }
 
-// What a share of 16 (or, of 64 rows, 8) rows of S and R is worth together.
+// What a warp's share of the rows of S and R is worth together.
 template <int D> __device__ __forceinline__ float product_of_states(const char* S, const char* R, int warp) {
-    float sum = 0.0f;
+    float sums[2] = {0.0f, 0.0f};
 #pragma unroll
-    for (int i = 0; i < D / 32; ++i) {
-        const int place = ((warp * (D / 32) + i) * 32 + threadIdx.x % 32) * 16;
+    for (int i = 0; i < D / 64; ++i) {
+        const int place = ((warp * (D / 64) + i) * 32 + threadIdx.x % 32) * 16;
         const uint4 s = *reinterpret_cast<const uint4*>(S + place), r = *reinterpret_cast<const uint4*>(R + place);
         const unsigned of_s[4] = {s.x, s.y, s.z, s.w}, of_r[4] = {r.x, r.y, r.z, r.w};
 #pragma unroll
-        for (int x = 0; x < 4; ++x) sum += low(of_s[x]) * low(of_r[x]) + high(of_s[x]) * high(of_r[x]);
+        for (int x = 0; x < 4; ++x) {
+            sums[0] += low(of_s[x]) * low(of_r[x]);
+            sums[1] += high(of_s[x]) * high(of_r[x]);
+        }
     }
-    return sum;
+    return sums[0] + sums[1];
 }
 
-// Rows 16 group ... of X with rows 16 block ... of Y, blocks up to the group or from it on.
-template <int D, bool UPTO> __device__ __forceinline__ void multiply_pairs(float (&pairs)[L / 8][4], char* X, char* Y, int group) {
+// N / 2 times 16 columns of a state (64 of whose numbers a row has), from row `first` on, times 16 rows of 64 numbers, `a`; their products with
+// the same columns of rows `row` of X are added to `dot`, and themselves, faded, to `sum`. Halved fadings are `half` and `faded`.
+template <int D, int N>
+__device__ __forceinline__ void through(float (&sum)[N][4], float (&dot)[2], const unsigned (&a)[E / 16][4], char* state, int first, char* X, int group,
+                                        const float (&faded)[2], const float (&half)[2], bool halved) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int block = 0; block < L / 16; ++block) {
+    for (int j = 0; j < N / 2; ++j) {
+        float x[2][4] = {};
+        unsigned own[4];
 #pragma unroll
-        for (int x = 0; x < 8; ++x) pairs[2 * block + x / 4][x % 4] = 0.0f;
-        if (UPTO ? block <= group : block >= group) {
+        for (int i = 0; i < E / 16; ++i) {
+            unsigned b[4];
+            load_tiles(b, at<D>(state, first + 16 * j + lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2));
+            multiply_tiles(x[0], a[i], b[0], b[1]);
+            multiply_tiles(x[1], a[i], b[2], b[3]);
+        }
+        load_tiles(own, at<L>(X, 16 * group + lane % 16, first / 8 + 2 * j + lane / 16));
+        if (halved) times(x, half);
 #pragma unroll
-            for (int i = 0; i < D / 16; ++i) {
-                unsigned a[4], b[4];
-                load_tiles(a, at<L>(X, 16 * group + lane % 16, 2 * i + lane / 16));
-                load_tiles(b, at<L>(Y, 16 * block + lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2));
-                multiply_tiles(pairs[2 * block], a, b[0], b[1]);
-                multiply_tiles(pairs[2 * block + 1], a, b[2], b[3]);
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                dot[r] = fmaf(x[i][2 * r], low(own[2 * i + r]), dot[r]);
+                dot[r] = fmaf(x[i][2 * r + 1], high(own[2 * i + r]), dot[r]);
             }
+#pragma unroll
+            for (int y = 0; y < 4; ++y) sum[2 * j + i][y] = fmaf(x[i][y], faded[y / 2], sum[2 * j + i][y]);
+        }
+    }
+}
+
+// The same with n of each row, which `worth` multiplies.
+template <int N>
+__device__ __forceinline__ void through_norm(float (&sum)[N][4], float (&dot)[2], const float (&worth)[2], const float* n, int first, int d, char* X, int row,
+                                             const float (&faded)[2]) {
+    const int t4 = threadIdx.x % 4;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+        const int at_n = first + 8 * j + 2 * t4;
+        const float2 pair = at_n < d ? *reinterpret_cast<const float2*>(n + at_n) : float2{0.0f, 0.0f};
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const unsigned own = *reinterpret_cast<const unsigned*>(at<L>(X, row + 8 * r, first / 8 + j) + 4 * t4);
+            const float2 more = {worth[r] * pair.x, worth[r] * pair.y};
+            dot[r] += more.x * low(own) + more.y * high(own);
+            sum[j][2 * r] += more.x * faded[r], sum[j][2 * r + 1] += more.y * faded[r];
         }
     }
 }
@@ -242,418 +279,377 @@ template <int D, bool UPTO> __device__ __forceinline__ void multiply_pairs(float
 // heads, T, e); dw and dgain (G heads, T): that of a gain without its factor e^g; dskip (G heads, chunks), dy_t . v_t, null without skip.
 // Grid: G chunks if `together`, where heads share q and k, else G heads chunks.
 template <int D, bool NORMALISED>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(CROWD, 1)
 memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat16* v, const __nv_bfloat16* dy, const float* w, const float* gain,
                 const float* of_query, const float* of_n, const __nv_bfloat16* states, const __nv_bfloat16* adjoints, const float* ns,
                 const float* rs, const float* skip, __nv_bfloat16* dq, __nv_bfloat16* dk, __nv_bfloat16* dv, float* dw, float* dgain,
                 float* dskip, i64 T, int d, int e, int heads, int q_heads, int k_heads, int v_heads, int w_heads, int together, float scale) {
-    constexpr int ROWS = L * D * 2, VALUES = L * E * 2, STATE = D * E * 2, STAGE = 2 * VALUES + 2 * STATE;
+    constexpr int ROWS = L * D * 2, VALUES = L * E * 2, STATE = D * E * 2, STAGE = 2 * VALUES + 2 * STATE, PAIRS = L * L * 2;
     extern __shared__ double memory[];
-    __shared__ Head shared_heads[2];
-    __shared__ float n_s[2][NORMALISED ? D : 1], r_s[2][NORMALISED ? D : 1];
+    __shared__ Told told[4];
+    __shared__ Found found[2];
     char* const Q = reinterpret_cast<char*>(memory);
     char* const K = Q + ROWS;
     char* const stages = K + ROWS;
+    char* const M_s = stages + 2 * STAGE;  // of two heads
+    char* const dv_s = M_s + 2 * PAIRS;
     const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0), lane = threadIdx.x % 32, g = lane / 4, t4 = lane % 4;
-    const int chunks = int((T + L - 1) / L), c = blockIdx.x % chunks, tiles = (e + E - 1) / E, each = together ? heads : 1;
+    const int chunks = int((T + L - 1) / L), c = blockIdx.x % chunks, tiles = (e + E - 1) / E, each = together ? heads : 1, items = each * tiles;
     const i64 unit = blockIdx.x / chunks, G = together ? unit : unit / heads, t0 = i64(c) * L;
-    const int first_head = together ? 0 : int(unit % heads), items = each * tiles;
+    const int first_head = together ? 0 : int(unit % heads);
     const auto of_head = [&](int number) { return G * heads + first_head + number; };
 
-    const auto fetch = [&](int item) {
-        const int h = first_head + item / tiles, column = item % tiles * E;
-        char* const to = stages + item % 2 * STAGE;
-        const i64 at_state = ((G * heads + h) * chunks + c) * d * e;
-        stage<E>(to, v + ((G * v_heads + (v_heads > 1 ? h : 0)) * T + t0) * e, T - t0, e, column);
-        stage<E>(to + VALUES, dy + ((G * heads + h) * T + t0) * e, T - t0, e, column);
+    int next_head = 0, next_tile = 0, next_stage = 0;
+    const auto fetch = [&]() {  // the next item, if there is one
+        if (next_head < each) {
+            const int h = first_head + next_head, column = next_tile * E;
+            char* const to = stages + next_stage * STAGE;
+            const i64 of = G * heads + h, at_state = (of * chunks + c) * d * e;
+            stage<E, CROWD>(to, v + (v_heads > 1 ? of : G) * T * e + t0 * e, T - t0, e, column);
+            stage<E, CROWD>(to + VALUES, dy + (of * T + t0) * e, T - t0, e, column);
 #pragma unroll
-        for (int i = 0; i < D; i += L) {
-            stage<E>(to + 2 * VALUES + i * 128, states + at_state + i64(i) * e, d - i, e, column);
-            stage<E>(to + 2 * VALUES + STATE + i * 128, adjoints + at_state + i64(i) * e, d - i, e, column);
+            for (int i = 0; i < D; i += L) {
+                stage<E, CROWD>(to + 2 * VALUES + i * 128, states + at_state + i64(i) * e, d - i, e, column);
+                stage<E, CROWD>(to + 2 * VALUES + STATE + i * 128, adjoints + at_state + i64(i) * e, d - i, e, column);
+            }
+            next_stage ^= 1, ++next_tile;
+            if (next_tile == tiles) next_tile = 0, ++next_head;
         }
+        copies_end();
     };
-    const auto turn = [&](int item) {  // this item is there, the next one is asked for
+    const auto turn = [&]() {  // an item is there, the next one is asked for
         copies_wait<0>();
         meet_all();
-        if (item + 1 < items) fetch(item + 1);
-        copies_end();
+        fetch();
     };
     const auto prepare = [&](int number) {  // of one warp
         if (number >= each) return;
-        Head& head = shared_heads[number % 2];
+        Told& head = told[number % 4];
         const i64 of = (G * w_heads + (w_heads > 1 ? first_head + number : 0)) * T, row = of_head(number) * T;
         sum_decays(head.sums, load_decays(w ? w + of : nullptr, nullptr, NORMALISED ? of_query + row : nullptr, t0, T));
 #pragma unroll
         for (int s = lane; s < L; s += 32) {
-            head.gains[s] = gain && t0 + s < T ? exp2_fast(gain[of + s + t0] * LOG2E) : 1.0f;
-            head.of_n[s] = NORMALISED && t0 + s < T ? of_n[row + t0 + s] : 0.0f;
-        }
-        if (NORMALISED) {
-            const i64 at_norm = (of_head(number) * chunks + c) * d;
-            for (int r = lane; r < D; r += 32) {
-                n_s[number % 2][r] = r < d ? ns[at_norm + r] : 0.0f;
-                r_s[number % 2][r] = r < d ? rs[at_norm + r] : 0.0f;
-            }
+            const float factor = gain && t0 + s < T ? exp2_fast(gain[of + s + t0] * LOG2E) : 1.0f;
+            head.gains[s] = factor;
+            if (NORMALISED) head.of_n[s] = t0 + s < T ? of_n[row + t0 + s] : 0.0f;
         }
     };
-    const auto faded = [](const float* sums, float product) {  // from the chunk's start to its end
+    const auto kept = [](const float* sums, float product) {  // from the chunk's start to its end
         const bool halved = sums[3 * L] != 0.0f;
         const float by = power(min(sums[L - 1] + sums[3 * L + 1], 127.0f), halved);
-        product *= by;
+        product = over_rows(over_columns(product)) * by;
         return halved ? product * by : product;
     };
     const auto finish = [&](int number) {  // of one warp
-        const Head& head = shared_heads[number % 2];
+        const Found& of = found[number % 2];
+        const Told& head = told[number % 4];
+        const int r = 2 * lane;
         float product = 0.0f;
 #pragma unroll
-        for (int x = 0; x < 8; ++x) product += head.kept[x];
-        float from[2], before[2];
-        sums_from(head.from_state, from);
-        sums_before(head.to_state, before);
-        const i64 to = of_head(number) * T + t0;
+        for (int x = 0; x < WARPS; ++x) product += of.kept[x];
+        const float2 written = {of.to_state[0][r] + of.to_state[1][r], of.to_state[0][r + 1] + of.to_state[1][r + 1]};
+        const float2 from = sums_from(float2{of.from_state[0][r] + of.from_state[1][r], of.from_state[0][r + 1] + of.from_state[1][r + 1]});
+        const float2 before = sums_before(float2{written.x * head.gains[r], written.y * head.gains[r + 1]});
+        float2 column = {of.column[0][r], of.column[0][r + 1]};
+        float2 rectangle = {of.corner[r / 16][r % 16] + of.corner[r / 16 + 4][r % 16], of.corner[r / 16][r % 16 + 1] + of.corner[r / 16 + 4][r % 16 + 1]};
 #pragma unroll
-        for (int x = 0; x < 2; ++x) {
-            const int r = 2 * lane + x;
-            float rectangle = 0.0f, column = 0.0f;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) rectangle += head.rectangle[i][r], column += head.column[i][r];
-            if (t0 + r < T) {
-                if (dw) dw[to + r] = rectangle + (from[x] + before[x]) + product;
-                if (dgain) dgain[to + r] = column + head.to_dgain[r];
-            }
+        for (int i = 1; i < 4; ++i) {  // queries of group i, later than r by far
+            const float2 of_group = {of.column[i][r], of.column[i][r + 1]};
+            column.x += of_group.x, column.y += of_group.y;
+            const float2 more = sums_before(float2{of_group.x * (head.gains[r] * scale), of_group.y * (head.gains[r + 1] * scale)});
+            if (r < 16 * i) rectangle.x += more.x, rectangle.y += more.y;
         }
-        if (dskip && lane == 0)
-            dskip[of_head(number) * chunks + c] = head.diagonal[0] + head.diagonal[1] + head.diagonal[2] + head.diagonal[3];
+        const i64 to = of_head(number) * T + t0 + r;
+        if (t0 + r < T) {
+            dw[to] = rectangle.x + (from.x + before.x) + product;
+            dgain[to] = column.x * scale + written.x;
+        }
+        if (t0 + r + 1 < T) {
+            dw[to + 1] = rectangle.y + (from.y + before.y) + product;
+            dgain[to + 1] = column.y * scale + written.y;
+        }
+        if (dskip && lane == 0) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int x = 0; x < 8; ++x) sum += of.diagonal[x];
+            dskip[of_head(number) * chunks + c] = sum;
+        }
     };
 
-    stage<D>(Q, q + ((G * q_heads + (q_heads > 1 ? first_head : 0)) * T + t0) * d, T - t0, d, 0);
-    stage<D>(K, k + ((G * k_heads + (k_heads > 1 ? first_head : 0)) * T + t0) * d, T - t0, d, 0);
-    fetch(0);
-    copies_end();
+    stage<D, CROWD>(Q, q + ((G * q_heads + (q_heads > 1 ? first_head : 0)) * T + t0) * d, T - t0, d, 0);
+    stage<D, CROWD>(K, k + ((G * k_heads + (k_heads > 1 ? first_head : 0)) * T + t0) * d, T - t0, d, 0);
+    fetch();
     if (warp == 0) prepare(0);
-    // Rows and columns past a group's triangle are never written again.
-    for (int i = threadIdx.x; i < 8 * L; i += THREADS) {
-        Head& head = shared_heads[i / (4 * L)];
-        head.rectangle[i / L % 4][i % L] = head.column[i / L % 4][i % L] = 0.0f;
-    }
-    turn(0);
-    const int group = warp % 4, row = 16 * group + g;
+    if (warp == 1) prepare(1);
+    for (int i = threadIdx.x; i < 8 * L; i += CROWD) found[i / (4 * L)].column[i / L % 4][i % L] = 0.0f;  // past a group's triangle
+    turn();
+    const int group = warp % 4, half = warp / 4 % 2, row = 16 * group + g, first = half * (D / 2);
     char* const P_s = stages + items % 2 * STAGE;  // once all items have been read
-    char* const room = stages + (items + 1) % 2 * STAGE + warp * (2 * OUT);  // rows on their way out
-    float sum[D / 8][4] = {};  // dq or dk
-    if (warp < 4) {
-        float pairs[L / 8][4], P[L / 8][4] = {};
-        multiply_pairs<D, true>(pairs, Q, K, group);
-        for (int number = 0, item = 0; number < each; ++number) {
-            if (number > 0) turn(item);
-            Head& head = shared_heads[number % 2];
+    float sum[D / 16][4] = {};  // half the columns of dq or dk
+
+    if (warp < 8) {
+        // Of the blocks of 16 keys that are not later than its queries a warp has every second one.
+        float pairs[4][4] = {}, P[4][4] = {}, by[4][4];
+#pragma unroll
+        for (int own = 0; own < 2; ++own) {
+            const int block = 2 * own + half;
+            if (block <= group) {
+#pragma unroll
+                for (int i = 0; i < D / 16; ++i) {
+                    unsigned a[4], b[4];
+                    load_tiles(a, at<L>(Q, 16 * group + lane % 16, 2 * i + lane / 16));
+                    load_tiles(b, at<L>(K, 16 * block + lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2));
+                    multiply_tiles(pairs[2 * own], a, b[0], b[1]);
+                    multiply_tiles(pairs[2 * own + 1], a, b[2], b[3]);
+                }
+            }
+        }
+        const auto fade = [&](int number) {  // how a head's pairs fade, and M
+            const Told& head = told[number % 4];
             const float* const sums = head.sums;
             const bool halved = sums[3 * L] != 0.0f;
             const float at_row[2] = {sums[row], sums[row + 8]}, rest[2] = {sums[L + row], sums[L + row + 8]};
-            const float since[2] = {power(at_row[0] + rest[0], halved), power(at_row[1] + rest[1], halved)};
+            char* const M = M_s + number % 2 * PAIRS;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int block = j / 2 * 2 + half, s = 16 * block + j % 2 * 8 + 2 * t4;
+                if (block <= group) {
+                    const float2 to = *reinterpret_cast<const float2*>(sums + s), less = *reinterpret_cast<const float2*>(sums + 2 * L + s);
+                    const float2 factor = {head.gains[s] * scale, head.gains[s + 1] * scale};
+                    float m[4];
+#pragma unroll
+                    for (int x = 0; x < 4; ++x) {
+                        const float faded = power((at_row[x / 2] - (x % 2 ? to.y : to.x)) + (rest[x / 2] - (x % 2 ? less.y : less.x)), halved);
+                        by[j][x] = block == group && s + x % 2 > row + 8 * (x / 2) ? 0.0f : faded;
+                        m[x] = pairs[j][x] * by[j][x];
+                        if (halved) m[x] *= by[j][x];
+                        m[x] *= x % 2 ? factor.y : factor.x;
+                    }
+#pragma unroll
+                    for (int x = 0; x < 2; ++x)
+                        *reinterpret_cast<unsigned*>(at<L>(M, row + 8 * x, 2 * block + j % 2) + 4 * t4) = pack(m[2 * x], m[2 * x + 1]);
+                }
+            }
+        };
+        fade(0);
+        meet_all();
+        for (int number = 0, item = 0; number < each; ++number) {
+            if (number > 0) turn();
+            const Told& head = told[number % 4];
+            Found& of = found[number % 2];
+            const bool halved = head.sums[3 * L] != 0.0f;
+            const float since[2] = {power(head.sums[row] + head.sums[L + row], halved), power(head.sums[row + 8] + head.sums[L + row + 8], halved)};
             const float once[2] = {since[0] * scale, since[1] * scale};
-            float dP[L / 8][4] = {}, read[2] = {0.0f, 0.0f}, product = 0.0f;
+            float dP[4][4] = {}, read[2] = {0.0f, 0.0f}, product = 0.0f;
             for (int tile = 0; tile < tiles; ++tile, ++item) {
-                if (tile > 0) turn(item);
-                if (warp == 0 && tile == tiles - 1) prepare(number + 1);
+                if (tile > 0) turn();
+                if (warp == 0 && tile == 0) prepare(number + 2);
                 char* const V = stages + item % 2 * STAGE;
                 char* const Y = V + VALUES;
                 char* const S = Y + VALUES;
                 unsigned y[E / 16][4];
 #pragma unroll
-                for (int i = 0; i < E / 16; ++i) {
-                    load_tiles(y[i], at<L>(Y, 16 * group + lane % 16, 2 * i + lane / 16));
+                for (int i = 0; i < E / 16; ++i) load_tiles(y[i], at<L>(Y, 16 * group + lane % 16, 2 * i + lane / 16));
 #pragma unroll
-                    for (int block = 0; block < L / 16; ++block) {
-                        if (block <= group) {
+                for (int own = 0; own < 2; ++own) {
+                    const int block = 2 * own + half;
+                    if (block <= group) {
+#pragma unroll
+                        for (int i = 0; i < E / 16; ++i) {
                             unsigned b[4];
                             load_tiles(b, at<L>(V, 16 * block + lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2));
-                            multiply_tiles(dP[2 * block], y[i], b[0], b[1]);
-                            multiply_tiles(dP[2 * block + 1], y[i], b[2], b[3]);
+                            multiply_tiles(dP[2 * own], y[i], b[0], b[1]);
+                            multiply_tiles(dP[2 * own + 1], y[i], b[2], b[3]);
                         }
                     }
                 }
-#pragma unroll
-                for (int j = 0; j < D / 16; ++j) {  // 16 columns of S dy
-                    float x[2][4] = {};
-#pragma unroll
-                    for (int i = 0; i < E / 16; ++i) {
-                        unsigned b[4];
-                        load_tiles(b, at<D>(S, 16 * j + lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2));
-                        multiply_tiles(x[0], y[i], b[0], b[1]);
-                        multiply_tiles(x[1], y[i], b[2], b[3]);
-                    }
-                    times(x, once);
-                    if (halved) times(x, since);
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-                        for (int r = 0; r < 2; ++r) {
-                            const unsigned own = *reinterpret_cast<const unsigned*>(at<L>(Q, row + 8 * r, 2 * j + i) + 4 * t4);
-                            read[r] += x[i][2 * r] * low(own) + x[i][2 * r + 1] * high(own);
-                        }
-#pragma unroll
-                        for (int y = 0; y < 4; ++y) sum[2 * j + i][y] += x[i][y];
-                    }
-                }
+                through<D>(sum, read, y, S, first, Q, group, once, since, halved);
                 product += product_of_states<D>(S, S + STATE, warp);
             }
-
-            // the head's own pairs
-            float diagonal = 0.0f;
-            const float of_n[2] = {NORMALISED ? head.of_n[row] : 0.0f, NORMALISED ? head.of_n[row + 8] : 0.0f};
+            const float of_rows[2] = {NORMALISED ? head.of_n[row] : 0.0f, NORMALISED ? head.of_n[row + 8] : 0.0f};
             if (NORMALISED) {
-                const float *const n = n_s[number % 2], *const r = r_s[number % 2];
-                float by[2] = {once[0] * of_n[0], once[1] * of_n[1]};
-                if (halved) by[0] *= since[0], by[1] *= since[1];
-#pragma unroll
-                for (int j = 0; j < D / 8; ++j) {
-                    const float2 pair = *reinterpret_cast<const float2*>(n + 8 * j + 2 * t4);
-#pragma unroll
-                    for (int x = 0; x < 2; ++x) {
-                        const unsigned own = *reinterpret_cast<const unsigned*>(at<L>(Q, row + 8 * x, j) + 4 * t4);
-                        const float2 more = {by[x] * pair.x, by[x] * pair.y};
-                        read[x] += more.x * low(own) + more.y * high(own);
-                        sum[j][2 * x] += more.x, sum[j][2 * x + 1] += more.y;
-                    }
-                }
-                for (int i = warp * (D / 4) + lane; i < (warp + 1) * (D / 4); i += 32) product += n[i] * r[i];
+                const i64 at_norm = (of_head(number) * chunks + c) * d;
+                const float worth[2] = {halved ? of_rows[0] * since[0] : of_rows[0], halved ? of_rows[1] * since[1] : of_rows[1]};
+                through_norm(sum, read, worth, ns + at_norm, first, d, Q, row, once);
+                for (int i = 16 * warp + lane; i < min(d, 16 * (warp + 1)); i += 32) product += ns[at_norm + i] * rs[at_norm + i];
             }
-            unsigned z[L / 16][4];
+            // What the head's own pairs are worth, z. `corner`: of r within this group's steps, sums over s < r <= t.
+            float diagonal = 0.0f, corner[2][4] = {};
 #pragma unroll
-            for (int block = 0; block < L / 16; ++block) {
+            for (int own = 0; own < 2; ++own) {
+                const int block = 2 * own + half;
                 if (block <= group) {
+                    unsigned z[4];
 #pragma unroll
                     for (int tile = 0; tile < 2; ++tile) {
-                        const int j = 2 * block + tile, s = 8 * j + 2 * t4;
-                        const float2 to = *reinterpret_cast<const float2*>(sums + s), less = *reinterpret_cast<const float2*>(sums + 2 * L + s);
-                        const float2 factor = *reinterpret_cast<const float2*>(head.gains + s);
+                        const int j = 2 * own + tile, s = 16 * block + 8 * tile + 2 * t4;
+                        const float2 factor = {head.gains[s] * scale, head.gains[s + 1] * scale};
 #pragma unroll
                         for (int x = 0; x < 4; ++x) {
-                            const float by = power((at_row[x / 2] - (x % 2 ? to.y : to.x)) + (rest[x / 2] - (x % 2 ? less.y : less.x)), halved);
-                            const int ahead = s + x % 2 - (row + 8 * (x / 2));
-                            if (ahead == 0) diagonal += dP[j][x];
-                            float p = (dP[j][x] + of_n[x / 2]) * (by * scale);
-                            if (halved) p *= by;
-                            p = ahead > 0 ? 0.0f : p;
-                            P[j][x] += p * (x % 2 ? factor.y : factor.x);
+                            if (block == group && s + x % 2 == row + 8 * (x / 2)) diagonal += dP[j][x];
+                            float p = (NORMALISED ? dP[j][x] + of_rows[x / 2] : dP[j][x]) * by[j][x];
+                            if (halved) p *= by[j][x];
+                            P[j][x] = fmaf(p, x % 2 ? factor.y : factor.x, P[j][x]);
                             dP[j][x] = p * pairs[j][x];
                         }
 #pragma unroll
                         for (int x = 0; x < 2; ++x) {
                             const float whole = over_rows(dP[j][x] + dP[j][x + 2]);
-                            if (g == 0) head.column[group][s + x] = whole;
-                            z[block][2 * tile + x] = pack(dP[j][2 * x] * factor.x, dP[j][2 * x + 1] * factor.y);
+                            if (g == 0) of.column[group][s + x] = whole;
+                            z[2 * tile + x] = pack(dP[j][2 * x] * factor.x, dP[j][2 * x + 1] * factor.y);
                         }
                     }
-                }
-            }
-            // times ones where s < r: of rows g and g + 8, and each r, sums of z over s < r
 #pragma unroll
-            for (int j = 0; j < L / 8; ++j) {
-                if (j <= 2 * group + 1) {
-                    float below[4] = {};
-#pragma unroll
-                    for (int block = 0; block <= j / 2; ++block) {
-                        const int r = 8 * j + g, s = 16 * block + 2 * t4;
+                    for (int tile = 0; tile < 2; ++tile) {  // times ones where s < r
+                        const int r = 16 * group + 8 * tile + g, s = 16 * block + 2 * t4;
                         const auto ones = [r](int s) { return (s < r ? 0x3f80u : 0u) | (s + 1 < r ? 0x3f800000u : 0u); };
-                        multiply_tiles(below, z[block], ones(s), ones(s + 8));
-                    }
-#pragma unroll
-                    for (int x = 0; x < 2; ++x) {
-                        const int r = 8 * j + 2 * t4 + x;
-                        const float whole = over_rows((row >= r ? below[x] : 0.0f) + (row + 8 >= r ? below[x + 2] : 0.0f));
-                        if (g == 0) head.rectangle[group][r] = whole;
+                        multiply_tiles(corner[tile], z, ones(s), ones(s + 8));
                     }
                 }
             }
-            read[0] = over_columns(read[0]), read[1] = over_columns(read[1]);
-            if (t4 == 0) head.from_state[row] = read[0], head.from_state[row + 8] = read[1];
-            product = over_rows(over_columns(product)), diagonal = over_rows(over_columns(diagonal));
-            if (lane == 0) head.kept[warp] = faded(sums, product), head.diagonal[warp] = diagonal;
+#pragma unroll
+            for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+                for (int x = 0; x < 2; ++x) {
+                    const int r = 8 * tile + 2 * t4 + x;
+                    const float whole = over_rows((g >= r ? corner[tile][x] : 0.0f) + (g + 8 >= r ? corner[tile][x + 2] : 0.0f));
+                    if (g == 0) of.corner[warp][r] = whole;
+                }
+            }
+#pragma unroll
+            for (int x = 0; x < 2; ++x) {
+                float whole = over_columns(read[x]) * once[x];
+                if (t4 == 0) of.from_state[half][row + 8 * x] = whole;
+            }
+            product = kept(head.sums, product), diagonal = over_rows(over_columns(diagonal));
+            if (lane == 0) of.kept[warp] = product, of.diagonal[warp] = diagonal;
+            if (number + 1 < each) fade(number + 1);
         }
 #pragma unroll
-        for (int j = 0; j < L / 8; ++j) {
+        for (int j = 0; j < 4; ++j) {
+            const int block = j / 2 * 2 + half;
 #pragma unroll
-            for (int x = 0; x < 2; ++x) *reinterpret_cast<unsigned*>(at<L>(P_s, row + 8 * x, j) + 4 * t4) = pack(P[j][2 * x], P[j][2 * x + 1]);
+            for (int x = 0; x < 2; ++x)
+                *reinterpret_cast<unsigned*>(at<L>(P_s, row + 8 * x, 2 * block + j % 2) + 4 * t4) = pack(P[j][2 * x], P[j][2 * x + 1]);
         }
         meet_all();
 #pragma unroll
         for (int block = 0; block < L / 16; ++block) {
             if (block <= group) {
-                const int j = 2 * block;
-                const unsigned weights[4] = {pack(P[j][0], P[j][1]), pack(P[j][2], P[j][3]), pack(P[j + 1][0], P[j + 1][1]), pack(P[j + 1][2], P[j + 1][3])};
+                unsigned a[4];
+                load_tiles(a, at<L>(P_s, 16 * group + lane % 16, 2 * block + lane / 16));
 #pragma unroll
-                for (int i = 0; i < D / 16; ++i) {
+                for (int i = 0; i < D / 32; ++i) {
                     unsigned b[4];
-                    load_tiles_turned(b, at<L>(K, 16 * block + lane % 16, 2 * i + lane / 16));
-                    multiply_tiles(sum[2 * i], weights, b[0], b[1]);
-                    multiply_tiles(sum[2 * i + 1], weights, b[2], b[3]);
+                    load_tiles_turned(b, at<L>(K, 16 * block + lane % 16, first / 8 + 2 * i + lane / 16));
+                    multiply_tiles(sum[2 * i], a, b[0], b[1]);
+                    multiply_tiles(sum[2 * i + 1], a, b[2], b[3]);
                 }
             }
         }
     } else {
-        float pairs[L / 8][4];  // of keys and queries
-        multiply_pairs<D, false>(pairs, K, Q, group);
+        meet_all();
         for (int number = 0, item = 0; number < each; ++number) {
-            if (number > 0) turn(item);
-            Head& head = shared_heads[number % 2];
+            if (number > 0) turn();
+            if (warp == WARPS - 1 && number > 0) finish(number - 1);
+            const Told& head = told[number % 4];
+            Found& of = found[number % 2];
             const float* const sums = head.sums;
             const bool halved = sums[3 * L] != 0.0f;
-            const float at_row[2] = {sums[row], sums[row + 8]}, rest[2] = {sums[2 * L + row], sums[2 * L + row + 8]};
             const float all = sums[L - 1], all_rest = sums[3 * L + 1], skipped = skip ? skip[of_head(number)] : 0.0f;
-            const float gains[2] = {head.gains[row], head.gains[row + 8]};
-            float left[2];  // of a key at the end of the chunk, without its gain
+            float left[2], faded[2];  // of a key at the end of the chunk, without and with its gain
 #pragma unroll
-            for (int x = 0; x < 2; ++x) left[x] = power(min((all - at_row[x]) + (all_rest - rest[x]), 127.0f), halved);
-            unsigned weights[L / 16][4];  // the faded pairs, transposed
-#pragma unroll
-            for (int block = 0; block < L / 16; ++block) {
-                if (block >= group) {
-#pragma unroll
-                    for (int tile = 0; tile < 2; ++tile) {
-                        const int j = 2 * block + tile, t = 8 * j + 2 * t4;
-                        const float2 from = *reinterpret_cast<const float2*>(sums + t), more = *reinterpret_cast<const float2*>(sums + L + t);
-                        float m[4];
-#pragma unroll
-                        for (int x = 0; x < 4; ++x) {
-                            const float by = power(((x % 2 ? from.y : from.x) - at_row[x / 2]) + ((x % 2 ? more.y : more.x) - rest[x / 2]), halved);
-                            m[x] = pairs[j][x] * (by * scale);
-                            if (halved) m[x] *= by;
-                            m[x] = t + x % 2 < row + 8 * (x / 2) ? 0.0f : m[x] * gains[x / 2];
-                        }
-                        weights[block][2 * tile] = pack(m[0], m[1]), weights[block][2 * tile + 1] = pack(m[2], m[3]);
-                    }
-                }
+            for (int x = 0; x < 2; ++x) {
+                left[x] = power(min((all - sums[row + 8 * x]) + (all_rest - sums[2 * L + row + 8 * x]), 127.0f), halved);
+                faded[x] = left[x] * head.gains[row + 8 * x];
             }
+            char* const M = M_s + number % 2 * PAIRS;
             float written[2] = {0.0f, 0.0f}, product = 0.0f;
             for (int tile = 0; tile < tiles; ++tile, ++item) {
-                if (tile > 0) turn(item);
-                if (warp == 7 && tile == 0 && number > 0) finish(number - 1);
+                if (tile > 0) turn();
                 char* const V = stages + item % 2 * STAGE;
                 char* const Y = V + VALUES;
                 char* const R = Y + VALUES + STATE;
                 unsigned values[E / 16][4];
 #pragma unroll
                 for (int i = 0; i < E / 16; ++i) load_tiles(values[i], at<L>(V, 16 * group + lane % 16, 2 * i + lane / 16));
-#pragma unroll
-                for (int j = 0; j < D / 16; ++j) {  // 16 columns of R v
-                    float x[2][4] = {};
-#pragma unroll
-                    for (int i = 0; i < E / 16; ++i) {
-                        unsigned b[4];
-                        load_tiles(b, at<D>(R, 16 * j + lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2));
-                        multiply_tiles(x[0], values[i], b[0], b[1]);
-                        multiply_tiles(x[1], values[i], b[2], b[3]);
-                    }
-                    times(x, left);
-                    if (halved) times(x, left);
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-                        for (int r = 0; r < 2; ++r) {
-                            const unsigned own = *reinterpret_cast<const unsigned*>(at<L>(K, row + 8 * r, 2 * j + i) + 4 * t4);
-                            written[r] += x[i][2 * r] * low(own) + x[i][2 * r + 1] * high(own);
-                        }
-#pragma unroll
-                        for (int y = 0; y < 4; ++y) sum[2 * j + i][y] += x[i][y] * gains[y / 2];
-                    }
-                }
-                float o[E / 8][4] = {};  // dv
+                through<D>(sum, written, values, R, first, K, group, faded, left, halved);
+                float o[E / 16][4] = {};  // half the columns of dv
 #pragma unroll
                 for (int i = 0; i < D / 16; ++i) {
                     unsigned a[4];
                     load_tiles(a, at<L>(K, 16 * group + lane % 16, 2 * i + lane / 16));
 #pragma unroll
-                    for (int j = 0; j < E / 16; ++j) {
+                    for (int j = 0; j < E / 32; ++j) {
                         unsigned b[4];
-                        load_tiles_turned(b, at<D>(R, 16 * i + lane % 16, 2 * j + lane / 16));
+                        load_tiles_turned(b, at<D>(R, 16 * i + lane % 16, 4 * half + 2 * j + lane / 16));
                         multiply_tiles(o[2 * j], a, b[0], b[1]);
                         multiply_tiles(o[2 * j + 1], a, b[2], b[3]);
                     }
                 }
-                times(o, left);
+                times(o, faded);
                 if (halved) times(o, left);
-                times(o, gains);
 #pragma unroll
                 for (int block = 0; block < L / 16; ++block) {
                     if (block >= group) {
+                        unsigned a[4];
+                        load_tiles_turned(a, at<L>(M, 16 * block + lane / 16 * 8 + lane % 8, 2 * group + lane / 8 % 2));
 #pragma unroll
-                        for (int j = 0; j < E / 16; ++j) {
+                        for (int j = 0; j < E / 32; ++j) {
                             unsigned b[4];
-                            load_tiles_turned(b, at<L>(Y, 16 * block + lane % 16, 2 * j + lane / 16));
-                            multiply_tiles(o[2 * j], weights[block], b[0], b[1]);
-                            multiply_tiles(o[2 * j + 1], weights[block], b[2], b[3]);
+                            load_tiles_turned(b, at<L>(Y, 16 * block + lane % 16, 4 * half + 2 * j + lane / 16));
+                            multiply_tiles(o[2 * j], a, b[0], b[1]);
+                            multiply_tiles(o[2 * j + 1], a, b[2], b[3]);
                         }
                     }
                 }
                 if (skip) {
 #pragma unroll
-                    for (int j = 0; j < E / 8; ++j) {
+                    for (int j = 0; j < E / 16; ++j) {
 #pragma unroll
                         for (int x = 0; x < 2; ++x) {
-                            const unsigned own = *reinterpret_cast<const unsigned*>(at<L>(Y, row + 8 * x, j) + 4 * t4);
+                            const unsigned own = *reinterpret_cast<const unsigned*>(at<L>(Y, row + 8 * x, 4 * half + j) + 4 * t4);
                             o[j][2 * x] += skipped * low(own), o[j][2 * x + 1] += skipped * high(own);
                         }
                     }
                 }
                 const i64 t = t0 + 16 * group;
-                store_rows(stages + 2 * STAGE + group * OUT, o, dv + (of_head(number) * T + t) * e, T - t, e, tile * E);
+                store_rows(dv_s + (warp - 8) * (OUT / 2), o, dv + (of_head(number) * T + t) * e, T - t, e, tile * E + 32 * half);
                 product += product_of_states<D>(R - STATE, R, warp);
             }
             if (NORMALISED) {
-                const float* const r = r_s[number % 2];
-                float by[2] = {left[0], left[1]};
-                if (halved) by[0] *= left[0], by[1] *= left[1];
-#pragma unroll
-                for (int j = 0; j < D / 8; ++j) {
-                    const float2 pair = *reinterpret_cast<const float2*>(r + 8 * j + 2 * t4);
-#pragma unroll
-                    for (int x = 0; x < 2; ++x) {
-                        const unsigned own = *reinterpret_cast<const unsigned*>(at<L>(K, row + 8 * x, j) + 4 * t4);
-                        const float2 more = {by[x] * pair.x, by[x] * pair.y};
-                        written[x] += more.x * low(own) + more.y * high(own);
-                        sum[j][2 * x] += more.x * gains[x], sum[j][2 * x + 1] += more.y * gains[x];
-                    }
-                }
+                const i64 at_norm = (of_head(number) * chunks + c) * d;
+                const float worth[2] = {halved ? left[0] : 1.0f, halved ? left[1] : 1.0f};
+                through_norm(sum, written, worth, rs + at_norm, first, d, K, row, faded);
             }
 #pragma unroll
             for (int x = 0; x < 2; ++x) {
-                const float whole = over_columns(written[x]);
-                if (t4 == 0) head.to_dgain[row + 8 * x] = whole, head.to_state[row + 8 * x] = whole * gains[x];
+                const float whole = over_columns(written[x]) * left[x];
+                if (t4 == 0) of.to_state[half][row + 8 * x] = whole;
             }
-            product = over_rows(over_columns(product));
-            if (lane == 0) head.kept[warp] = faded(sums, product);
+            product = kept(sums, product);
+            if (lane == 0) of.kept[warp] = product;
         }
         meet_all();
-        if (warp == 7) finish(each - 1);
+        if (warp == WARPS - 1) finish(each - 1);
 #pragma unroll
         for (int block = 0; block < L / 16; ++block) {
             if (block >= group) {
-                unsigned weights[4];
-                load_tiles_turned(weights, at<L>(P_s, 16 * block + lane / 16 * 8 + lane % 8, 2 * group + lane / 8 % 2));
+                unsigned a[4];
+                load_tiles_turned(a, at<L>(P_s, 16 * block + lane / 16 * 8 + lane % 8, 2 * group + lane / 8 % 2));
 #pragma unroll
-                for (int i = 0; i < D / 16; ++i) {
+                for (int i = 0; i < D / 32; ++i) {
                     unsigned b[4];
-                    load_tiles_turned(b, at<L>(Q, 16 * block + lane % 16, 2 * i + lane / 16));
-                    multiply_tiles(sum[2 * i], weights, b[0], b[1]);
-                    multiply_tiles(sum[2 * i + 1], weights, b[2], b[3]);
+                    load_tiles_turned(b, at<L>(Q, 16 * block + lane % 16, first / 8 + 2 * i + lane / 16));
+                    multiply_tiles(sum[2 * i], a, b[0], b[1]);
+                    multiply_tiles(sum[2 * i + 1], a, b[2], b[3]);
                 }
             }
         }
     }
     const i64 t = t0 + 16 * group;
-    __nv_bfloat16* const to = (warp < 4 ? dq : dk) + (unit * T + t) * d;
-#pragma unroll
-    for (int half = 0; half < D / 64; ++half) {
-        float tiles_of_half[8][4];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-#pragma unroll
-            for (int x = 0; x < 4; ++x) tiles_of_half[j][x] = sum[8 * half + j][x];
-        }
-        store_rows(room + half * OUT, tiles_of_half, to, T - t, d, 64 * half);
-    }
+    char* const room = stages + (items + 1) % 2 * STAGE + warp * OUT;
+    store_rows(room, sum, (warp < 8 ? dq : dk) + (unit * T + t) * d, T - t, d, first);
 }
 
 // Rows of every head, (G, heads, size), summed over the heads: in float32, 8 neighbours a thread.
