@@ -1,11 +1,11 @@
 """Which method computes a matrix memory where the caller leaves it open: the one place, and data.
 
-Of one H100 (`asv_benchmarks/results/device/2026-11-22-chunkwise*.json`): where the kernel on tensor cores can be taken, it is faster than
-both others, at any length and for few memories too, but for sequences of 16384 steps and more of fewer than 16 memories, where chunks
-of cuBLAS's keep the device busier (and the host: the call takes longer by the clock). Elsewhere, with a decay of each head, chunks are
-3 to 4 times as fast as the fused recurrence, and 5 to 7 times in the gradient; with decays of each channel only the gradient is faster,
-in chunks of 64; with the delta rule nothing is. A call in chunks is 20 launches, its gradient 40: where the recurrence takes no longer
-than those, it stays.
+Of one H100 (`asv_benchmarks/results/device/2026-11-22-chunkwise*.json`, `-channels.json`): where a kernel on tensor cores can be taken, it
+is faster than both others, at any length and for few memories too, but for a decay of each head and sequences of 16384 steps and more
+of fewer than 16 memories, where chunks of cuBLAS's keep the device busier (and the host: the call takes longer by the clock).
+Elsewhere, with a decay of each head, chunks are 3 to 4 times as fast as the fused recurrence, and 5 to 7 times in the gradient; with
+decays of each channel only the gradient is faster, in chunks of 64; with the delta rule nothing is. A call in chunks is 20 launches,
+its gradient 40: where the recurrence takes no longer than those, it stays.
 """
 
 import math
@@ -77,14 +77,15 @@ def chosen(
         positive_int(operator, "chunk_length", chunk)
         if chunk > LONGEST:
             raise ValueError(f"{operator}: chunk_length must be at most {LONGEST}, got {chunk}")
-    takes = {"head": not gradient or adjoint, "channel": not (gradient or normalised), "delta": False}[kind]
+    channels = not normalised and (not gradient or (adjoint and e <= WIDEST))
+    takes = {"head": not gradient or adjoint, "channel": channels, "delta": False}[kind]
     tensor = takes and dtype.name == "bfloat16" and 0 < d <= WIDEST and e > 0
     if method == "tensor" and not tensor:
         return Choice("chunkwise")
     if method is not None:
         return Choice(method, chunk)
     work = math.prod(heads) * T * d * e
-    if tensor and kind == "head" and work >= LEAST_TENSOR[gradient]:
+    if tensor and work >= LEAST_TENSOR[gradient]:
         return Choice("tensor")
     if work < LEAST[gradient] or dtype.name in NEVER:
         return Choice("fused")

@@ -23,6 +23,7 @@ KERNELS = (
     *chunk_tensor.KERNELS,
     *chunk_tensor.KERNELS_VJP,
     *channel_tensor.KERNELS,
+    *channel_tensor.KERNELS_VJP,
 )
 
 
@@ -116,7 +117,8 @@ def _chosen(method, chunk, q, v, decay, beta, feature_map, normalize, scale, gra
     kind = "delta" if beta is not None else "channel" if decay is not None and decay.ndim == q.ndim else "head"
     sizes = {"heads": q.shape[:-2], "T": q.shape[-2], "d": width(feature_map, q), "e": v.shape[-1]}
     adjoint = not normalize and (scale is None or abs(scale) > 1e-6)  # by which the last state's cotangent is divided
-    return chunk_policy.chosen("linear_attention", method, chunk, kind=kind, gradient=gradient, **sizes, dtype=q.dtype, adjoint=adjoint, normalised=normalize)
+    how = {"kind": kind, "gradient": gradient, "adjoint": adjoint, "normalised": normalize}
+    return chunk_policy.chosen("linear_attention", method, chunk, **how, **sizes, dtype=q.dtype)
 
 
 class _Tensor:
@@ -170,14 +172,21 @@ def _in_one_kernel_vjp(dy, q, k, v, decay, feature_map, scale, state, dstate):
     if dstate is not None:  # the first of the heads that share a memory takes it for all
         dlast = cp.zeros((G, call.group, *dstate.shape[-2:]), wide)
         dlast[:, 0] = cp.broadcast_to(dstate, (*call.batch, call.heads, *dstate.shape[-2:])).reshape(G, *dstate.shape[-2:])
-    g = chunk_tensor.read_vjp(dy, *call.arguments, None if dstate is None else dlast, scale=call.scale)
+    dlast = None if dstate is None else dlast
+    if call.channels:
+        q, k, v, w, _, S = call.arguments
+        g = channel_tensor.read_vjp(dy, q, k, v, w, S, dlast, scale=call.scale)
+        dw = chunk_tensor.sum_heads(g.w)
+    else:
+        g = chunk_tensor.read_vjp(dy, *call.arguments, dlast, scale=call.scale)
+        dw = g.w.sum(axis=1)
     dq, dk, dv = call.queries(g.q), call.keys(chunk_tensor.sum_heads(g.k)), call.keys(chunk_tensor.sum_heads(g.v))
     if phi is not None:
         dq, dk = cast(dq, wide), cast(dk, wide)
         dq, dk = (
             phi.vjp(dx, cp.broadcast_to(x, (*dx.shape[:-1], x.shape[-1]))) for dx, x in ((dq, call.raw_q), (dk, call.raw_k))
         )  # fmt: skip
-    return {"q": dq, "k": dk, "v": dv, "decay": call.keys(g.w.sum(axis=1)), "state": call.keys(g.state.sum(axis=1))}
+    return {"q": dq, "k": dk, "v": dv, "decay": call.keys(dw), "state": call.keys(g.state.sum(axis=1))}
 
 
 class _Call:
