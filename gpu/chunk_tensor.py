@@ -18,6 +18,7 @@ TILE, CHUNK = 64, 64  # values that a block takes, steps at a time
 THREADS = 256
 _SUMS = 200  # floats of a chunk's decays
 _STAGES = 3  # chunks under way in ``memory_states``
+_TOLD, _FOUND = 452, 664  # floats of ``Told`` and ``Found``
 PLAIN, NORMALISED, WITNESS = range(3)
 
 
@@ -33,10 +34,10 @@ def _gradient(width: int, normalised: bool) -> Kernel:
     return Kernel("kernel_memory_gradient.cu", f"memory_gradient<{width}, {str(normalised).lower()}>", spills=True, stack=128)
 
 
-_SUM_HEADS = Kernel("kernel_memory_gradient.cu", "sum_heads")
+_TELL, _DECAYS, _SUM_HEADS = (Kernel("kernel_memory_gradient.cu", name) for name in ("memory_told", "memory_decays", "sum_heads"))
 KERNELS = tuple(_memory(width, kind) for width in (TILE, WIDEST) for kind in (PLAIN, NORMALISED))
-KERNELS_VJP = (*(f(width, False) for f in (_states, _gradient) for width in (TILE, WIDEST)), _SUM_HEADS)
-KERNELS_NORMALISED_VJP = tuple(f(width, how) for width in (TILE, WIDEST) for f, how in ((_memory, WITNESS), (_states, True), (_gradient, True)))
+KERNELS_VJP = (*(f(width, False) for f in (_states, _gradient) for width in (TILE, WIDEST)), _TELL, _DECAYS, _SUM_HEADS)
+KERNELS_NORMALISED_VJP = (_TELL, _DECAYS, *(f(width, how) for width in (TILE, WIDEST) for f, how in ((_memory, WITNESS), (_states, True), (_gradient, True))))
 
 
 class Result(NamedTuple):
@@ -133,17 +134,23 @@ def read_vjp(
         q, dy, w, of_query, dlast, H, weights=of_n, norm=dnorm, normalised=normalised, scale=scale, back=True
     )
     together = q.shape[1] == k.shape[1] == 1
-    of_keys = 1 if together else H
+    of_keys, chunks = 1 if together else H, states.shape[2]
     dq, dk = (cp.empty((G, of_keys, T, q.shape[3]), q.dtype) for _ in range(2))
     dv = cp.empty((G, H, T, v.shape[3]), q.dtype)
     dw, dgain = (cp.empty((G, H, T), np.float32) for _ in range(2))
-    dskip = None if skip is None else cp.empty((G, H, states.shape[2]), np.float32)
+    dskip = None if skip is None else cp.empty((G, H, chunks), np.float32)
     decays = next((x.shape[1] for x in (w, gain) if x is not None), 1)
-    arrays = (q, k, v, dy, w, gain, of_query, of_n, states, adjoints, norms, of_norms, skip, dq, dk, dv, dw, dgain, dskip)
-    sizes = (np.int32(x) for x in (q.shape[3], v.shape[3], H, q.shape[1], k.shape[1], v.shape[1], decays, together))
+    told, found = (cp.empty((G * H * chunks, size), np.float32) for size in (_TOLD, _FOUND))
+    count, warps = (np.int64(T), np.int64(len(told)), np.int32(chunks)), (-(-len(told) * 32 // THREADS),)
+    arguments = (*map(_or_null, (w, gain, of_query, of_n)), told.view(np.uint8), *count, np.int32(H), np.int32(decays), np.float32(scale))
+    _TELL(warps, (THREADS,), arguments)
+    arrays = (q, k, v, dy, told.view(np.uint8), states, adjoints, norms, of_norms, skip, dq, dk, dv, found.view(np.uint8))
+    sizes = (np.int32(x) for x in (q.shape[3], v.shape[3], H, q.shape[1], k.shape[1], v.shape[1], together))
     shared = 2 * (2 * CHUNK * width + 2 * (2 * CHUNK * TILE + 2 * width * TILE) + 2 * CHUNK * CHUNK + CHUNK * TILE)
-    grid = (G * of_keys * states.shape[2],)
-    _gradient(width, normalised)(grid, (2 * THREADS,), (*map(_or_null, arrays), np.int64(T), *sizes, np.float32(scale)), shared)
+    arguments = (*map(_or_null, arrays), np.int64(T), *sizes, np.float32(scale))
+    _gradient(width, normalised)((G * of_keys * chunks,), (2 * THREADS,), arguments, shared)
+    arguments = (told.view(np.uint8), found.view(np.uint8), dw, dgain, _or_null(dskip), *count, np.float32(scale))
+    _DECAYS(warps, (THREADS,), arguments)
     first_norm = first_norm[..., :d] if normalised else None
     return Gradients(
         dq[..., :d], dk[..., :d], dv[..., :e], dw, dgain, first[..., :d, :e], first_norm, None if skip is None else dskip.sum(axis=-1)

@@ -173,11 +173,13 @@ memory_states(const __nv_bfloat16* keys, const __nv_bfloat16* values, const floa
     }
 }
 
-// What the warps of a chunk are told of one head, and what they tell.
-struct Told {
-    float sums[SUMS], gains[L], of_n[L];
+// Of a chunk of a head: sums of its decays, their rests with a query's factor and without a key's, what fades a query's read of S (with c) and
+// what a key leaves at the end, the keys' factors, what queries add to P, and the decay of all steps. Exponents are at most 127.
+struct alignas(16) Told {
+    float sums[L], rows[L], columns[L], since[L], left[L], gains[L], of_n[L], all[4];
 };
-struct Found {
+// What its pairs and states are worth, in parts: column sums of z of 16 queries, what dw_r gets of 16 queries' own steps, and so on.
+struct alignas(16) Found {
     float column[4][L], corner[8][16], from_state[2][L], to_state[2][L], kept[16], diagonal[8];
 };
 constexpr int WARPS = 16, CROWD = 32 * WARPS;
@@ -206,6 +208,82 @@ __device__ __forceinline__ float2 sums_before(float2 x) {
     return float2{before, before + x.x};
 }
 
+// One warp for each chunk of each head. Arrays as above; told (G heads, chunks).
+__global__ void __launch_bounds__(THREADS)
+memory_told(const float* w, const float* gain, const float* of_query, const float* of_n, Told* told, i64 T, i64 count, int chunks, int heads, int w_heads,
+            float scale) {
+    const i64 at = i64(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
+    if (at >= count) return;
+    const int lane = threadIdx.x % 32;
+    const i64 of_head = at / chunks, t0 = at % chunks * L, of = (of_head / heads * w_heads + (w_heads > 1 ? of_head % heads : 0)) * T;
+    const Decays x = load_decays(w ? w + of : nullptr, gain ? gain + of : nullptr, of_query ? of_query + of_head * T : nullptr, t0, T);
+    const double first = max(x.w[0], -4096.0f), both = first + max(x.w[1], -4096.0f);
+    double upto = both;
+#pragma unroll
+    for (int away = 1; away < 32; away *= 2) {
+        const double before = __shfl_up_sync(0xffffffffu, upto, away);
+        upto += lane >= away ? before : 0.0;
+    }
+    const double unit = 1.44269504088896341, of_step[2] = {(upto - both + first) * unit, upto * unit}, all = __shfl_sync(0xffffffffu, upto, 31) * unit;
+    Told& to = told[at];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int s = 2 * lane + i;
+        const float sum = float(of_step[i]), rest = float(of_step[i] - double(sum)), row = rest + x.of_query[i] * LOG2E;
+        to.sums[s] = sum, to.rows[s] = row, to.columns[s] = rest;
+        to.since[s] = power(min(sum + row, 127.0f), false) * scale;
+        to.left[s] = power(min(float(all - of_step[i]), 127.0f), false);
+        to.gains[s] = exp2_fast(x.of_key[i] * LOG2E);
+        to.of_n[s] = of_n && t0 + s < T ? of_n[of_head * T + t0 + s] : 0.0f;
+    }
+    if (lane < 4) to.all[lane] = power(min(float(all), 127.0f), false);
+}
+
+// One warp for each chunk of each head: what `memory_gradient` found, put together. dw, dgain (G heads, T), dskip (G heads, chunks) or null.
+__global__ void __launch_bounds__(THREADS)
+memory_decays(const Told* told, const Found* found, float* dw, float* dgain, float* dskip, i64 T, i64 count, int chunks, float scale) {
+    const i64 at = i64(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
+    if (at >= count) return;
+    const Found& of = found[at];
+    const float* const gains = told[at].gains;
+    const int lane = threadIdx.x % 32, r = 2 * lane;
+    const float2 gain = {gains[r], gains[r + 1]};
+    float product = 0.0f;
+#pragma unroll
+    for (int x = 0; x < WARPS; ++x) product += of.kept[x];
+    const float2 written = {of.to_state[0][r] + of.to_state[1][r], of.to_state[0][r + 1] + of.to_state[1][r + 1]};
+    const float2 from = sums_from(float2{of.from_state[0][r] + of.from_state[1][r], of.from_state[0][r + 1] + of.from_state[1][r + 1]});
+    const float2 before = sums_before(float2{written.x * gain.x, written.y * gain.y});
+    float2 column = {of.column[0][r], of.column[0][r + 1]};
+    float2 rectangle = {of.corner[r / 16][r % 16] + of.corner[r / 16 + 4][r % 16], of.corner[r / 16][r % 16 + 1] + of.corner[r / 16 + 4][r % 16 + 1]};
+#pragma unroll
+    for (int i = 1; i < 4; ++i) {  // queries of group i, where they are later than r by far
+        const float2 of_group = {of.column[i][r], of.column[i][r + 1]};
+        column.x += of_group.x, column.y += of_group.y;
+        const float2 more = sums_before(float2{of_group.x * (gain.x * scale), of_group.y * (gain.y * scale)});
+        if (r < 16 * i) rectangle.x += more.x, rectangle.y += more.y;
+    }
+    const i64 t = at % chunks * L + r, to = at / chunks * T + t;
+    if (t < T) dw[to] = rectangle.x + (from.x + before.x) + product, dgain[to] = column.x * scale + written.x;
+    if (t + 1 < T) dw[to + 1] = rectangle.y + (from.y + before.y) + product, dgain[to + 1] = column.y * scale + written.y;
+    if (dskip && lane == 0) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int x = 0; x < 8; ++x) sum += of.diagonal[x];
+        dskip[at] = sum;
+    }
+}
+
+// Sums over the eight rows of a result's lanes, of two tiles' columns (2 t4 and 2 t4 + 1 of each): a lane gets that of tile lane / 16, column
+// lane / 8 % 2.
+__device__ __forceinline__ float over_rows_of_four(const float (&x)[4]) {
+    const bool upper = threadIdx.x & 16, odd = threadIdx.x & 8;
+    const float a = (upper ? x[2] : x[0]) + __shfl_xor_sync(0xffffffffu, upper ? x[0] : x[2], 16);
+    const float b = (upper ? x[3] : x[1]) + __shfl_xor_sync(0xffffffffu, upper ? x[1] : x[3], 16);
+    const float c = (odd ? b : a) + __shfl_xor_sync(0xffffffffu, odd ? a : b, 8);
+    return c + __shfl_xor_sync(0xffffffffu, c, 4);
+}
+
 // What a warp's share of the rows of S and R is worth together.
 template <int D> __device__ __forceinline__ float product_of_states(const char* S, const char* R, int warp) {
     float sums[2] = {0.0f, 0.0f};
@@ -224,10 +302,10 @@ template <int D> __device__ __forceinline__ float product_of_states(const char* 
 }
 
 // N / 2 times 16 columns of a state (64 of whose numbers a row has), from row `first` on, times 16 rows of 64 numbers, `a`; their products with
-// the same columns of rows `row` of X are added to `dot`, and themselves, faded, to `sum`. Halved fadings are `half` and `faded`.
+// the same columns of rows of X are added to `dot`, and themselves, faded, to `sum`.
 template <int D, int N>
 __device__ __forceinline__ void through(float (&sum)[N][4], float (&dot)[2], const unsigned (&a)[E / 16][4], char* state, int first, char* X, int group,
-                                        const float (&faded)[2], const float (&half)[2], bool halved) {
+                                        const float (&faded)[2]) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int j = 0; j < N / 2; ++j) {
@@ -241,7 +319,6 @@ __device__ __forceinline__ void through(float (&sum)[N][4], float (&dot)[2], con
             multiply_tiles(x[1], a[i], b[2], b[3]);
         }
         load_tiles(own, at<L>(X, 16 * group + lane % 16, first / 8 + 2 * j + lane / 16));
-        if (halved) times(x, half);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -274,19 +351,18 @@ __device__ __forceinline__ void through_norm(float (&sum)[N][4], float (&dot)[2]
     }
 }
 
-// q, k, v, w, gain, of_query (the f) as above; dy (G, heads, T, e), of_n (G, heads, T): what each query adds to its row of P, null without a
-// normaliser; S, R (G heads, chunks, d, e), of n too, ns and rs (G heads, chunks, d); skip (G, heads). dq and dk (G, heads or 1, T, d), dv (G,
-// heads, T, e); dw and dgain (G heads, T): that of a gain without its factor e^g; dskip (G heads, chunks), dy_t . v_t, null without skip.
+// q, k, v as above; dy (G, heads, T, e); what `memory_told` told; S, R (G heads, chunks, d, e), of n too, ns and rs (G heads, chunks, d);
+// skip (G, heads). dq and dk (G, heads or 1, T, d), dv (G, heads, T, e); found (G heads, chunks).
 // Grid: G chunks if `together`, where heads share q and k, else G heads chunks.
 template <int D, bool NORMALISED>
 __global__ void __launch_bounds__(CROWD, 1)
-memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat16* v, const __nv_bfloat16* dy, const float* w, const float* gain,
-                const float* of_query, const float* of_n, const __nv_bfloat16* states, const __nv_bfloat16* adjoints, const float* ns,
-                const float* rs, const float* skip, __nv_bfloat16* dq, __nv_bfloat16* dk, __nv_bfloat16* dv, float* dw, float* dgain,
-                float* dskip, i64 T, int d, int e, int heads, int q_heads, int k_heads, int v_heads, int w_heads, int together, float scale) {
+memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat16* v, const __nv_bfloat16* dy, const Told* all_told,
+                const __nv_bfloat16* states, const __nv_bfloat16* adjoints, const float* ns, const float* rs, const float* skip, __nv_bfloat16* dq,
+                __nv_bfloat16* dk, __nv_bfloat16* dv, Found* all_found, i64 T, int d, int e, int heads, int q_heads, int k_heads, int v_heads,
+                int together, float scale) {
     constexpr int ROWS = L * D * 2, VALUES = L * E * 2, STATE = D * E * 2, STAGE = 2 * VALUES + 2 * STATE, PAIRS = L * L * 2;
     extern __shared__ double memory[];
-    __shared__ Told told[4];
+    __shared__ Told told[3];
     __shared__ Found found[2];
     char* const Q = reinterpret_cast<char*>(memory);
     char* const K = Q + ROWS;
@@ -299,21 +375,47 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
     const int first_head = together ? 0 : int(unit % heads);
     const auto of_head = [&](int number) { return G * heads + first_head + number; };
 
+    // Tiles of an item, which is the next: whole ones from this thread's own places.
+    const bool whole = t0 + L <= T && e % E == 0 && d == D;
+    const i64 head_values = T * e, head_states = i64(chunks) * d * e, own = i64(threadIdx.x / 8) * e + threadIdx.x % 8 * 8;
+    i64 at_v = (v_heads > 1 ? of_head(0) : G) * head_values + t0 * e + own, at_y = of_head(0) * head_values + t0 * e + own;
+    i64 at_state = (of_head(0) * chunks + c) * d * e + own;
     int next_head = 0, next_tile = 0, next_stage = 0;
+    const int place = int(at<L>(Q, threadIdx.x / 8, threadIdx.x % 8) - Q);
+    const auto tell = [&](int number) {
+        constexpr int PIECES = sizeof(Told) / 16;
+        if (number < each && threadIdx.x < PIECES) {
+            const char* const from = reinterpret_cast<const char*>(all_told + of_head(number) * chunks + c);
+            copy16(reinterpret_cast<char*>(&told[number % 3]) + 16 * threadIdx.x, from + 16 * threadIdx.x);
+        }
+    };
     const auto fetch = [&]() {  // the next item, if there is one
         if (next_head < each) {
-            const int h = first_head + next_head, column = next_tile * E;
             char* const to = stages + next_stage * STAGE;
-            const i64 of = G * heads + h, at_state = (of * chunks + c) * d * e;
-            stage<E, CROWD>(to, v + (v_heads > 1 ? of : G) * T * e + t0 * e, T - t0, e, column);
-            stage<E, CROWD>(to + VALUES, dy + (of * T + t0) * e, T - t0, e, column);
+            if (whole) {
+                copy16(to + place, v + at_v);
+                copy16(to + VALUES + place, dy + at_y);
 #pragma unroll
-            for (int i = 0; i < D; i += L) {
-                stage<E, CROWD>(to + 2 * VALUES + i * 128, states + at_state + i64(i) * e, d - i, e, column);
-                stage<E, CROWD>(to + 2 * VALUES + STATE + i * 128, adjoints + at_state + i64(i) * e, d - i, e, column);
+                for (int i = 0; i < D; i += L) {
+                    copy16(to + 2 * VALUES + i * 128 + place, states + at_state + i * e);
+                    copy16(to + 2 * VALUES + STATE + i * 128 + place, adjoints + at_state + i * e);
+                }
+            } else {
+                const int column = next_tile * E;
+                stage<E, CROWD>(to, v + at_v - own - column, T - t0, e, column);
+                stage<E, CROWD>(to + VALUES, dy + at_y - own - column, T - t0, e, column);
+#pragma unroll
+                for (int i = 0; i < D; i += L) {
+                    stage<E, CROWD>(to + 2 * VALUES + i * 128, states + at_state - own - column + i64(i) * e, d - i, e, column);
+                    stage<E, CROWD>(to + 2 * VALUES + STATE + i * 128, adjoints + at_state - own - column + i64(i) * e, d - i, e, column);
+                }
             }
-            next_stage ^= 1, ++next_tile;
-            if (next_tile == tiles) next_tile = 0, ++next_head;
+            if (next_tile == 0) tell(next_head + 1);
+            next_stage ^= 1, ++next_tile, at_v += E, at_y += E, at_state += E;
+            if (next_tile == tiles) {
+                next_tile = 0, ++next_head;
+                at_v += (v_heads > 1 ? head_values : 0) - tiles * E, at_y += head_values - tiles * E, at_state += head_states - tiles * E;
+            }
         }
         copies_end();
     };
@@ -322,65 +424,16 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
         meet_all();
         fetch();
     };
-    const auto prepare = [&](int number) {  // of one warp
-        if (number >= each) return;
-        Told& head = told[number % 4];
-        const i64 of = (G * w_heads + (w_heads > 1 ? first_head + number : 0)) * T, row = of_head(number) * T;
-        sum_decays(head.sums, load_decays(w ? w + of : nullptr, nullptr, NORMALISED ? of_query + row : nullptr, t0, T));
-#pragma unroll
-        for (int s = lane; s < L; s += 32) {
-            const float factor = gain && t0 + s < T ? exp2_fast(gain[of + s + t0] * LOG2E) : 1.0f;
-            head.gains[s] = factor;
-            if (NORMALISED) head.of_n[s] = t0 + s < T ? of_n[row + t0 + s] : 0.0f;
-        }
-    };
-    const auto kept = [](const float* sums, float product) {  // from the chunk's start to its end
-        const bool halved = sums[3 * L] != 0.0f;
-        const float by = power(min(sums[L - 1] + sums[3 * L + 1], 127.0f), halved);
-        product = over_rows(over_columns(product)) * by;
-        return halved ? product * by : product;
-    };
-    const auto finish = [&](int number) {  // of one warp
-        const Found& of = found[number % 2];
-        const Told& head = told[number % 4];
-        const int r = 2 * lane;
-        float product = 0.0f;
-#pragma unroll
-        for (int x = 0; x < WARPS; ++x) product += of.kept[x];
-        const float2 written = {of.to_state[0][r] + of.to_state[1][r], of.to_state[0][r + 1] + of.to_state[1][r + 1]};
-        const float2 from = sums_from(float2{of.from_state[0][r] + of.from_state[1][r], of.from_state[0][r + 1] + of.from_state[1][r + 1]});
-        const float2 before = sums_before(float2{written.x * head.gains[r], written.y * head.gains[r + 1]});
-        float2 column = {of.column[0][r], of.column[0][r + 1]};
-        float2 rectangle = {of.corner[r / 16][r % 16] + of.corner[r / 16 + 4][r % 16], of.corner[r / 16][r % 16 + 1] + of.corner[r / 16 + 4][r % 16 + 1]};
-#pragma unroll
-        for (int i = 1; i < 4; ++i) {  // queries of group i, later than r by far
-            const float2 of_group = {of.column[i][r], of.column[i][r + 1]};
-            column.x += of_group.x, column.y += of_group.y;
-            const float2 more = sums_before(float2{of_group.x * (head.gains[r] * scale), of_group.y * (head.gains[r + 1] * scale)});
-            if (r < 16 * i) rectangle.x += more.x, rectangle.y += more.y;
-        }
-        const i64 to = of_head(number) * T + t0 + r;
-        if (t0 + r < T) {
-            dw[to] = rectangle.x + (from.x + before.x) + product;
-            dgain[to] = column.x * scale + written.x;
-        }
-        if (t0 + r + 1 < T) {
-            dw[to + 1] = rectangle.y + (from.y + before.y) + product;
-            dgain[to + 1] = column.y * scale + written.y;
-        }
-        if (dskip && lane == 0) {
-            float sum = 0.0f;
-#pragma unroll
-            for (int x = 0; x < 8; ++x) sum += of.diagonal[x];
-            dskip[of_head(number) * chunks + c] = sum;
-        }
+    const auto hand_on = [&](int number) {  // what was found
+        constexpr int PIECES = sizeof(Found) / 16;
+        if (threadIdx.x < PIECES)
+            reinterpret_cast<uint4*>(all_found + of_head(number) * chunks + c)[threadIdx.x] = reinterpret_cast<const uint4*>(&found[number % 2])[threadIdx.x];
     };
 
     stage<D, CROWD>(Q, q + ((G * q_heads + (q_heads > 1 ? first_head : 0)) * T + t0) * d, T - t0, d, 0);
     stage<D, CROWD>(K, k + ((G * k_heads + (k_heads > 1 ? first_head : 0)) * T + t0) * d, T - t0, d, 0);
+    tell(0);
     fetch();
-    if (warp == 0) prepare(0);
-    if (warp == 1) prepare(1);
     for (int i = threadIdx.x; i < 8 * L; i += CROWD) found[i / (4 * L)].column[i / L % 4][i % L] = 0.0f;  // past a group's triangle
     turn();
     const int group = warp % 4, half = warp / 4 % 2, row = 16 * group + g, first = half * (D / 2);
@@ -405,25 +458,21 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
             }
         }
         const auto fade = [&](int number) {  // how a head's pairs fade, and M
-            const Told& head = told[number % 4];
-            const float* const sums = head.sums;
-            const bool halved = sums[3 * L] != 0.0f;
-            const float at_row[2] = {sums[row], sums[row + 8]}, rest[2] = {sums[L + row], sums[L + row + 8]};
+            const Told& head = told[number % 3];
+            const float at_row[2] = {head.sums[row], head.sums[row + 8]}, rest[2] = {head.rows[row], head.rows[row + 8]};
             char* const M = M_s + number % 2 * PAIRS;
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const int block = j / 2 * 2 + half, s = 16 * block + j % 2 * 8 + 2 * t4;
                 if (block <= group) {
-                    const float2 to = *reinterpret_cast<const float2*>(sums + s), less = *reinterpret_cast<const float2*>(sums + 2 * L + s);
-                    const float2 factor = {head.gains[s] * scale, head.gains[s + 1] * scale};
+                    const float2 to = *reinterpret_cast<const float2*>(head.sums + s), less = *reinterpret_cast<const float2*>(head.columns + s);
+                    const float2 gain = *reinterpret_cast<const float2*>(head.gains + s);
                     float m[4];
 #pragma unroll
                     for (int x = 0; x < 4; ++x) {
-                        const float faded = power((at_row[x / 2] - (x % 2 ? to.y : to.x)) + (rest[x / 2] - (x % 2 ? less.y : less.x)), halved);
-                        by[j][x] = block == group && s + x % 2 > row + 8 * (x / 2) ? 0.0f : faded;
-                        m[x] = pairs[j][x] * by[j][x];
-                        if (halved) m[x] *= by[j][x];
-                        m[x] *= x % 2 ? factor.y : factor.x;
+                        by[j][x] = exp2_fast(min((at_row[x / 2] - (x % 2 ? to.y : to.x)) + (rest[x / 2] - (x % 2 ? less.y : less.x)), 127.0f));
+                        if (block == group && s + x % 2 > row + 8 * (x / 2)) by[j][x] = 0.0f;
+                        m[x] = pairs[j][x] * by[j][x] * (scale * (x % 2 ? gain.y : gain.x));
                     }
 #pragma unroll
                     for (int x = 0; x < 2; ++x)
@@ -434,16 +483,13 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
         fade(0);
         meet_all();
         for (int number = 0, item = 0; number < each; ++number) {
-            if (number > 0) turn();
-            const Told& head = told[number % 4];
+            if (number > 0) turn(), hand_on(number - 1);
+            const Told& head = told[number % 3];
             Found& of = found[number % 2];
-            const bool halved = head.sums[3 * L] != 0.0f;
-            const float since[2] = {power(head.sums[row] + head.sums[L + row], halved), power(head.sums[row + 8] + head.sums[L + row + 8], halved)};
-            const float once[2] = {since[0] * scale, since[1] * scale};
+            const float since[2] = {head.since[row], head.since[row + 8]};
             float dP[4][4] = {}, read[2] = {0.0f, 0.0f}, product = 0.0f;
             for (int tile = 0; tile < tiles; ++tile, ++item) {
                 if (tile > 0) turn();
-                if (warp == 0 && tile == 0) prepare(number + 2);
                 char* const V = stages + item % 2 * STAGE;
                 char* const Y = V + VALUES;
                 char* const S = Y + VALUES;
@@ -463,42 +509,46 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                         }
                     }
                 }
-                through<D>(sum, read, y, S, first, Q, group, once, since, halved);
+                through<D>(sum, read, y, S, first, Q, group, since);
                 product += product_of_states<D>(S, S + STATE, warp);
             }
             const float of_rows[2] = {NORMALISED ? head.of_n[row] : 0.0f, NORMALISED ? head.of_n[row + 8] : 0.0f};
             if (NORMALISED) {
                 const i64 at_norm = (of_head(number) * chunks + c) * d;
-                const float worth[2] = {halved ? of_rows[0] * since[0] : of_rows[0], halved ? of_rows[1] * since[1] : of_rows[1]};
-                through_norm(sum, read, worth, ns + at_norm, first, d, Q, row, once);
+                through_norm(sum, read, of_rows, ns + at_norm, first, d, Q, row, since);
                 for (int i = 16 * warp + lane; i < min(d, 16 * (warp + 1)); i += 32) product += ns[at_norm + i] * rs[at_norm + i];
             }
             // What the head's own pairs are worth, z. `corner`: of r within this group's steps, sums over s < r <= t.
             float diagonal = 0.0f, corner[2][4] = {};
 #pragma unroll
-            for (int own = 0; own < 2; ++own) {
-                const int block = 2 * own + half;
+            for (int mine = 0; mine < 2; ++mine) {
+                const int block = 2 * mine + half;
                 if (block <= group) {
+                    if (skip && block == group) {
+#pragma unroll
+                        for (int x = 0; x < 8; ++x) diagonal += x / 4 * 8 + 2 * t4 + x % 2 == g + x % 4 / 2 * 8 ? dP[2 * mine + x / 4][x % 4] : 0.0f;
+                    }
                     unsigned z[4];
+                    float columns[4];
 #pragma unroll
                     for (int tile = 0; tile < 2; ++tile) {
-                        const int j = 2 * own + tile, s = 16 * block + 8 * tile + 2 * t4;
-                        const float2 factor = {head.gains[s] * scale, head.gains[s + 1] * scale};
+                        const int j = 2 * mine + tile, s = 16 * block + 8 * tile + 2 * t4;
+                        const float2 gain = *reinterpret_cast<const float2*>(head.gains + s);
+                        const float factor[2] = {gain.x * scale, gain.y * scale};
 #pragma unroll
                         for (int x = 0; x < 4; ++x) {
-                            if (block == group && s + x % 2 == row + 8 * (x / 2)) diagonal += dP[j][x];
-                            float p = (NORMALISED ? dP[j][x] + of_rows[x / 2] : dP[j][x]) * by[j][x];
-                            if (halved) p *= by[j][x];
-                            P[j][x] = fmaf(p, x % 2 ? factor.y : factor.x, P[j][x]);
+                            const float p = (NORMALISED ? dP[j][x] + of_rows[x / 2] : dP[j][x]) * by[j][x];
+                            P[j][x] = fmaf(p, factor[x % 2], P[j][x]);
                             dP[j][x] = p * pairs[j][x];
                         }
 #pragma unroll
                         for (int x = 0; x < 2; ++x) {
-                            const float whole = over_rows(dP[j][x] + dP[j][x + 2]);
-                            if (g == 0) of.column[group][s + x] = whole;
-                            z[2 * tile + x] = pack(dP[j][2 * x] * factor.x, dP[j][2 * x + 1] * factor.y);
+                            columns[2 * tile + x] = dP[j][x] + dP[j][x + 2];
+                            z[2 * tile + x] = pack(dP[j][2 * x] * factor[0], dP[j][2 * x + 1] * factor[1]);
                         }
                     }
+                    const float whole_column = over_rows_of_four(columns);
+                    if (lane % 8 < 4) of.column[group][16 * block + lane / 16 * 8 + 2 * t4 + lane / 8 % 2] = whole_column;
 #pragma unroll
                     for (int tile = 0; tile < 2; ++tile) {  // times ones where s < r
                         const int r = 16 * group + 8 * tile + g, s = 16 * block + 2 * t4;
@@ -507,21 +557,21 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                     }
                 }
             }
+            float later[4];
 #pragma unroll
-            for (int tile = 0; tile < 2; ++tile) {
-#pragma unroll
-                for (int x = 0; x < 2; ++x) {
-                    const int r = 8 * tile + 2 * t4 + x;
-                    const float whole = over_rows((g >= r ? corner[tile][x] : 0.0f) + (g + 8 >= r ? corner[tile][x + 2] : 0.0f));
-                    if (g == 0) of.corner[warp][r] = whole;
-                }
+            for (int x = 0; x < 4; ++x) {
+                const int r = x / 2 * 8 + 2 * t4 + x % 2;
+                later[x] = (g >= r ? corner[x / 2][x % 2] : 0.0f) + (g + 8 >= r ? corner[x / 2][x % 2 + 2] : 0.0f);
             }
+            const float whole_corner = over_rows_of_four(later);
+            if (lane % 8 < 4) of.corner[warp][lane / 16 * 8 + 2 * t4 + lane / 8 % 2] = whole_corner;
 #pragma unroll
             for (int x = 0; x < 2; ++x) {
-                float whole = over_columns(read[x]) * once[x];
-                if (t4 == 0) of.from_state[half][row + 8 * x] = whole;
+                const float whole_read = over_columns(read[x]) * since[x];
+                if (t4 == 0) of.from_state[half][row + 8 * x] = whole_read;
             }
-            product = kept(head.sums, product), diagonal = over_rows(over_columns(diagonal));
+            product = over_rows(over_columns(product)) * head.all[0];
+            if (skip) diagonal = over_rows(over_columns(diagonal));
             if (lane == 0) of.kept[warp] = product, of.diagonal[warp] = diagonal;
             if (number + 1 < each) fade(number + 1);
         }
@@ -551,18 +601,11 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
         meet_all();
         for (int number = 0, item = 0; number < each; ++number) {
             if (number > 0) turn();
-            if (warp == WARPS - 1 && number > 0) finish(number - 1);
-            const Told& head = told[number % 4];
+            const Told& head = told[number % 3];
             Found& of = found[number % 2];
-            const float* const sums = head.sums;
-            const bool halved = sums[3 * L] != 0.0f;
-            const float all = sums[L - 1], all_rest = sums[3 * L + 1], skipped = skip ? skip[of_head(number)] : 0.0f;
-            float left[2], faded[2];  // of a key at the end of the chunk, without and with its gain
-#pragma unroll
-            for (int x = 0; x < 2; ++x) {
-                left[x] = power(min((all - sums[row + 8 * x]) + (all_rest - sums[2 * L + row + 8 * x]), 127.0f), halved);
-                faded[x] = left[x] * head.gains[row + 8 * x];
-            }
+            const float skipped = skip ? skip[of_head(number)] : 0.0f;
+            const float left[2] = {head.left[row], head.left[row + 8]};  // of a key at the end of the chunk, without its gain
+            const float faded[2] = {left[0] * head.gains[row], left[1] * head.gains[row + 8]};
             char* const M = M_s + number % 2 * PAIRS;
             float written[2] = {0.0f, 0.0f}, product = 0.0f;
             for (int tile = 0; tile < tiles; ++tile, ++item) {
@@ -573,7 +616,7 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                 unsigned values[E / 16][4];
 #pragma unroll
                 for (int i = 0; i < E / 16; ++i) load_tiles(values[i], at<L>(V, 16 * group + lane % 16, 2 * i + lane / 16));
-                through<D>(sum, written, values, R, first, K, group, faded, left, halved);
+                through<D>(sum, written, values, R, first, K, group, faded);
                 float o[E / 16][4] = {};  // half the columns of dv
 #pragma unroll
                 for (int i = 0; i < D / 16; ++i) {
@@ -588,7 +631,6 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                     }
                 }
                 times(o, faded);
-                if (halved) times(o, left);
 #pragma unroll
                 for (int block = 0; block < L / 16; ++block) {
                     if (block >= group) {
@@ -619,19 +661,18 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
             }
             if (NORMALISED) {
                 const i64 at_norm = (of_head(number) * chunks + c) * d;
-                const float worth[2] = {halved ? left[0] : 1.0f, halved ? left[1] : 1.0f};
-                through_norm(sum, written, worth, rs + at_norm, first, d, K, row, faded);
+                const float one[2] = {1.0f, 1.0f};
+                through_norm(sum, written, one, rs + at_norm, first, d, K, row, faded);
             }
 #pragma unroll
             for (int x = 0; x < 2; ++x) {
                 const float whole = over_columns(written[x]) * left[x];
                 if (t4 == 0) of.to_state[half][row + 8 * x] = whole;
             }
-            product = kept(sums, product);
+            product = over_rows(over_columns(product)) * head.all[0];
             if (lane == 0) of.kept[warp] = product;
         }
         meet_all();
-        if (warp == WARPS - 1) finish(each - 1);
 #pragma unroll
         for (int block = 0; block < L / 16; ++block) {
             if (block >= group) {
@@ -647,6 +688,7 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
             }
         }
     }
+    hand_on(each - 1);
     const i64 t = t0 + 16 * group;
     char* const room = stages + (items + 1) % 2 * STAGE + warp * OUT;
     store_rows(room, sum, (warp < 8 ? dq : dk) + (unit * T + t) * d, T - t, d, first);

@@ -155,7 +155,7 @@ class Library:
             assert np.all(room[:FENCE] == 0xFF) and np.all(room[FENCE + a.nbytes :] == 0xFF), f"{kernel.name} writes outside of an array"
 
 
-C_TYPES = {"float32": ("f", "4Tf32"), "float64": ("d",), "bfloat16": ("13__nv_bfloat16",), "int32": ("i",), "int64": ("x",)}
+C_TYPES = {"uint8": ("4Told", "5Found"), "float32": ("f", "4Tf32"), "float64": ("d",), "bfloat16": ("13__nv_bfloat16",), "int32": ("i",), "int64": ("x",)}
 TYPES = {0: np.dtype(np.float32), 1: np.dtype(np.float64), 14: np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -340,8 +340,8 @@ def test_the_kernel_on_tensor_cores_conforms(name, tensor_cores):
 
 
 SEVERAL_CHUNKS = {
-    "ssd": ({"T": 150, "p": 70, "n": 100, "H": 4, "G": 2}, {"T": 64, "p": 8, "n": 16}),
-    "mlstm": ({"T": 150, "d": 100, "e": 70}, {"T": 64, "d": 9, "e": 5}),
+    "ssd": ({"T": 150, "p": 70, "n": 100, "H": 4, "G": 2}, {"T": 64, "p": 8, "n": 16}, {"T": 128, "p": 64, "n": 128, "H": 5, "G": 1}),
+    "mlstm": ({"T": 150, "d": 100, "e": 70}, {"T": 64, "d": 9, "e": 5}, {"T": 128, "d": 64, "e": 128}),
     "linear_attention": (
         {"T": 150, "d": 100, "e": 70, "Hq": 4, "Hkv": 2},
         {"T": 70, "d": 33, "e": 128},
