@@ -5,7 +5,7 @@ Which kernel runs (`docs/gpu/attention.md` has what was measured):
     decoding   halves, few queries for many keys (those of all heads that share a key head at most 16), head size 64 or 128, no
                mask or bias: ``kernel_attention_decode.cu``
     hopper     halves on sm_90, head sizes to 128 in steps of 8: ``kernel_attention_hopper.cu``; the gradient, without mask and
-               bias: ``kernel_attention_hopper_gradient.cu``
+               bias: ``kernel_attention_hopper_ordered.cu``, and ``kernel_attention_hopper_gradient.cu`` for head sizes to 64 and softcap
     tiled      all else, in float32 (halves too) or float64: ``kernel_attention.cu``; float32 of head sizes to 128, without mask, bias
                and softcap: ``kernel_attention_float.cu``
 
@@ -36,7 +36,7 @@ CALL = np.dtype(
 )  # fmt: skip
 RAW = np.dtype((np.void, CALL.itemsize))  # as kernels take it: CuPy needs not know what is inside
 NOTHING = np.uintp(0)
-RINGS = (4, 2)  # slices of keys and values in shared memory: on Hopper, on a device with less of it
+SLICES = ((64, 3), (32, 2))  # features, or keys, of a slice, and how many in shared memory: on Hopper, on a device with less of it
 L2 = 24 << 20  # bytes of keys and values that are read from memory once for all rows of their heads
 
 
@@ -169,16 +169,17 @@ def _tiled(name: str) -> Kernel:
     return Kernel(TILED, f"attention_tiled<{TYPES[name]}, {A}, 4, 4>", spills=name == "float64")
 
 
-def _float(columns: int, ring: int) -> Kernel:
-    return Kernel(FLOAT, f"attention_float<{columns // 16}, {ring}>")
+def _float(columns: int, width: int, ring: int) -> Kernel:
+    return Kernel(FLOAT, f"attention_float<{columns // 16}, {width}, {ring}>")
 
 
 def tiled(p: Problem):
     """Plain arithmetic. Head sizes to 128 in float32 without mask, bias and softcap take the large tiles."""
     call, name = p.call[0], p.q.dtype.name
-    ring = next((r for r in RINGS if _float_shared(r) <= shared_memory()), 0)
-    if name == "float32" and not p.maps and call["softcap"] == 0 and call["scale"] > 0 and call["d"] <= 128 and ring:
-        return tiled_float(p, ring)
+    if name == "float32" and not p.maps and call["softcap"] == 0 and call["scale"] > 0 and call["d"] <= 128:
+        for slices in SLICES:
+            if _float_shared(*slices) <= shared_memory():
+                return tiled_float(p, *slices)
     o, lse = results(p)
     size = o.itemsize
     width, vector = 128 // size, 16 // size
@@ -188,11 +189,11 @@ def tiled(p: Problem):
     return o, lse
 
 
-def _float_shared(ring: int) -> int:
-    return 4 * (128 * 132 + 8 * 16 * 72 + ring * 32 * 132) + 16 * ring
+def _float_shared(width: int, ring: int) -> int:
+    return 4 * (128 * 132 + 8 * 16 * 72 + ring * width * 132) + 16 * ring
 
 
-def tiled_float(p: Problem, ring: int, together: int | None = None):
+def tiled_float(p: Problem, width: int, ring: int, together: int | None = None):
     """Tiles of 128 queries and 128 keys in float32."""
     call = p.call.copy()
     heads, tiles = int(call["B"][0]) * int(call["Hq"][0]), -(-int(call["n"][0]) // 128)
@@ -201,7 +202,7 @@ def tiled_float(p: Problem, ring: int, together: int | None = None):
     columns = 64 if call["e"] <= 64 else 128
     o, lse = results(p)
     grid = heads * tiles * max(1, -(-int(call["e"][0]) // columns))
-    _float(columns, ring)((grid,), (256,), (call.view(RAW), p.q, p.k, p.v, p.options[2], o, lse), _float_shared(ring))
+    _float(columns, width, ring)((grid,), (256,), (call.view(RAW), p.q, p.k, p.v, p.options[2], o, lse), _float_shared(width, ring))
     return o, lse
 
 
@@ -281,7 +282,7 @@ def _sum(name: str) -> Kernel:
     return Kernel(ORDERED, f"attention_gradient_sum<{TYPES[name]}>", hopper=True)
 
 
-def hopper_backward(p: Problem, do, o, lse, dlse, ordered: bool = True, together: int = 16):
+def hopper_backward(p: Problem, do, o, lse, dlse):
     """dq, dk, dv in the arrays' precision, and across = dlse - do.o (B, Hq, n)."""
     call, name = p.call.copy(), p.q.dtype.name
     B, Hq, Hkv, n, m, d, e = (int(call[x][0]) for x in ("B", "Hq", "Hkv", "n", "m", "d", "e"))
@@ -294,16 +295,8 @@ def hopper_backward(p: Problem, do, o, lse, dlse, ordered: bool = True, together
     _hopper_gradient(name, "across")((-(-B * Hq * padded // 32),), (128,), (
         call.view(RAW), o, do, lse, NOTHING if dlse is None else dlse, across, lse2, np.int32(padded)))  # fmt: skip
     shared = 1024 + 2 * 128 * D * 2 + 3 * (2 * 64 * D * 2 + 2 * 64 * 4) + 64
-    if ordered and D == 128 and capped == "false":
-        maps = [tensor_map.panels(x, box) for x, box in zip((q, k, v, do), (64, 128, 128, 64), strict=True)]
-        call["heads"] = min(B * Hkv, together)
-        dq, dk, dv = (cp.empty(x.shape, x.dtype) for x in (q, k, v))
-        tiles = B * Hq * -(-n // 64)
-        parts, order = cp.empty(tiles * 64 * D, np.float32), cp.zeros(1 + 2 * tiles, np.int32)
-        _ordered(name)((B * Hkv * -(-m // 128),), (384,), (
-            call.view(RAW), *maps, lse2, across, np.int32(padded), parts, order, dk, dv), shared + 2 * 128 * 64 * 2 + 64)  # fmt: skip
-        _sum(name)((tiles,), (256,), (call.view(RAW), parts, order, dq))
-        return dq, dk, dv, across[..., :n]
+    if D == 128 and capped == "false":
+        return (*in_order(call, name, (q, k, v, do), lse2, across, padded), across[..., :n])
     found = []
     for of, heads, rows, boxes, passing in (
         ("queries", Hq, n, (128, 64, 64, 128), (p.k.nbytes + p.v.nbytes) // (B * Hkv)),
@@ -316,6 +309,25 @@ def hopper_backward(p: Problem, do, o, lse, dlse, ordered: bool = True, together
         kernel((B * heads * -(-rows // 128),), (384,), (call.view(RAW), *maps, lse2, across, np.int32(padded), *out), shared)
         found += out
     return (*found, across[..., :n])
+
+
+def in_order(call, name: str, arrays, lse2, across, padded: int, turns: tuple[int, int] | None = None):
+    """dq, dk, dv by five products; the parts of dq are added up in a fixed order."""
+    q, k, v, do = arrays
+    B, Hq, Hkv, n, m = (int(call[x][0]) for x in ("B", "Hq", "Hkv", "n", "m"))
+    tiles, parts_of = -(-m // 128), B * Hq * -(-n // 64)
+    # Heads in work at the same time: so many that a block starts about two steps after the one before it, and few enough for L2.
+    heads = max(1.0, 5.4 * multiprocessors() / max(1, -(-n // 64)))
+    together, apart = turns or (-(-int(heads) // tiles), max(1, round(tiles / heads)))
+    call["heads"], call["splits"] = together, apart
+    items = together * -(-tiles // apart) * (tiles + apart * (-(-B * Hkv // together) - 1))
+    maps = [tensor_map.panels(x, box) for x, box in zip(arrays, (64, 128, 128, 64), strict=True)]
+    dq, dk, dv = (cp.empty(x.shape, x.dtype) for x in (q, k, v))
+    parts, order = cp.empty(parts_of * 64 * 128, np.float32), cp.zeros(1 + 2 * parts_of, np.int32)
+    shared = 1024 + 3 * 2**16 + 2**15 + 2 * 512 + 256  # K and V, Q and dO, dS, dQ, of each query two numbers, barriers
+    _ordered(name)((items,), (384,), (call.view(RAW), *maps, lse2, across, np.int32(padded), parts, order, dk, dv), shared)
+    _sum(name)((parts_of,), (256,), (call.view(RAW), parts, order, dq))
+    return dq, dk, dv
 
 
 def _portions(name: str, D: int, halves: int) -> Kernel:
@@ -343,18 +355,17 @@ def decode(p: Problem, splits: int | None = None):
 
 KERNELS = (
     *(_tiled(name) for name in TYPES),
-    *(_float(columns, ring) for columns in (64, 128) for ring in RINGS),
+    *(_float(columns, *slices) for columns in (64, 128) for slices in SLICES),
     *(_gradient(name, of) for name in TYPES for of in ("QUERIES", "KEYS", "VALUES")),
     *(_hopper(name, D, 2, 128, capped, maps) for name in HALVES for D in (64, 128) for capped in (False, True) for maps in (False, True)),
     *(_hopper(name, 64, 3, 128, False, False) for name in HALVES),
     *(_hopper(name, 128, 2, 176, False, False) for name in HALVES),
     *(_hopper_gradient(name, "across") for name in HALVES),
     *(
-        _hopper_gradient(name, f"gradient_{of}", D, capped)
+        _hopper_gradient(name, f"gradient_{of}", *sizes)
         for name in HALVES
         for of in ("queries", "keys")
-        for D in (64, 128)
-        for capped in ("false", "true")
+        for sizes in ((64, "false"), (64, "true"), (128, "true"))
     ),
     *(of(name) for of in (_ordered, _sum) for name in HALVES),
     *(_portions(name, D, halves) for name in HALVES for D in (64, 128) for halves in (1, 2)),

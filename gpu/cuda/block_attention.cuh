@@ -75,7 +75,7 @@ struct Call {
     double scale, softcap;  // softcap 0: none
     int B, Hq, Hkv, n, m, d, e, below, above;
     int vectors;  // rows of q, k, v, dy start at multiples of 16 bytes and hold whole ones
-    int splits;   // portions of the keys (decoding)
+    int splits;   // portions of the keys (decoding); tiles of keys that a head is behind the one before it (gradient)
     int heads;    // heads taken up together, whose keys and values the L2 cache holds
 };
 

@@ -15,10 +15,9 @@
 #include "block_attention.cuh"
 
 constexpr int ROWS = 128, KEYS = 128;  // of a block's tile of scores
-constexpr int SLICE = 64;              // features of K, or keys of V, in one buffer
 constexpr int STRIDE = 132;            // from feature to feature, of Q and K: 4 more than 128, so that turned copies meet in no bank
 constexpr int QUAD = 72;               // from 4 keys to 4 keys of P: 4 x 16 rows and 8 more, for the same reason
-constexpr int BUFFER = SLICE * STRIDE, HALF = KEYS / 2;
+constexpr int HALF = KEYS / 2;
 
 // ---- barriers that count arrivals, as sm_80 has them already -----------------------------------------------------------
 struct Barrier { unsigned long long word; };
@@ -55,6 +54,7 @@ __device__ inline void copy16(unsigned to, const void* from, bool there) {
 __device__ inline int turned_feature() { return threadIdx.x / 32 % 4 * 8 + threadIdx.x % 8; }
 __device__ inline int turned_row() { return threadIdx.x / 128 * 64 + threadIdx.x % 32 / 8; }
 // `from`: where this thread's first number is; `rows`, `features`: how many there are from there on.
+template <int SLICE>
 __device__ inline void stage_turned(unsigned to, const float* from, long long stride, int rows, int features, bool whole) {
     if (whole) {
 #pragma unroll
@@ -71,7 +71,7 @@ __device__ inline void stage_turned(unsigned to, const float* from, long long st
 // SLICE rows of 16 E columns, as they lie; `from` goes on to the next slice.
 template <int E> __device__ inline int straight_column() { return threadIdx.x % (4 * E) * 4; }
 template <int E> __device__ inline int straight_row() { return threadIdx.x / (4 * E); }
-template <int E>
+template <int E, int SLICE>
 __device__ inline void stage_straight(unsigned to, const float*& from, long long stride, int rows, int columns, bool whole, bool vectors) {
     constexpr int STEP = 64 / E;  // rows that 256 threads copy
     if (whole) {
@@ -109,8 +109,9 @@ template <int N> __device__ inline void multiply(float (&d)[8][N], const float (
 
 // D += A B over SLICE steps. A: 8 numbers a step, the second four 8 further; `A_QUAD` from 4 steps to the next 4. The last step takes
 // the first one's numbers once more, for nothing: one loop for all steps, and no reads beyond the slice.
-template <int N, int A_STEP, int A_QUAD, int B_STEP> __device__ inline void multiply_slice(float (&d)[8][N], const float* a, const float* b) {
-    constexpr int UNROLL = 8;
+template <int N, int SLICE, int A_STEP, int A_QUAD, int B_STEP>
+__device__ inline void multiply_slice(float (&d)[8][N], const float* a, const float* b) {
+    constexpr int UNROLL = 4;
     float x[2][8], y[2][N];
     take<8, 8>(x[0], a);
     take<N, 64>(y[0], b);
@@ -142,10 +143,10 @@ template <int HALF_OF_KEYS> __device__ inline void write_weights(float* p, const
 
 // Grid: tiles of rows and heads as `which` lists them times chunks of columns, the longest rows of a group of heads first.
 // Shared memory: Q by feature, P of half a tile (each warp its own), the ring, its barriers.
-template <int E, int RING>
+template <int E, int SLICE, int RING>
 __global__ void __launch_bounds__(256, 1)
 attention_float(const Call c, const float* q, const float* k, const float* v, const float* sink, float* o, float* lse) {
-    constexpr int COLUMNS = 16 * E, AHEAD = RING / 2;
+    constexpr int COLUMNS = 16 * E, BUFFER = SLICE * STRIDE, AHEAD = RING / 2;
     extern __shared__ __align__(16) float memory[];
     float *const q_tile = memory, *const p_tiles = q_tile + 128 * STRIDE, *const buffers = p_tiles + 8 * HALF / 4 * QUAD;
     Barrier *const full = (Barrier*)(buffers + RING * BUFFER), *const free = full + RING;
@@ -183,12 +184,12 @@ attention_float(const Call c, const float* q, const float* k, const float* v, co
         if (used_before) barrier_wait(free + copy.stage, copy.phase ^ 1);
         if (copy_slice < k_slices) {
             const int feature = copy_slice * SLICE;
-            stage_turned(k_to + to, k_from, c.k[2], c.m - copy_key - turned_row(), c.d - feature - turned_feature(),
+            stage_turned<SLICE>(k_to + to, k_from, c.k[2], c.m - copy_key - turned_row(), c.d - feature - turned_feature(),
                          copy_key + KEYS <= c.m && feature + SLICE <= c.d);
             k_from += SLICE;
         } else {
             const int key = copy_key + (copy_slice - k_slices) * SLICE;
-            stage_straight<E>(v_to + to, v_from, c.v[2], c.m - key - straight_row<E>(), c.e - column - straight_column<E>(),
+            stage_straight<E, SLICE>(v_to + to, v_from, c.v[2], c.m - key - straight_row<E>(), c.e - column - straight_column<E>(),
                               c.vectors && key + SLICE <= c.m && column + COLUMNS <= c.e, c.vectors);
         }
         barrier_arrive_after_copies(full + copy.stage);
@@ -220,7 +221,7 @@ attention_float(const Call c, const float* q, const float* k, const float* v, co
     }
     if (from < until) {
         for (int x = 0; x < k_slices; x++)
-            stage_turned(shared_address(q_tile + x * BUFFER + turned_feature() * STRIDE + turned_row()),
+            stage_turned<SLICE>(shared_address(q_tile + x * BUFFER + turned_feature() * STRIDE + turned_row()),
                          q + (row + turned_row()) * c.q[2] + x * SLICE + turned_feature(), c.q[2], c.n - row - turned_row(),
                          c.d - x * SLICE - turned_feature(), row + ROWS <= c.n && (x + 1) * SLICE <= c.d);
         for (int x = 0; x < AHEAD; x++) fetch();  // the first of them is there only when the queries are, too
@@ -235,7 +236,7 @@ attention_float(const Call c, const float* q, const float* k, const float* v, co
             for (int j = 0; j < 8; j++) s[i][j] = 0;
         for (int x = 0; x < k_slices; x++) {
             const float* const slice = next();
-            multiply_slice<8, STRIDE, 4 * STRIDE, STRIDE>(s, q_tile + x * BUFFER + mine, slice + 4 * right);
+            multiply_slice<8, SLICE, STRIDE, 4 * STRIDE, STRIDE>(s, q_tile + x * BUFFER + mine, slice + 4 * right);
             release();
         }
         if (!inside(c, row, ROWS, key, KEYS)) {
@@ -282,7 +283,7 @@ attention_float(const Call c, const float* q, const float* k, const float* v, co
             if (x == 0) write_weights<0>(p + right * QUAD, s);
             if (x == HALF / SLICE) write_weights<1>(p + right * QUAD, s);
             const float* const slice = next();
-            multiply_slice<E, 16, QUAD, COLUMNS>(acc, p + x % (HALF / SLICE) * (SLICE / 4) * QUAD, slice + 4 * right);
+            multiply_slice<E, SLICE, 16, QUAD, COLUMNS>(acc, p + x % (HALF / SLICE) * (SLICE / 4) * QUAD, slice + 4 * right);
             release();
         }
     }

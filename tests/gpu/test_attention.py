@@ -24,6 +24,10 @@ CASES = [  # B, Hq, Hkv, n, m, d, e, options; True stands for a drawn array
     (1, 4, 2, 400, 650, 64, 64, {"window": (70, None), "offset": 40, "sink": True, "return_lse": True}),
     (1, 2, 1, 200, 300, 72, 40, {"bias": True, "mask": True, "causal": True, "return_lse": True}),
     (2, 2, 1, 150, 300, 128, 128, {"bias": True, "mask": True, "softcap": 2.0, "return_lse": True}),
+    (1, 4, 2, 400, 650, 128, 128, {"window": (100, 30), "sink": True, "return_lse": True}),
+    (1, 4, 1, 400, 650, 72, 128, {"window": (70, None), "offset": 40, "return_lse": True}),
+    (1, 2, 1, 1111, 1300, 128, 128, {"causal": True}),  # gradient: ten blocks add to a tile
+    (1, 4, 2, 300, 450, 100, 130, {"window": (100, 30), "sink": True, "return_lse": True}),
     (1, 3, 3, 70, 90, 37, 19, {"causal": True, "scale": 0.3}),
     (1, 2, 1, 60, 130, 200, 300, {"softcap": 2.0, "sink": True, "return_lse": True}),
     (2, 8, 2, 1, 1000, 128, 128, {"return_lse": True, "sink": True}),  # decoding
