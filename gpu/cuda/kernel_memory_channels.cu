@@ -63,6 +63,14 @@ __device__ __forceinline__ Two both(unsigned x) { return {low(x), high(x)}; }
 __device__ __forceinline__ Two fades(unsigned w) { return {exp2_fast(low(w) * LOG2E), exp2_fast(high(w) * LOG2E)}; }
 __device__ __forceinline__ unsigned pack(Two x) { return pack(x.x, x.y); }
 
+// Of two results side by side, each lane's neighbours in a row: of four neighbours of the first result (lanes of even number) or of the
+// second, so that four lanes write whole sectors of 32 bytes.
+__device__ __forceinline__ uint2 exchanged(unsigned first, unsigned second) {
+    const bool odd = threadIdx.x % 2;
+    const unsigned other = __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
+    return odd ? uint2{other, second} : uint2{first, other};
+}
+
 // q (G, q_heads, T, d), k and w (G, k_heads, T, d), v (G, v_heads, T, e), all bfloat16; state and last (G, v_heads, d, e); y (G, heads, T, e);
 // an array's heads are `heads` or 1. Without `state` it is 0. d and e are multiples of 8, rows start at multiples of 16 bytes.
 // Grid: (G heads, tiles of 128 values).
@@ -73,7 +81,7 @@ __global__ void __launch_bounds__(ALL, 1)
 memory_channels(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat16* v, const __nv_bfloat16* w, const float* state,
                 __nv_bfloat16* y, float* last, __nv_bfloat16* states, i64 T, int d, int e, int heads, int q_heads, int k_heads, int v_heads,
                 int w_heads, float scale, int backwards) {
-    const bool back = GRADIENT && backwards;
+    const bool back = GRADIENT && backwards, reads = !GRADIENT || y;
     constexpr int TILE = 8 * D * 2, ROOM = Stage<D>::BYTES;
     extern __shared__ double memory[];
     char* const shared = reinterpret_cast<char*>(memory);
@@ -145,7 +153,9 @@ memory_channels(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
             }
             copies_end();
             const int piece = channel / 8, within = channel % 8 * 2;
-            const auto put = [&](int tile, int r, unsigned x) { *reinterpret_cast<unsigned*>(at<8>(tiles + tile * TILE, r, piece) + within) = x; };
+            const auto put = [&](int tile, int r, unsigned x) {
+                if (reads) *reinterpret_cast<unsigned*>(at<8>(tiles + tile * TILE, r, piece) + within) = x;
+            };
             const auto leave = [&](char* tile, int r, Two x) { *reinterpret_cast<unsigned*>(at<STEPS>(tile, r, piece) + within) = pack(x); };
             if (mine && !of_keys) {
                 Two since[STEPS];  // from the start of a piece to the step
@@ -169,23 +179,23 @@ memory_channels(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                 *reinterpret_cast<Two*>(stage + Stage<D>::DECAY + 4 * channel) = since[STEPS - 1];
             }
             if (mine && of_keys) {
-                Two until[STEPS], whole[STEPS];  // after the step, to the end of a piece; of each piece
+                Two until[STEPS], whole[STEPS / 2];  // after the step, to the end of a piece; of each piece
 #pragma unroll
-                for (int r = 0; r < STEPS; ++r) {
-                    whole[r] = fades(decays[r]), until[r] = {1.0f, 1.0f};
-                    put(r % 2 ? K_ODD : K_EVEN, r / 2, rows[r]);
+                for (int r = 0; r < STEPS; r += 2) {
+                    until[r] = fades(decays[r + 1]), until[r + 1] = {1.0f, 1.0f}, whole[r / 2] = fades(decays[r]) * until[r];
+                    put(K_EVEN, r / 2, rows[r]), put(K_ODD, r / 2, rows[r + 1]);
                 }
 #pragma unroll
-                for (int level = 0; level < 4; ++level) {
+                for (int level = 1; level < 4; ++level) {
                     const int size = 1 << level;
 #pragma unroll
                     for (int r = 0; r < STEPS; ++r) {
                         if (r / size % 2) continue;
-                        if (level > 0) put(K_EVEN - level, r / (2 * size) * size + r % size, pack(both(rows[r]) * until[r]));
+                        put(K_EVEN - level, r / (2 * size) * size + r % size, pack(both(rows[r]) * until[r]));
                         until[r] = until[r] * whole[r / size + 1];
                     }
 #pragma unroll
-                    for (int i = 0; i < STEPS / 2; ++i) {
+                    for (int i = 0; i < STEPS / 4; ++i) {
                         if (i < STEPS / size / 2) whole[i] = whole[2 * i] * whole[2 * i + 1];
                     }
                 }
@@ -195,7 +205,7 @@ memory_channels(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
             if (b + GROUPS < blocks) fetch(b + GROUPS);
             meet(OWN + group, GROUP);
             float m[4] = {}, own[4] = {};
-            if (!GRADIENT || y) {
+            if (reads) {
                 if (part == 0) match<D, Q8, K8>(m, tiles);
                 if (part == 1) match<D, Q4, K4>(m, tiles);
                 if (part == 2) match<D, Q2, K2>(m, tiles), match<D, Q_ODD, K_ODD>(own, tiles);
@@ -225,19 +235,19 @@ memory_channels(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
             S[j][x] = state && channel < d && value < e ? state[(rows + channel) * e + value] : 0.0f;
         }
     }
-    if (!GRADIENT || y) y += of_head * T * e + first + 8 * (t4 % 2) + 2 * (t4 - t4 % 2);
+    if (reads) y += of_head * T * e + first + 8 * (t4 % 2) + 2 * (t4 - t4 % 2);
     const int kept_chunks = int((T + KEPT - 1) / KEPT);
     for (int b = 0; b < blocks; ++b) {
         char* const stage = shared + b % STAGES * ROOM;
         if (GRADIENT && states && (back ? b == 0 || taken(b) % (KEPT / STEPS) == KEPT / STEPS - 1 : b % (KEPT / STEPS) == 0)) {
-            __nv_bfloat16* const to = states + (of_head * kept_chunks + taken(b) / (KEPT / STEPS)) * d * e;
+            __nv_bfloat16* const to = states + (of_head * kept_chunks + taken(b) / (KEPT / STEPS)) * d * e + 8 * (t4 % 2) + 2 * (t4 - t4 % 2);
 #pragma unroll
-            for (int j = 0; j < D / 8; ++j) {
+            for (int j = 0; j < D / 8; j += 2) {
 #pragma unroll
                 for (int x = 0; x < 2; ++x) {
                     const i64 value = first + g + 8 * x;
-                    if (8 * j < d && value < e)
-                        *reinterpret_cast<unsigned*>(to + value * d + 8 * j + 2 * t4) = pack(S[j][2 * x], S[j][2 * x + 1]);
+                    const uint2 four = exchanged(pack(S[j][2 * x], S[j][2 * x + 1]), pack(S[j + 1][2 * x], S[j + 1][2 * x + 1]));
+                    if (8 * (j + t4 % 2) < d && value < e) *reinterpret_cast<uint2*>(to + value * d + 8 * j) = four;
                 }
             }
         }
@@ -245,7 +255,7 @@ memory_channels(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
         float o[4][4] = {};  // sums over odd and even i by themselves: shorter chains
 #pragma unroll
         for (int i = 0; i < D / 16; ++i) {
-            if (GRADIENT && !y) break;
+            if (!reads) break;
             unsigned queries[4];
             load_tiles(queries, at<STEPS>(stage, lane % 16, 2 * i + lane / 16));
             multiply_tiles(o[i % 2 * 2], queries, pack(S[2 * i][0], S[2 * i][1]), pack(S[2 * i + 1][0], S[2 * i + 1][1]));
@@ -270,19 +280,13 @@ memory_channels(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
             }
         }
         if (b + STAGES < blocks) pass(EMPTY + b % STAGES, READING);
-        if (GRADIENT && !y) continue;
+        if (!reads) continue;
 #pragma unroll
-        for (int x = 0; x < 2; ++x) {  // neighbouring lanes exchange halves, so that four write whole sectors of a row
+        for (int x = 0; x < 2; ++x) {
             const i64 t = i64(taken(b)) * STEPS + (back ? STEPS - 1 - g - 8 * x : g + 8 * x);
-            unsigned left = pack((o[0][2 * x] + o[2][2 * x]) * scale, (o[0][2 * x + 1] + o[2][2 * x + 1]) * scale);
-            unsigned right = pack((o[1][2 * x] + o[3][2 * x]) * scale, (o[1][2 * x + 1] + o[3][2 * x + 1]) * scale);
-            const unsigned other = __shfl_xor_sync(0xffffffffu, t4 % 2 ? left : right, 1);
-            if (t4 % 2) {
-                left = other;
-            } else {
-                right = other;
-            }
-            if (t < T && first + 8 * (t4 % 2) < e) *reinterpret_cast<uint2*>(y + t * e) = uint2{left, right};
+            const uint2 four = exchanged(pack((o[0][2 * x] + o[2][2 * x]) * scale, (o[0][2 * x + 1] + o[2][2 * x + 1]) * scale),
+                                         pack((o[1][2 * x] + o[3][2 * x]) * scale, (o[1][2 * x + 1] + o[3][2 * x + 1]) * scale));
+            if (t < T && first + 8 * (t4 % 2) < e) *reinterpret_cast<uint2*>(y + t * e) = four;
         }
     }
     if (!GRADIENT && v_heads == 1 && h > 0) return;  // heads that share a state have all computed it

@@ -197,14 +197,10 @@ memory_channels_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const _
                         const float first = since[j][x];
                         until[j][x] = since[j][x + 1], all = bounded(first * since[j][x + 1]), since[j][x + 1] = all;
                     } else if (level < 3) {
-                        const float other = __shfl_xor_sync(0xffffffffu, all, level);
+                        const float other = __shfl_xor_sync(0xffffffffu, all, level), of_first = second ? 1.0f : other, of_second = second ? other : 1.0f;
 #pragma unroll
                         for (int y = x; y < x + 2; ++y) {
-                            if (second) {
-                                since[j][y] = bounded(since[j][y] * other);
-                            } else {
-                                until[j][y] = bounded(until[j][y] * other);
-                            }
+                            since[j][y] = bounded(since[j][y] * of_second), until[j][y] = bounded(until[j][y] * of_first);
                         }
                         all = bounded(all * other);
                     } else {

@@ -12,12 +12,15 @@ from pathlib import Path
 
 IN_CHUNKS = ("linear_attention", "ssd", "mlstm")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-OPS = {
+OPS = {  # sizes, and arguments that are left out
     "long_conv": (
         *({"T": 9, "K": 6}, {"T": 100, "K": 100, "batch": (3,)}, {"T": 700, "K": 700, "c": 2}),
         {"T": 16500, "K": 16500, "c": 1},  # two segments
     ),
-    "linear_attention": ({"T": 37}, {"T": 20, "d": 40, "e": 20}, {"T": 20, "per_channel": True}),
+    "linear_attention": (
+        *({"T": 37}, {"T": 20, "d": 40, "e": 20}, {"T": 20, "per_channel": True}),
+        *({"T": 150, "d": 100, "e": 72, "beta": None}, {"T": 150, "d": 100, "e": 72, "per_channel": True, "beta": None}),
+    ),
     "ssd": ({"T": 37}, {"T": 20, "p": 20, "n": 70}),
     "mlstm": ({"T": 37}, {"T": 300}),
     "slstm": ({"T": 20}, {"T": 5, "d": 40}, {"T": 4, "d": 90}),
@@ -54,7 +57,8 @@ def run_once(op: str) -> None:
     f, vjp = getattr(refimpl.gpu, op), getattr(refimpl.gpu, f"{op}_vjp", None)
     for sizes in OPS[op]:
         for dtype in (np.float32, ml_dtypes.bfloat16):
-            drawn = refimpl.OPS[op].sample(np.random.default_rng(0), **{n: v for n, v in sizes.items() if not (op == "route" and n == "k")})
+            own = {n: v for n, v in sizes.items() if v is not None and not (op == "route" and n == "k")}
+            drawn = {n: x for n, x in refimpl.OPS[op].sample(np.random.default_rng(0), **own).items() if n not in sizes or n in own}
             arranged = refimpl.OPS[op].arrange(drawn) if refimpl.OPS[op].arrange else drawn
             call = {n: on_device(v, np.float32 if n == "state" else dtype) for n, v in arranged.items()}
             call |= {"k": sizes.get("k", 2)} if op in ("route", "moe") else {}
