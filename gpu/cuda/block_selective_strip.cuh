@@ -33,8 +33,7 @@ template <class S>
 struct Rows {
     const char* from;
     unsigned stride;  // bytes
-    __device__ __forceinline__ Rows(const S* first, i64 time, int lane)
-        : from(reinterpret_cast<const char*>(first + lane % 2 * 8)), stride(unsigned(time) * unsigned(sizeof(S))) {}
+    __device__ __forceinline__ Rows(const S* first, unsigned stride, int lane) : from(reinterpret_cast<const char*>(first + lane % 2 * 8)), stride(stride) {}
     __device__ __forceinline__ void fetch(S* to, unsigned row, bool there) const { copy_async_or_zeros(to, from + row * static_cast<unsigned long long>(stride), there); }
 };
 

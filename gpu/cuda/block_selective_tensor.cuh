@@ -23,27 +23,21 @@ __device__ __forceinline__ void add_product_of_8(float (&d)[4], const float (&a)
         : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
           "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
-// The product of 16 by 8 numbers, in pairs of bfloat16, and 8 by 8.
-__device__ __forceinline__ void product(float (&d)[4], unsigned a0, unsigned a1, unsigned b) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-        : "r"(a0), "r"(a1), "r"(b), "f"(0.f));
+// Sums to which products of 16 by 8 numbers, in pairs of bfloat16, and 8 by 8 are added.
+__device__ __forceinline__ void add_product(float (&d)[4], unsigned a0, unsigned a1, unsigned b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(b));
 }
 __device__ __forceinline__ unsigned pair_of(float x, float y) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
     return *reinterpret_cast<const unsigned*>(&pair);
 }
-__device__ __forceinline__ float rounded_to_11_bits(float x) {
-    unsigned y;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-    return __uint_as_float(y);
-}
-// The same of 16 rows of which those from 8 on are zeros, in pairs, and 16 by 8; rows g, columns 2q and 2q + 1.
-__device__ __forceinline__ void product_of_8_rows(float& d0, float& d1, const unsigned (&a)[2], const unsigned (&b)[2]) {
-    float d2, d3;
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %8, %5, %8}, {%6, %7}, {%9, %9, %9, %9};"
-        : "=f"(d0), "=f"(d1), "=f"(d2), "=f"(d3)
-        : "r"(a[0]), "r"(a[1]), "r"(b[0]), "r"(b[1]), "r"(0), "f"(0.f));
+// The same with 16 rows of which those from 8 on are anything, in pairs, and 16 by 8; rows g, columns 2q and 2q + 1 are d[0] and d[1].
+__device__ __forceinline__ void add_product_of_8_rows(float (&d)[4], unsigned a0, unsigned a2, unsigned b0, unsigned b1) {
+    asm("{.reg .b32 any; mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, any, %5, any}, {%6, %7}, {%0, %1, %2, %3};}"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a2), "r"(b0), "r"(b1));
 }
 // 8 by 8 numbers, a pair of lane 4 g + q from row g, columns 2q and 2q + 1: rows become columns.
 __device__ __forceinline__ unsigned transposed(unsigned pair) {

@@ -30,8 +30,8 @@ struct Ring {
 
 template <class S, int TEAMS>
 __global__ void __launch_bounds__(64 * TEAMS, 1) selective_scan_ring(
-    const S* u, i64 u_batch, i64 u_time, const S* delta, i64 delta_batch, i64 delta_time, const S* z, i64 z_batch, i64 z_time, const S* B,
-    i64 B_batch, i64 B_time, i64 B_group, const S* C, i64 C_batch, i64 C_time, i64 C_group, const S* A, const S* D, const S* bias,
+    const S* u, i64 u_batch, unsigned u_row, const S* delta, i64 delta_batch, unsigned delta_row, const S* z, i64 z_batch, unsigned z_row, const S* B,
+    i64 B_batch, unsigned B_row, i64 B_group, const S* C, i64 C_batch, unsigned C_row, i64 C_group, const S* A, const S* D, const S* bias,
     const float* state, float* last, S* y, int T, int c, int G, int softplused) {
     static_assert(TEAMS >= 2 && TEAMS <= 8, "two barriers a team, of sixteen");
     extern __shared__ __align__(16) unsigned char memory[];
@@ -57,12 +57,12 @@ __global__ void __launch_bounds__(64 * TEAMS, 1) selective_scan_ring(
         const int row = first + lane / 2, to = raw.place(lane / 2, lane % 2 * 8);
         const bool there = row < T;
         if (half == 0) {
-            Rows<S>(u + at.sequence * u_batch + at.channel, u_time, lane).fetch(raw.u + to, row, there);
-            Rows<S>(delta + at.sequence * delta_batch + at.channel, delta_time, lane).fetch(raw.delta + to, row, there);
+            Rows<S>(u + at.sequence * u_batch + at.channel, u_row, lane).fetch(raw.u + to, row, there);
+            Rows<S>(delta + at.sequence * delta_batch + at.channel, delta_row, lane).fetch(raw.delta + to, row, there);
         } else {
-            if (z) Rows<S>(z + at.sequence * z_batch + at.channel, z_time, lane).fetch(raw.z + to, row, there);
-            Rows<S>(B + at.sequence * B_batch + at.group * B_group, B_time, lane).fetch(raw.B + to, row, there);
-            Rows<S>(C + at.sequence * C_batch + at.group * C_group, C_time, lane).fetch(raw.C + to, row, there);
+            if (z) Rows<S>(z + at.sequence * z_batch + at.channel, z_row, lane).fetch(raw.z + to, row, there);
+            Rows<S>(B + at.sequence * B_batch + at.group * B_group, B_row, lane).fetch(raw.B + to, row, there);
+            Rows<S>(C + at.sequence * C_batch + at.group * C_group, C_row, lane).fetch(raw.C + to, row, there);
         }
         close_copy_group();
     };
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(64 * TEAMS, 1) selective_scan_ring(
         wait_for_copies<0>();  // of its next piece
         meet(team, 64);
 
-        const int row = first + member / 4, column = member % 4 * 4, from = raw.place(member / 4, column), of_sums = member / 4 * ReadOut::ROW + column;
+        const int time = member / 4, column = member % 4 * 4, from = raw.place(time, column), of_sums = time * ReadOut::ROW + column, row = first + time;
         auto sum = load_pack<Pack<float, 4>>(shared.sums[0].of + of_sums);
         const auto more = load_pack<Pack<float, 4>>(shared.sums[1].of + of_sums);
 #pragma unroll

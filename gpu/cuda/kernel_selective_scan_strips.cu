@@ -10,35 +10,42 @@
 
 enum { RESULTS = 0, CHECKPOINTS = 2 };
 
-template <class S>
-struct Strip {  // of a warp, in shared memory
+__device__ __forceinline__ void meet_by_number(int number, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
+
+template <class S, int TEAM>
+struct Strip {  // of a team, in shared memory
     RawPiece<S> raw[4];
     Entering entering[2];
-    ReadOut sums[2];
+    ReadOut sums[2][TEAM];
     alignas(16) float D[PIECE], bias[PIECE];
 };
 
 // CHECKPOINTS: no results, but the state before every piece, for the gradient to start from.
-template <int MODE, class S, int WARPS, int BLOCKS>
-__global__ void __launch_bounds__(32 * WARPS, BLOCKS) selective_scan_strips(
-    const S* u, i64 u_batch, i64 u_time, const S* delta, i64 delta_batch, i64 delta_time, const S* z, i64 z_batch, i64 z_time, const S* B,
-    i64 B_batch, i64 B_time, i64 B_group, const S* C, i64 C_batch, i64 C_time, i64 C_group, const S* A, const S* D, const S* bias,
+template <int MODE, class S, int TEAM, int TEAMS, int BLOCKS>
+__global__ void __launch_bounds__(32 * TEAM * TEAMS, BLOCKS) selective_scan_strips(
+    const S* u, i64 u_batch, unsigned u_row, const S* delta, i64 delta_batch, unsigned delta_row, const S* z, i64 z_batch, unsigned z_row, const S* B,
+    i64 B_batch, unsigned B_row, i64 B_group, const S* C, i64 C_batch, unsigned C_row, i64 C_group, const S* A, const S* D, const S* bias,
     const float* state, float* last, S* y, int T, int c, int G, int softplused) {
     extern __shared__ __align__(16) unsigned char memory[];
-    Strip<S>& shared = reinterpret_cast<Strip<S>*>(memory)[threadIdx.x / 32];
-    const Place at(blockIdx.x, c, G, 1, WARPS * PIECE);
-    const int of_warp = threadIdx.x / 32 * PIECE, channel = at.channel + of_warp;
-    if (of_warp >= at.channels) return;
-    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    const Lane mine(lane, 0);
-    if (lane < PIECE) {
-        shared.D[lane] = D ? widen<S>(D[channel + lane]) / MEAN_CUT : 0.f;
-        shared.bias[lane] = bias ? widen<S>(bias[channel + lane]) : 0.f;
+    enum { MEMBERS = 32 * TEAM, TILES = 2 / TEAM, TIMES = 4 / TEAM, COLUMNS = 8 / TEAM };
+    const int team = threadIdx.x / MEMBERS, member = threadIdx.x % MEMBERS, half = member / 32, lane = member % 32;
+    Strip<S, TEAM>& shared = reinterpret_cast<Strip<S, TEAM>*>(memory)[team];
+    const Place at(blockIdx.x, c, G, 1, TEAMS * PIECE);
+    const int channel = at.channel + team * PIECE;
+    if (team * PIECE >= at.channels) return;
+    const auto meet = [&] {
+        if (TEAM == 1) __syncwarp();
+        else meet_by_number(team, MEMBERS);
+    };
+    const Lane mine(lane, 8 * half);
+    if (member < PIECE) {
+        shared.D[member] = D ? widen<S>(D[channel + member]) / MEAN_CUT : 0.f;
+        shared.bias[member] = bias ? widen<S>(bias[channel + member]) : 0.f;
     }
-    const auto pair_of_states = [&](i64 row, int s, int e) { return (row * c + channel + g + e * 8) * PIECE + 8 * s + 2 * q; };
-    float rate[2][4], h[2][4] = {};
+    const auto pair_of_states = [&](i64 row, int s, int e) { return (row * c + channel + mine.g + e * 8) * PIECE + 8 * (half + s) + 2 * mine.q; };
+    float rate[TILES][4], h[TILES][4] = {};
 #pragma unroll
-    for (int s = 0; s < 2; ++s)
+    for (int s = 0; s < TILES; ++s)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             rate[s][i] = rate_of(widen<S>(A[pair_of_states(0, s, i % 2) + i / 2]));
@@ -46,47 +53,58 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) selective_scan_strips(
         }
     const auto keep = [&](i64 row) {
 #pragma unroll
-        for (int s = 0; s < 2; ++s)
+        for (int s = 0; s < TILES; ++s)
 #pragma unroll
             for (int e = 0; e < 2; ++e) store_pack(last + pair_of_states(row, s, e), Pack<float, 2>{h[s][e], h[s][2 + e]});
     };
-    const Rows<S> u_from(u + at.sequence * u_batch + channel, u_time, lane), delta_from(delta + at.sequence * delta_batch + channel, delta_time, lane),
-        z_from(z + at.sequence * z_batch + channel, z_time, lane), B_from(B + at.sequence * B_batch + at.group * B_group, B_time, lane),
-        C_from(C + at.sequence * C_batch + at.group * C_group, C_time, lane);
-    const int time = lane / 2, column = lane % 2 * 8;  // of what a lane fetches, and of results
+    const Rows<S> u_from(u + at.sequence * u_batch + channel, u_row, lane), delta_from(delta + at.sequence * delta_batch + channel, delta_row, lane),
+        z_from(z + at.sequence * z_batch + channel, z_row, lane), B_from(B + at.sequence * B_batch + at.group * B_group, B_row, lane),
+        C_from(C + at.sequence * C_batch + at.group * C_group, C_row, lane);
+    const int time = member / (2 * TEAM), column = member % (2 * TEAM) * COLUMNS;  // of results
     const auto fetch = [&](int first) {
         RawPiece<S>& raw = shared.raw[first / PIECE & 3];
-        const int row = first + time, to = raw.place(time, column);
+        const int row = first + lane / 2, to = raw.place(lane / 2, lane % 2 * 8);
         const bool there = row < T;
-        u_from.fetch(raw.u + to, row, there);
-        delta_from.fetch(raw.delta + to, row, there);
-        B_from.fetch(raw.B + to, row, there);
-        if (MODE == RESULTS) {
-            if (z) z_from.fetch(raw.z + to, row, there);
-            C_from.fetch(raw.C + to, row, there);
+        if (half == 0) {
+            u_from.fetch(raw.u + to, row, there);
+            delta_from.fetch(raw.delta + to, row, there);
+        }
+        if (half == TEAM - 1) {
+            B_from.fetch(raw.B + to, row, there);
+            if (MODE == RESULTS) {
+                if (z) z_from.fetch(raw.z + to, row, there);
+                C_from.fetch(raw.C + to, row, there);
+            }
         }
         close_copy_group();
     };
     S* const y_to = y + at.sequence * T * c + channel + column;
     const auto leave = [&](int first, int part) {  // two parts
+        constexpr int COUNT = COLUMNS / 2;
         const RawPiece<S>& raw = shared.raw[first / PIECE & 3];
-        const auto sum = load_pack<Pack<float, 4>>(shared.sums[first / PIECE & 1].of + time * ReadOut::ROW + column + 4 * part);
-        const int from = raw.place(time, column) + 4 * part, row = first + time;
-        const auto results = gated<S, 4>(sum, raw.u + from, raw.z + from, shared.D + column + 4 * part, z != nullptr);
-        if (row >= 0 && row < T) store_pack(y_to + unsigned(row) * static_cast<unsigned long long>(unsigned(c)) + 4 * part, results);
+        const int from = raw.place(time, column) + COUNT * part, row = first + time;
+        Pack<float, COUNT> sum = {};
+#pragma unroll
+        for (int w = 0; w < TEAM; ++w) {
+            const auto more = load_pack<Pack<float, COUNT>>(shared.sums[first / PIECE & 1][w].of + time * ReadOut::ROW + column + COUNT * part);
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) sum.of[i] += more.of[i];
+        }
+        const auto results = gated<S, COUNT>(sum, raw.u + from, raw.z + from, shared.D + column + COUNT * part, z != nullptr);
+        if (row >= 0 && row < T) store_pack(y_to + unsigned(row) * static_cast<unsigned long long>(unsigned(c)) + COUNT * part, results);
     };
 
     fetch(0);
     fetch(PIECE);
     wait_for_copies<1>();
-    __syncwarp();
-    Steps<4> next(lane);
+    meet();
+    Steps<TIMES> next(member);
     next.find(shared.raw[0], shared.bias, T, softplused);
     next.put(shared.entering[0]);
-    __syncwarp();
+    meet();
     // The next four steps are made ready beside the recurrence of these, and what they are made from is read beside that of the four before.
-    FourSteps<S, 2> found;
-    ReadySteps<2> ready, soon;
+    FourSteps<S, TILES> found;
+    ReadySteps<TILES> ready, soon;
     found.load(shared.entering[0], shared.raw[0], 0, mine);
 #pragma unroll
     for (int j = 0; j < 4; ++j) ready.make(found, j, rate, mine.q);
@@ -94,42 +112,42 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) selective_scan_strips(
 #pragma unroll 1
     for (int first = 0; first < T; first += PIECE) {
         wait_for_copies<0>();
-        __syncwarp();
+        meet();
         fetch(first + 2 * PIECE);
         if (MODE == CHECKPOINTS) keep(at.sequence * ((T + PIECE - 1) / PIECE) + first / PIECE);
         const int number = first / PIECE;
         const RawPiece<S> &raw = shared.raw[number & 3], &raw_after = shared.raw[number + 1 & 3];
         Entering &entering = shared.entering[number & 1], &entering_after = shared.entering[number + 1 & 1];
         float sums[2][4] = {};
-        Pack<float, 2> C_of[2];
+        Pack<float, 2> C_of[TILES];
 #pragma unroll
         for (int t = 0; t < PIECE; t += 4) {
-            FourSteps<S, 2> further;
+            FourSteps<S, TILES> further;
             further.load(t < 8 ? entering : entering_after, t < 8 ? raw : raw_after, (t + 8) % PIECE, mine);
             if (MODE == RESULTS && t % 8 == 0)
 #pragma unroll
-                for (int s = 0; s < 2; ++s) C_of[s] = load_wide<S, 2>(raw.C + mine.C + raw.place(t, 0) + 8 * s);
+                for (int s = 0; s < TILES; ++s) C_of[s] = load_wide<S, 2>(raw.C + mine.C + raw.place(t, 0) + 8 * s);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 soon.make(found, j, rate, mine.q);
 #pragma unroll
-                for (int s = 0; s < 2; ++s) {
+                for (int s = 0; s < TILES; ++s) {
                     ready.take(h[s], j, s);
                     if (MODE == RESULTS) read_out(sums[t / 8], h[s], C_of[s], mine.g == t % 8 + j);
                 }
             }
-            if (t == 0) next.template find<0, 2>(raw_after, shared.bias, T - first - PIECE, softplused);
-            if (t == 4) next.template find<2, 4>(raw_after, shared.bias, T - first - PIECE, softplused);
+            if (t == 0) next.template find<0, TIMES / 2>(raw_after, shared.bias, T - first - PIECE, softplused);
+            if (t == 4) next.template find<TIMES / 2, TIMES>(raw_after, shared.bias, T - first - PIECE, softplused);
             if (t == 4) next.put(entering_after);
             if (MODE == RESULTS && t >= 8) leave(first - PIECE, t / 4 - 2);
-            if (MODE == RESULTS && t % 8) shared.sums[number & 1].put(sums[t / 8], t - 4, mine.sums);
+            if (MODE == RESULTS && t % 8) shared.sums[number & 1][half].put(sums[t / 8], t - 4, mine.sums);
             ready = soon;
             found = further;
-            if (t + 4 < PIECE) __syncwarp();
+            if (t == 4 || (TEAM == 1 && t + 4 < PIECE)) meet();  // the compiler moves less from one stretch to another
         }
     }
     if (MODE == RESULTS) {
-        __syncwarp();
+        meet();
         for (int part = 0; part < 2; ++part) leave((T - 1) / PIECE * PIECE, part);
         if (last) keep(at.sequence);
     }

@@ -1,5 +1,5 @@
-// Selective scan, gradient, for bfloat16 and at most 16 states: what kernel_selective_scan_gradient.cu does, with every sum over
-// states or channels by matrix instructions.
+// Selective scan, gradient, for bfloat16 with 16 states and whole strips of 16 channels: what kernel_selective_scan_gradient.cu does, with
+// every sum over states or channels by matrix instructions.
 //
 // Idea. A warp has 16 channels and 8 of their 16 states, 4 a lane, as the sums of a matrix instruction lie: of channels g and
 // g + 8 the states 2q and 2q + 1, g = lane / 4, q = lane % 4. A checkpoint is the state before every tile of TT steps. The states
@@ -8,33 +8,38 @@
 //     g_t = C_t dp_t + G,    G <- a_t g_t,    r_t = h_{t-1} G                                             a_t = exp(dt_t A)
 //
 // are run backwards. dp C is added to G as dt u B is to h. Sums over states, for d(dt), du and dz, are products of (channels by
-// states) and (states by 8 times), of whose columns one is sought. Sums over channels, for dB and dC, are products of (8 times by
-// channels) and (channels by states), of whose rows one is sought: the second factor must be transposed, which is an instruction.
-// Over warps and blocks sums go through memory, each in one order, so the gradient is bit for bit the same in every run.
+// states) and (states by 8 times), of whose columns one is not zero, so that eight steps add up to one block. Sums over channels, for dB
+// and dC, are products of (8 times by channels), of whose rows one is not zero, and (channels by states): the second factor must be
+// transposed, which is an instruction. Over warps and blocks sums go through memory, each in one order, so the gradient is bit for bit
+// the same in every run.
 //
-// Precision. States, G, decays and dA have 24 bits; dt u and dp are rounded to 11 where they enter; what is summed over
+// Precision. States, G, decays and dA have 24 bits; dt u and dp lose all but 11 where they enter; what is summed over
 // states or channels is rounded to bfloat16, its sums are not.
 //
-// Limit: issue slots and waits between products that need each other: 19 instructions a state and step in the inner loop, of
-// which 7 are the recurrences, and half as many again around it.
-#include "block_selective_tensor.cuh"
+// Limit: issue slots and waits between products that need each other.
+#include "block_selective_strip.cuh"
 
 template <class S, int THREADS>
 struct TensorGradientShared {
-    enum { CH = THREADS / 4, NS = 16, TT = 16, ROW = TT + 4, MAP_ROW = NS + 8, SUM_ROW = CH + 4, WARPS = THREADS / 32 };
-    using Steps = Spread<S, THREADS, CH, TT>;
-    alignas(16) float dt[CH][ROW], x[CH][ROW], dp[CH][ROW];           // x = dt u, dp = dy silu(z)
-    alignas(16) S x_by_time[TT][CH + 8], dp_by_time[TT][CH + 8];
-    alignas(16) float into[TT][MAP_ROW], out[TT][MAP_ROW];            // B, C
-    alignas(16) S into_pairs[TT][MAP_ROW], out_pairs[TT][MAP_ROW];
-    alignas(16) Pack<float, 4> before[TT / 4][THREADS];               // states before every 4 steps
-    alignas(16) float sums[2][3][TT][SUM_ROW];                        // over 8 states: A r, B g, C·h
-    alignas(16) float maps[WARPS / 2][TT][2][NS];                     // dB, dC of a warp's channels
-    float totals[2][Steps::WIDE][THREADS];                            // dD, dbias so far
-    alignas(16) typename Steps::Packed raw[2][4][Steps::PASSES][THREADS];  // dy, u, delta, z of this tile and the next
-    alignas(16) float checkpoint[4][THREADS];                         // of the next tile
+    enum { CH = THREADS / 4, NS = 16, TT = PIECE, ROW = TT + 4, SUM_ROW = CH + 4, PAIR_ROW = CH + 8, WARPS = THREADS / 32 };
+    struct Raw {
+        alignas(16) S inputs[4][TT][CH];  // dy, u, delta, z
+        alignas(16) S maps[2][RawPiece<S>::SIZE];  // B, C
+    } raw[2];  // of this tile and the next
+    struct Source {
+        const char* from;
+        unsigned stride;
+    };
+    alignas(16) Source sources[6];                                     // of a block: dy, u, delta, z, B, C
+    alignas(16) float dt[2][CH * ROW + CH / 2], x[CH * ROW + CH / 2], dp[CH * ROW + CH / 2];  // x = dt u, dp = dy silu(z)
+    alignas(16) S x_by_time[TT][PAIR_ROW], dp_by_time[TT][PAIR_ROW];
+    alignas(16) Pack<float, 4> before[TT / 4][THREADS];                // states before every 4 steps
+    alignas(16) float sums[2][3][TT][SUM_ROW];                         // over 8 states: A r, B g, C·h
+    alignas(16) float maps[WARPS / 2][TT][2][NS];                      // dB, dC of a warp's channels
+    alignas(16) Pack<float, 4> totals[2][THREADS];                     // dD, dbias so far
+    alignas(16) Pack<float, 2> checkpoint[2][THREADS];                 // of the next tile
     alignas(16) float bias[CH], D[CH];
-    const S* from[4][THREADS];                                        // where threads find them: here pointers take no registers
+    static __device__ __forceinline__ int row(int channel) { return Entering::row(channel); }
 };
 
 template <class S, int THREADS, int BLOCKS>
@@ -43,121 +48,114 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) selective_scan_tensor_gradien
     const S* z, i64 z_batch, i64 z_time, const S* B, i64 B_batch, i64 B_time, i64 B_group, const S* C, i64 C_batch, i64 C_time, i64 C_group,
     const S* A, const S* D, const S* bias,
     const float* checkpoints, const float* dlast, S* du, S* ddelta, S* dz, float* dA, float* dD, float* dbias,
-    float* dB, float* dC, float* dstate, i64 T, int c, int n, int G, i64 sequences, int softplused, int packed) {
+    float* dB, float* dC, float* dstate, int T, int c, int G, i64 sequences, int softplused) {
     using Shared = TensorGradientShared<S, THREADS>;
     enum { CH = Shared::CH, NS = Shared::NS, TT = Shared::TT, EACH = 2, K = 2 };
-    using Steps = Spread<S, THREADS, CH, TT>;
-    using Map = Maps<S, float, THREADS, Shared::MAP_ROW, TT, NS>;
-    static_assert(TT * NS == THREADS, "a thread for every number of dB and dC");
+    static_assert(THREADS == 256, "a thread for four numbers of a tile, and for every number of dB and dC");
     extern __shared__ __align__(16) unsigned char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const auto slot = [](int channel) { return channel ^ (channel >> 3 & 3); };
 
     const Place at(blockIdx.x, c, G, 1, CH);
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, half = threadIdx.x / 32 % 2, mine = threadIdx.x / 64 * 16 + g;
-    const int block_of_group = blockIdx.x % ((c / G + CH - 1) / CH);
-    const int tiles = int((T + TT - 1) / TT);
-    const i64 last_tile = i64(tiles - 1) * TT;
-    shared.from[0][threadIdx.x] = dy + at.sequence * dy_batch + at.channel + last_tile * dy_time + Steps::place(dy_time);
-    shared.from[1][threadIdx.x] = u + at.sequence * u_batch + at.channel + last_tile * u_time + Steps::place(u_time);
-    shared.from[2][threadIdx.x] = delta + at.sequence * delta_batch + at.channel + last_tile * delta_time + Steps::place(delta_time);
-    shared.from[3][threadIdx.x] = z + at.sequence * z_batch + at.channel + last_tile * z_time + Steps::place(z_time);
-    const S* B_from = B + at.sequence * B_batch + at.group * B_group + last_tile * B_time;
-    const S* C_from = C + at.sequence * C_batch + at.group * C_group + last_tile * C_time;
+    const bool there = int(threadIdx.x / 64 * 16) < at.channels;  // this warp's strip
+    const int tiles = (T + TT - 1) / TT;
+    if (threadIdx.x < 6) {
+        const S* const from[] = {dy + at.sequence * dy_batch + at.channel, u + at.sequence * u_batch + at.channel, delta + at.sequence * delta_batch + at.channel,
+                                 z + at.sequence * z_batch + at.channel, B + at.sequence * B_batch + at.group * B_group, C + at.sequence * C_batch + at.group * C_group};
+        const i64 time[] = {dy_time, u_time, delta_time, z_time, B_time, C_time};
+#pragma unroll
+        for (int i = 0; i < 6; ++i)
+            if (threadIdx.x == i) shared.sources[i] = {reinterpret_cast<const char*>(from[i]), unsigned(time[i]) * unsigned(sizeof(S))};
+    }
     if (threadIdx.x < CH) {
-        const bool there = threadIdx.x < at.channels;
-        shared.bias[threadIdx.x] = bias && there ? widen<S>(bias[at.channel + threadIdx.x]) : 0.f;
-        shared.D[threadIdx.x] = D && there ? widen<S>(D[at.channel + threadIdx.x]) : 0.f;
+        const bool exists = threadIdx.x < at.channels;
+        shared.bias[threadIdx.x] = bias && exists ? widen<S>(bias[at.channel + threadIdx.x]) : 0.f;
+        shared.D[threadIdx.x] = D && exists ? widen<S>(D[at.channel + threadIdx.x]) : 0.f;
     }
     float rate[EACH][K], adjoint[EACH][K], dA_mine[EACH][K];
-    const auto exists = [&](int e, int k) { return mine + 8 * e < at.channels && 8 * half + 2 * q + k < n; };
-    const auto place_of = [&](i64 row, int e, int k) { return (row * c + at.channel + mine + 8 * e) * n + 8 * half + 2 * q + k; };
+    const auto place_of = [&](i64 row, int e) { return (row * c + at.channel + mine + 8 * e) * NS + 8 * half + 2 * q; };
 #pragma unroll
     for (int e = 0; e < EACH; ++e)
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-            rate[e][k] = exists(e, k) ? rate_of(widen<S>(A[place_of(0, e, k)])) : 0.f;
-            adjoint[e][k] = dlast && exists(e, k) ? dlast[place_of(at.sequence, e, k)] : 0.f;
+            rate[e][k] = there ? rate_of(widen<S>(A[place_of(0, e) + k])) : 0.f;
+            adjoint[e][k] = dlast && there ? dlast[place_of(at.sequence, e) + k] : 0.f;
             dA_mine[e][k] = 0;
-            shared.checkpoint[2 * e + k][threadIdx.x] = 0;
+            shared.checkpoint[e][threadIdx.x].of[k] = 0;
         }
-#pragma unroll
-    for (int i = 0; i < Steps::WIDE; ++i) shared.totals[0][i][threadIdx.x] = shared.totals[1][i][threadIdx.x] = 0;
-    typename Map::Bits B_next, C_next;
-    const auto rows_of = [&](int tile) { return tile < tiles - 1 ? int(TT) : int(T - i64(tiles - 1) * TT); };
-    const float* checkpoint = checkpoints + place_of(at.sequence * tiles + tiles - 1, 0, 0);
-    const auto fetch = [&](int tile) {  // and go on to the one before it
-        const int rows = rows_of(tile);
-        const bool whole = packed && at.channels == CH && rows == TT;
-        const auto one = [&](int which, i64 stride) {
-            const S*& from = shared.from[which][threadIdx.x];
-            Steps::fetch(shared.raw[tile % 2][which], from, stride, rows, at.channels, whole);
-            from -= TT * stride;
+    shared.totals[0][threadIdx.x] = shared.totals[1][threadIdx.x] = {};
+    __syncthreads();
+    const float* checkpoint = checkpoints + place_of(at.sequence * tiles + tiles - 1, 0);
+    const auto fetch = [&](int tile) {  // tiles one after the other, from the last
+        auto& raw = shared.raw[tile & 1];
+        const auto from = [&](int which, int row, int column) {
+            const auto source = shared.sources[which];
+            return source.from + (row + tile * TT) * static_cast<unsigned long long>(source.stride) + column * int(sizeof(S));
         };
-        one(0, dy_time);
-        one(1, u_time);
-        one(2, delta_time);
-        if (z) one(3, z_time);
+        const int row = threadIdx.x % 128 / 8, column = threadIdx.x % 8 * 8, which = threadIdx.x / 128;
+        const bool inside = tile * TT + row < T && column < at.channels;
+        copy_async_or_zeros(&raw.inputs[which][row][column], from(which, row, column), inside);
+        copy_async_or_zeros(&raw.inputs[which + 2][row][column], from(which + 2, row, column), inside && (which == 0 || z));
+        if (threadIdx.x < 64)
+            copy_async_or_zeros(&raw.maps[threadIdx.x / 32][RawPiece<S>::place(lane / 2, lane % 2 * 8)], from(4 + threadIdx.x / 32, lane / 2, lane % 2 * 8),
+                                tile * TT + lane / 2 < T);
+        if (there)
 #pragma unroll
-        for (int e = 0; e < EACH; ++e)
-#pragma unroll
-            for (int k = 0; k < K; ++k)
-                if (exists(e, k)) copy_async<4>(&shared.checkpoint[2 * e + k][threadIdx.x], checkpoint + 8 * e * n + k);
-        checkpoint -= i64(c) * n;
-        Map::load(B_next, B_from, B_time, rows, n);
-        Map::load(C_next, C_from, C_time, rows, n);
-        B_from -= TT * B_time, C_from -= TT * C_time;
+            for (int e = 0; e < EACH; ++e) copy_async<8>(&shared.checkpoint[e][threadIdx.x], checkpoint + 8 * e * NS);
+        checkpoint -= i64(c) * NS;
     };
-    // Where this thread's results go, of a tile that begins at time 0.
-    const i64 to = at.sequence * T * c + at.channel + Steps::place(c);
-    const int map_row = threadIdx.x / NS, map_state = threadIdx.x % NS;
-    const i64 map_to = (((block_of_group * sequences + at.sequence) * T + map_row) * G + at.group) * n + map_state;
+    const int sizes_at = kept(shared.row(mine)), map_at = kept(q * NS + 8 * half + g);
+    const int pairs_at = kept(g * Shared::PAIR_ROW + threadIdx.x / 64 * 16 + 2 * q), map_pairs_at = kept(RawPiece<S>::place(g, 8 * half + 2 * q));
+    const int sums_at = kept(half * 3 * TT * Shared::SUM_ROW + 2 * q * Shared::SUM_ROW + mine), maps_at = kept((threadIdx.x / 64 * TT + g) * 2 * NS + 8 * half + 2 * q);
+    const int time = threadIdx.x / 16, column = threadIdx.x % 16 * 4;  // of results; and of dB and dC time and state
+    const int block_of_group = blockIdx.x % ((c / G + CH - 1) / CH);
+    const i64 to = at.sequence * T * c + at.channel + column;
+    const i64 map_to = ((block_of_group * sequences + at.sequence) * T * G + at.group) * NS + threadIdx.x % NS;
     fetch(tiles - 1);
     close_copy_group();
-    __syncthreads();  // for bias and D
+    wait_for_copies<0>();
+    __syncthreads();
 #pragma unroll 1
     for (int tile = tiles - 1; tile >= 0; --tile) {
-        const i64 first = i64(tile) * TT;
-        const int rows = rows_of(tile);
-        Map::put(B_next, shared.into);
-        Map::put(C_next, shared.out);
-        Map::put_raw(B_next, shared.into_pairs);
-        Map::put_raw(C_next, shared.out_pairs);
-        wait_for_copies<0>();
+        const int rows = T - tile * TT;
+        const auto& raw = shared.raw[tile & 1];
         float h[EACH][K];
 #pragma unroll
         for (int e = 0; e < EACH; ++e)
 #pragma unroll
-            for (int k = 0; k < K; ++k) h[e][k] = shared.checkpoint[2 * e + k][threadIdx.x];
-        if (tile) fetch(tile - 1);
-        close_copy_group();
-        const auto& raw = shared.raw[tile % 2];
-        const auto given = [&](int which, int p) {
-            Raw<typename Steps::Packed> bits;
-            bits.load(&raw[which][p][threadIdx.x]);
-            return widened(bits);
-        };
-        const auto of_channels = [&](const float* values) { return load_pack<Pack<float, Steps::WIDE>>(values + Steps::column()); };
+            for (int k = 0; k < K; ++k) h[e][k] = shared.checkpoint[e][threadIdx.x].of[k];
+        float* const dt_now = shared.dt[tile & 1];
+        {  // of two channels, two steps
+            const int channel = lane * 2, first = threadIdx.x / 32 * 2;
+            const auto bias_of = load_pack<Pack<float, 2>>(shared.bias + channel);
+            Pack<float, 2> dt[2], x[2], dp[2];
 #pragma unroll
-        for (int p = 0; p < Steps::PASSES; ++p) {
-            const auto dy_of = given(0, p), u_of = given(1, p), delta_of = given(2, p), z_of = given(3, p);
-            const auto bias_of = of_channels(shared.bias);
-            Pack<float, Steps::WIDE> x_of, dp_of;
+            for (int i = 0; i < 2; ++i) {
+                const auto of = [&](int which) { return load_wide<S, 2>(&raw.inputs[which][first + i][channel]); };
+                const auto dy_of = of(0), u_of = of(1), delta_of = of(2), z_of = of(3);
+                Pack<float, 2> x_of, dp_of;
 #pragma unroll
-            for (int i = 0; i < Steps::WIDE; ++i) {
-                const float delta_now = delta_of.of[i] + bias_of.of[i], chosen = choose(softplused, step_size<S>(delta_now), delta_now);
-                const float dt = Steps::row(p) < rows ? chosen : 0.f;
-                const int channel = slot(Steps::column() + i);
-                x_of.of[i] = dt * u_of.of[i];
-                dp_of.of[i] = dy_of.of[i] * choose(z != nullptr, silu(z_of.of[i]), 1.f);
-                shared.dt[channel][Steps::row(p)] = dt;
-                shared.x[channel][Steps::row(p)] = rounded_to_11_bits(x_of.of[i]);
-                shared.dp[channel][Steps::row(p)] = rounded_to_11_bits(dp_of.of[i]);
+                for (int e = 0; e < 2; ++e) {
+                    const float given = delta_of.of[e] + bias_of.of[e], chosen = choose(softplused, step_size<S>(given), given);
+                    dt[e].of[i] = first + i < rows ? chosen : 0.f;
+                    x_of.of[e] = dt[e].of[i] * u_of.of[e];
+                    dp_of.of[e] = dy_of.of[e] * choose(z != nullptr, silu(z_of.of[e]), 1.f);
+                    x[e].of[i] = x_of.of[e] * MEAN_CUT;
+                    dp[e].of[i] = dp_of.of[e] * MEAN_CUT;
+                }
+                store_pack(&shared.x_by_time[first + i][channel], narrowed<S>(x_of));
+                store_pack(&shared.dp_by_time[first + i][channel], narrowed<S>(dp_of));
             }
-            store_pack(&shared.x_by_time[Steps::row(p)][Steps::column()], narrowed<S>(x_of));
-            store_pack(&shared.dp_by_time[Steps::row(p)][Steps::column()], narrowed<S>(dp_of));
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                store_pack(dt_now + shared.row(channel + e) + first, dt[e]);
+                store_pack(shared.x + shared.row(channel + e) + first, x[e]);
+                store_pack(shared.dp + shared.row(channel + e) + first, dp[e]);
+            }
         }
         __syncthreads();
+        if (tile) fetch(tile - 1);  // nobody reads any more what was there
+        close_copy_group();
 
         struct Four {  // steps: of channels g, g + 8, and x, dp, B and C of time q
             Pack<float, 4> dt[EACH];
@@ -167,12 +165,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) selective_scan_tensor_gradien
             Four now;
 #pragma unroll
             for (int e = 0; e < EACH; ++e) {
-                now.dt[e] = load_pack<Pack<float, 4>>(&shared.dt[slot(mine + 8 * e)][t]);
-                now.x[e] = shared.x[slot(mine + 8 * e)][t + q];
-                now.dp[e] = shared.dp[slot(mine + 8 * e)][t + q];
+                now.dt[e] = load_pack<Pack<float, 4>>(dt_now + sizes_at + 8 * e * Shared::ROW + 4 * e + t);
+                now.x[e] = shared.x[sizes_at + q + 8 * e * Shared::ROW + 4 * e + t];
+                now.dp[e] = shared.dp[sizes_at + q + 8 * e * Shared::ROW + 4 * e + t];
             }
-            now.B = shared.into[t + q][8 * half + g];
-            now.C = shared.out[t + q][8 * half + g];
+            const int map = map_at + t / 4 * 5 * NS;
+            now.B = widen<S>(raw.maps[0][map]);
+            now.C = widen<S>(raw.maps[1][map]);
             return now;
         };
 #pragma unroll 1
@@ -191,15 +190,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) selective_scan_tensor_gradien
         }
 #pragma unroll 1
         for (int eight = TT - 8; eight >= 0; eight -= 8) {
-            const int channels = threadIdx.x / 64 * 16 + 2 * q;  // and the next, and those 8 further, at time g
-            const unsigned x_of[] = {*reinterpret_cast<const unsigned*>(&shared.x_by_time[eight + g][channels]),
-                                     *reinterpret_cast<const unsigned*>(&shared.x_by_time[eight + g][channels + 8])};
-            const unsigned dp_of[] = {*reinterpret_cast<const unsigned*>(&shared.dp_by_time[eight + g][channels]),
-                                      *reinterpret_cast<const unsigned*>(&shared.dp_by_time[eight + g][channels + 8])};
-            const unsigned B_of = *reinterpret_cast<const unsigned*>(&shared.into_pairs[eight + g][8 * half + 2 * q]);
-            const unsigned C_of = *reinterpret_cast<const unsigned*>(&shared.out_pairs[eight + g][8 * half + 2 * q]);
-            float kept[3][EACH][2] = {};  // sums over states, at times 2q and 2q + 1
-            Pack<float, 2> dB_of = {}, dC_of = {};  // at time g
+            const auto pair = [&](const S* from) { return *reinterpret_cast<const unsigned*>(from); };
+            const int rows_at = pairs_at + eight * Shared::PAIR_ROW;  // of a strip's channels 2q, 2q + 1, and those 8 further, at time g
+            const unsigned x_of[] = {pair(shared.x_by_time[0] + rows_at), pair(shared.x_by_time[0] + rows_at + 8)};
+            const unsigned dp_of[] = {pair(shared.dp_by_time[0] + rows_at), pair(shared.dp_by_time[0] + rows_at + 8)};
+            const int map = map_pairs_at + eight / 8 * (10 * NS);
+            const unsigned B_of = pair(raw.maps[0] + map), C_of = pair(raw.maps[1] + map);
+            float sums[3][4] = {};                 // over states, of channels g and g + 8 at times 2q and 2q + 1
+            float dB_of[4] = {}, dC_of[4] = {};    // over channels, of states 2q and 2q + 1 at time g
 #pragma unroll
             for (int t = 4; t >= 0; t -= 4) {
                 const Four now = four_from(eight + t);
@@ -240,24 +238,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) selective_scan_tensor_gradien
                         of_rates[e] = pair_of(r[0], r[1]);
                     }
                     constexpr unsigned ONES = 0x3f803f80;
-                    float sums[3][4];
-                    product(sums[0], of_rates[0], of_rates[1], ONES);
-                    product(sums[1], of_adjoint[0], of_adjoint[1], B_of);
-                    product(sums[2], of_state[0], of_state[1], C_of);
-#pragma unroll
-                    for (int i = 0; i < 3; ++i)
-#pragma unroll
-                        for (int e = 0; e < EACH; ++e) kept[i][e][j % 2] = q == (t + j) / 2 ? sums[i][2 * e + j % 2] : kept[i][e][j % 2];
-                    const unsigned adjoint_by_state[] = {transposed(of_adjoint[0]), transposed(of_adjoint[1])};
-                    const unsigned state_by_state[] = {transposed(of_state[0]), transposed(of_state[1])};
-                    Pack<float, 2> into, out;
-                    product_of_8_rows(into.of[0], into.of[1], x_of, adjoint_by_state);
-                    product_of_8_rows(out.of[0], out.of[1], dp_of, state_by_state);
-#pragma unroll
-                    for (int k = 0; k < K; ++k) {
-                        dB_of.of[k] = g == t + j ? into.of[k] : dB_of.of[k];
-                        dC_of.of[k] = g == t + j ? out.of[k] : dC_of.of[k];
-                    }
+                    const bool now_mine = g == t + j;
+                    add_product(sums[0], of_rates[0], of_rates[1], now_mine ? ONES : 0);
+                    add_product(sums[1], of_adjoint[0], of_adjoint[1], now_mine ? B_of : 0);
+                    add_product(sums[2], of_state[0], of_state[1], now_mine ? C_of : 0);
+                    add_product_of_8_rows(dB_of, now_mine ? x_of[0] : 0, now_mine ? x_of[1] : 0, transposed(of_adjoint[0]), transposed(of_adjoint[1]));
+                    add_product_of_8_rows(dC_of, now_mine ? dp_of[0] : 0, now_mine ? dp_of[1] : 0, transposed(of_state[0]), transposed(of_state[1]));
                 }
             }
 #pragma unroll
@@ -265,73 +251,72 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) selective_scan_tensor_gradien
 #pragma unroll
                 for (int e = 0; e < EACH; ++e)
 #pragma unroll
-                    for (int j = 0; j < 2; ++j) shared.sums[half][i][eight + 2 * q + j][mine + 8 * e] = kept[i][e][j];
-            store_pack(&shared.maps[threadIdx.x / 64][eight + g][0][8 * half + 2 * q], dB_of);
-            store_pack(&shared.maps[threadIdx.x / 64][eight + g][1][8 * half + 2 * q], dC_of);
+                    for (int j = 0; j < 2; ++j) shared.sums[0][i][0][sums_at + (eight + j) * Shared::SUM_ROW + 8 * e] = sums[i][2 * e + j];
+            store_pack(shared.maps[0][0][0] + maps_at + eight * 2 * NS, Pack<float, 2>{dB_of[0], dB_of[1]});
+            store_pack(shared.maps[0][0][1] + maps_at + eight * 2 * NS, Pack<float, 2>{dC_of[0], dC_of[1]});
         }
+        wait_for_copies<0>();
         __syncthreads();
 
-        typename Steps::Packed du_now[Steps::PASSES], ddelta_now[Steps::PASSES], dz_now[Steps::PASSES];
+        const auto given = [&](int which) { return load_wide<S, 4>(&raw.inputs[which][time][column]); };
+        const auto dy_of = given(0), u_of = given(1), delta_of = given(2), z_of = given(3);
+        const auto bias_of = load_pack<Pack<float, 4>>(shared.bias + column), D_of = load_pack<Pack<float, 4>>(shared.D + column);
+        Pack<float, 4> du_of, ddelta_of, dz_of, sum[3], of_D = shared.totals[0][threadIdx.x], of_bias = shared.totals[1][threadIdx.x];
 #pragma unroll
-        for (int p = 0; p < Steps::PASSES; ++p) {
-            const auto dy_of = given(0, p), u_of = given(1, p), delta_of = given(2, p), z_of = given(3, p);
-            const auto bias_of = of_channels(shared.bias), D_of = of_channels(shared.D);
-            Pack<float, Steps::WIDE> du_of, ddelta_of, dz_of;
-            const int row = Steps::row(p);
-            Pack<float, Steps::WIDE> sum[3];
+        for (int i = 0; i < 3; ++i) {
+            sum[i] = load_pack<Pack<float, 4>>(&shared.sums[0][i][time][column]);
+            const auto more = load_pack<Pack<float, 4>>(&shared.sums[1][i][time][column]);
 #pragma unroll
-            for (int i = 0; i < 3; ++i) {
-                sum[i] = load_pack<Pack<float, Steps::WIDE>>(&shared.sums[0][i][row][Steps::column()]);
-                const auto more = load_pack<Pack<float, Steps::WIDE>>(&shared.sums[1][i][row][Steps::column()]);
-#pragma unroll
-                for (int j = 0; j < Steps::WIDE; ++j) sum[i].of[j] += more.of[j];
-            }
-#pragma unroll
-            for (int i = 0; i < Steps::WIDE; ++i) {
-                const float s = sigmoid(z_of.of[i]), dp = dy_of.of[i] * choose(z != nullptr, z_of.of[i] * s, 1.f);
-                const float slope = s * fmaf(z_of.of[i], 1 - s, 1.f), skip = D_of.of[i];
-                float of_step = fmaf(u_of.of[i], sum[1].of[i], of_rate(sum[0].of[i]));
-                of_step *= choose(softplused, sigmoid(delta_of.of[i] + bias_of.of[i]), 1.f);
-                du_of.of[i] = fmaf(shared.dt[slot(Steps::column() + i)][row], sum[1].of[i], skip * dp);
-                ddelta_of.of[i] = of_step;
-                dz_of.of[i] = dy_of.of[i] * fmaf(skip, u_of.of[i], sum[2].of[i]) * (s == 0 ? 0.f : slope);
-                shared.totals[0][i][threadIdx.x] += row < rows ? dp * u_of.of[i] : 0.f;
-                shared.totals[1][i][threadIdx.x] += row < rows ? of_step : 0.f;
-            }
-            du_now[p] = narrowed<S>(du_of), ddelta_now[p] = narrowed<S>(ddelta_of), dz_now[p] = narrowed<S>(dz_of);
+            for (int j = 0; j < 4; ++j) sum[i].of[j] += more.of[j];
         }
-        const bool whole = packed && at.channels == CH && rows == TT;
-        const i64 here = to + first * c;
-        Steps::store(du_now, du + here, c, rows, at.channels, whole);
-        Steps::store(ddelta_now, ddelta + here, c, rows, at.channels, whole);
-        if (z) Steps::store(dz_now, dz + here, c, rows, at.channels, whole);
-        if (map_state < n && map_row < rows) {
+        const bool inside = time < rows;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float s = sigmoid(z_of.of[i]), dp = dy_of.of[i] * choose(z != nullptr, z_of.of[i] * s, 1.f);
+            const float slope = s * fmaf(z_of.of[i], 1 - s, 1.f), skip = D_of.of[i];
+            float of_step = fmaf(u_of.of[i], sum[1].of[i], of_rate(sum[0].of[i]));
+            of_step *= choose(softplused, sigmoid(delta_of.of[i] + bias_of.of[i]), 1.f);
+            du_of.of[i] = fmaf(dt_now[shared.row(column) + i * Shared::ROW + time], sum[1].of[i], skip * dp);
+            ddelta_of.of[i] = of_step;
+            dz_of.of[i] = dy_of.of[i] * fmaf(skip, u_of.of[i], sum[2].of[i]) * (s == 0 ? 0.f : slope);
+            of_D.of[i] = fmaf(dp, u_of.of[i], of_D.of[i]);  // beyond the end these are zeros
+            of_bias.of[i] += inside ? of_step : 0.f;
+        }
+        shared.totals[0][threadIdx.x] = of_D, shared.totals[1][threadIdx.x] = of_bias;
+        const unsigned row = tile * TT + time;
+        if (inside && column < at.channels) {
+            const i64 here = to + row * static_cast<unsigned long long>(unsigned(c));
+            store_pack(du + here, narrowed<S>(du_of));
+            store_pack(ddelta + here, narrowed<S>(ddelta_of));
+            if (z) store_pack(dz + here, narrowed<S>(dz_of));
+        }
+        if (inside) {
             float of_B = 0, of_C = 0;
 #pragma unroll
             for (int w = 0; w < THREADS / 64; ++w) {
-                of_B += shared.maps[w][map_row][0][map_state];
-                of_C += shared.maps[w][map_row][1][map_state];
+                of_B += shared.maps[w][time][0][threadIdx.x % NS];
+                of_C += shared.maps[w][time][1][threadIdx.x % NS];
             }
-            dB[map_to + first * G * n] = of_B;
-            dC[map_to + first * G * n] = of_C;
+            const i64 here = map_to + row * static_cast<unsigned long long>(unsigned(G * NS));
+            dB[here] = of_B;
+            dC[here] = of_C;
         }
     }
 
+    if (there)
 #pragma unroll
-    for (int e = 0; e < EACH; ++e)
+        for (int e = 0; e < EACH; ++e)
 #pragma unroll
-        for (int k = 0; k < K; ++k)
-            if (exists(e, k)) {
-                dA[place_of(at.sequence, e, k)] = dA_mine[e][k];
-                dstate[place_of(at.sequence, e, k)] = adjoint[e][k];
+            for (int k = 0; k < K; ++k) {
+                dA[place_of(at.sequence, e) + k] = dA_mine[e][k];
+                dstate[place_of(at.sequence, e) + k] = adjoint[e][k];
             }
     __syncthreads();
     if (threadIdx.x < at.channels) {  // rows of a tile lie with different threads
         float of_D = 0, of_bias = 0;
-        for (int r = 0; r < Steps::ROWS; ++r) {
-            const int thread = (r * CH + threadIdx.x) / Steps::WIDE, i = threadIdx.x % Steps::WIDE;
-            of_D += shared.totals[0][i][thread];
-            of_bias += shared.totals[1][i][thread];
+        for (int r = 0; r < TT; ++r) {
+            of_D += shared.totals[0][r * 16 + threadIdx.x / 4].of[threadIdx.x % 4];
+            of_bias += shared.totals[1][r * 16 + threadIdx.x / 4].of[threadIdx.x % 4];
         }
         dD[at.sequence * c + at.channel + threadIdx.x] = of_D;
         dbias[at.sequence * c + at.channel + threadIdx.x] = of_bias;

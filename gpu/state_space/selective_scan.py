@@ -40,10 +40,11 @@ class Tiles:
 FAST = {4: Tiles(4, 1, 256, 16, 2), 16: Tiles(2, 8, 128, 8, 3), 64: Tiles(16, 4, 256, 16, 2), 128: Tiles(32, 4, 256, 32, 1)}
 FAST_GRADIENT = {4: Tiles(4, 1, 256, 16, 2), 16: Tiles(4, 4, 256, 16, 2), 64: Tiles(16, 4, 128, 16, 2), 128: Tiles(32, 4, 64, 32, 1)}
 FEW_GRADIENT = {16: Tiles(16, 1, 256, 16, 2)}
-TENSOR_GRADIENT = {16: Tiles(8, 2, 256, 16, 2, 2, True)}  # for bfloat16, with 110 KiB of shared memory
-# For bfloat16 with 16 states and whole strips of 16 channels: warps of a block and blocks a multiprocessor; teams of a ring.
-WARPS, STRIP_BLOCKS, TEAMS = 4, 2, 6
+TENSOR_GRADIENT = Tiles(8, 2, 256, 16, 2, 2, True)  # for strips, with 106 KiB of shared memory
+# For bfloat16 with 16 states and whole strips of 16 channels: warps to a strip, strips to a block, blocks that a multiprocessor must hold.
 STRIP = 16
+STRIPS = {"RESULTS": (2, 4, 2), "CHECKPOINTS": (1, 4, 2)}
+TEAMS = 6  # of a ring
 # For float64 and complex rates: right, not tuned.
 SLOW = {16: Tiles(16, 1, 128, 16, 1), 64: Tiles(16, 4, 128, 16, 1)}
 SLOW_GRADIENT = {16: Tiles(16, 1, 128, 16, 1), 64: Tiles(32, 2, 32, 32, 1)}
@@ -61,8 +62,7 @@ def _kernel(mode: str, types, tiles: Tiles) -> Kernel:
 
 def _gradient_kernel(types, tiles: Tiles) -> Kernel:
     if tiles.tensor:
-        name = f"selective_scan_tensor_gradient<{cpp(types[0])}, {tiles.threads}, {tiles.blocks}>"
-        return Kernel(FILE_TENSOR_GRADIENT, name, spills=True, stack=128)
+        return Kernel(FILE_TENSOR_GRADIENT, f"selective_scan_tensor_gradient<{cpp(types[0])}, {tiles.threads}, {tiles.blocks}>")
     numbers = f"{tiles.lanes}, {tiles.states}, {tiles.threads}, {tiles.steps}, {tiles.blocks}"
     few = tiles == FAST_GRADIENT[16]  # a register or two of 128, where more would halve the number of warps
     return Kernel(FILE_GRADIENT, f"selective_scan_gradient<{', '.join(map(cpp, types))}, {numbers}>", spills=few)
@@ -73,16 +73,13 @@ def _carry_kernel(types) -> Kernel:
 
 
 def _strips(mode: str) -> Kernel:
-    return Kernel("kernel_selective_scan_strips.cu", f"selective_scan_strips<{mode}, {cpp('bfloat16')}, {WARPS}, {STRIP_BLOCKS}>")
+    return Kernel(
+        "kernel_selective_scan_strips.cu", f"selective_scan_strips<{mode}, {cpp('bfloat16')}, {', '.join(map(str, STRIPS[mode]))}>"
+    )
 
 
 def _ring() -> Kernel:
     return Kernel("kernel_selective_scan_ring.cu", f"selective_scan_ring<{cpp('bfloat16')}, {TEAMS}>")
-
-
-def _by_matrices(types, size: int) -> bool:
-    """Whether the gradient may sum by matrix instructions."""
-    return types[0] == "bfloat16" and size in TENSOR_GRADIENT
 
 
 def _checkpoint_tiles(tiles: Tiles, gradient: Tiles) -> Tiles:
@@ -91,13 +88,13 @@ def _checkpoint_tiles(tiles: Tiles, gradient: Tiles) -> Tiles:
 
 
 def _instances() -> tuple[Kernel, ...]:
-    found = [_strips("RESULTS"), _strips("CHECKPOINTS"), _ring()]
+    found = [_strips("RESULTS"), _strips("CHECKPOINTS"), _ring(), _gradient_kernel(("bfloat16",), TENSOR_GRADIENT)]
     for kinds, plan, plans in ((FAST_TYPES, FAST, (FAST_GRADIENT, FEW_GRADIENT)), (SLOW_TYPES, SLOW, (SLOW_GRADIENT,))):
         for types in kinds:
             found.append(_carry_kernel(types))
             for size, tiles in plan.items():
                 found += [_kernel("RESULTS", types, tiles), _kernel("STATES", types, tiles)]
-                for gradients in (TENSOR_GRADIENT, *plans) if _by_matrices(types, size) else plans:
+                for gradients in plans:
                     if size in gradients:
                         checkpoints = _kernel("CHECKPOINTS", types, _checkpoint_tiles(tiles, gradients[size]))
                         found += [checkpoints, _gradient_kernel(types, gradients[size])]
@@ -161,8 +158,8 @@ class _Prepared:
         """With few channels, more lanes to each."""
         if not self.fast:
             return SLOW_GRADIENT[self.size]
-        if _by_matrices(self.types, self.size) and _shared(self, TENSOR_GRADIENT[self.size]) <= shared_memory():
-            return TENSOR_GRADIENT[self.size]
+        if self.strips and _shared(self, TENSOR_GRADIENT) <= shared_memory():
+            return TENSOR_GRADIENT
         many = FAST_GRADIENT[self.size]
         return FEW_GRADIENT.get(self.size, many) if self.blocks(many) < multiprocessors() else many
 
@@ -175,14 +172,18 @@ class _Prepared:
         if self.types != ("bfloat16",) * 2 + ("float32",) or self.n != STRIP or self.c // self.G % STRIP or self.T >= 2**31 - 8 * STRIP:
             return 0
         arrays = [(x, 2) for x in (self.u, self.delta, self.z) if x is not None] + [(self.B, 3), (self.C, 3)]
-        good = all(aligned(x, axis, 8) and 0 <= x.strides[1] < 2**32 for x, axis in arrays)
-        return self.N * self.c // STRIP if good else 0
+        return self.N * self.c // STRIP if all(_by_packs(x, axis) for x, axis in arrays) else 0
 
     def packed(self, tiles: Tiles, *arrays) -> np.int32:
         """Whether all (time, channel) arrays can be read in packs of the widest access."""
         width = min(4, tiles.steps * tiles.channels // tiles.threads)
         whole = self.c // self.G % width == 0
         return np.int32(whole and all(aligned(x, 2, width) for x in (self.u, self.delta, self.z, *arrays) if x is not None))
+
+
+def _by_packs(x, axis: int) -> bool:
+    """Whether rows can be read eight halves at a time, from places that a 32-bit stride of time leads to."""
+    return aligned(x, axis, 8) and 0 <= x.strides[1] < 2**32
 
 
 def _rows(x):
@@ -204,20 +205,26 @@ def _run(p: _Prepared, mode, tiles, softplus, *, state=None, last=None, y=None, 
     _kernel(mode, p.types, tiles)((p.blocks(tiles, segments),), (tiles.threads,), everything, shared)
 
 
+def _in_bytes(x, batch, time, *group):
+    """As the kernels for strips take an array's strides: that of time in bytes."""
+    return x, batch, np.uint32(2 * time), *group
+
+
 def _run_strips(p: _Prepared, mode, softplus, *, last=None, y=None, ring=False):
     """Results, or checkpoints, by strips."""
     everything = (
-        *_rows(p.u), *_rows(p.delta), *_rows(p.z), p.B, *strides(p.B)[:3], p.C, *strides(p.C)[:3], p.A,
-        *map(_pointer, (p.D, p.bias, p.state, last, y)), np.int32(p.T), np.int32(p.c), np.int32(p.G), np.int32(softplus),
+        *(x for given in (p.u, p.delta, p.z) for x in _in_bytes(*_rows(given))), *_in_bytes(p.B, *strides(p.B)[:3]),
+        *_in_bytes(p.C, *strides(p.C)[:3]), p.A, *map(_pointer, (p.D, p.bias, p.state, last, y)), np.int32(p.T), np.int32(p.c), np.int32(p.G), np.int32(softplus),
     )  # fmt: skip
     raw, entering, sums, ends = 5 * 320 * 2, 2 * 324 * 4, 320 * 4, 2 * 16 * 4  # bytes of their structures
     if ring:
         shared = TEAMS * (2 * raw + entering + 2 * sums + 64 * 16) + ends
         _ring()((p.strips,), (64 * TEAMS,), everything, shared)
     else:
-        parts = -(-(p.c // p.G) // (STRIP * WARPS))
-        shared = WARPS * (4 * raw + 2 * entering + 2 * sums + ends)
-        _strips(mode)((p.N * p.G * parts,), (32 * WARPS,), everything, shared)
+        warps, strips, _ = STRIPS[mode]
+        parts = -(-(p.c // p.G) // (STRIP * strips))
+        shared = strips * (4 * raw + 2 * entering + 2 * warps * sums + ends)
+        _strips(mode)((p.N * p.G * parts,), (32 * warps * strips,), everything, shared)
 
 
 def _in_a_ring(p: _Prepared) -> bool:
@@ -336,7 +343,7 @@ def selective_scan_vjp(dy, u, delta, A, B, C, D=None, z=None, delta_bias=None, *
         }  # fmt: skip
     tiles = p.backward
     checkpoints = cp.empty((N, -(-T // tiles.steps), c, n), p.number)
-    if tiles.steps == STRIP and p.strips >= 3 * multiprocessors():
+    if tiles.steps == STRIP and p.strips:
         _run_strips(p, "CHECKPOINTS", delta_softplus, last=checkpoints)
     else:
         _run(p, "CHECKPOINTS", _checkpoint_tiles(p.forward, tiles), delta_softplus, state=p.state, last=checkpoints)
@@ -345,10 +352,14 @@ def selective_scan_vjp(dy, u, delta, A, B, C, D=None, z=None, delta_bias=None, *
     dA, dstate_in = cp.empty((N, c, n), p.number), cp.empty((N, c, n), p.number)
     dD, dbias = cp.empty((N, c), p.real), cp.empty((N, c), p.real)
     dB, dC = cp.empty((parts, N, T, G, n), p.number), cp.empty((parts, N, T, G, n), p.number)
+    if tiles.tensor:
+        dy = dy if _by_packs(dy, 2) else cp.ascontiguousarray(dy)
+        sizes = (np.int32(T), np.int32(c), np.int32(G), np.int64(N), np.int32(delta_softplus))
+    else:
+        sizes = (np.int64(T), np.int32(c), np.int32(n), np.int32(G), np.int64(N), np.int32(delta_softplus), p.packed(tiles, dy, du))
     arguments = (
         *_rows(dy), *_rows(p.u), *_rows(p.delta), *_rows(p.z), p.B, *strides(p.B)[:3], p.C, *strides(p.C)[:3], p.A,
-        *map(_pointer, (p.D, p.bias, checkpoints, dlast, du, ddelta, dz, dA, dD, dbias, dB, dC, dstate_in)),
-        np.int64(T), np.int32(c), np.int32(n), np.int32(G), np.int64(N), np.int32(delta_softplus), p.packed(tiles, dy, du),
+        *map(_pointer, (p.D, p.bias, checkpoints, dlast, du, ddelta, dz, dA, dD, dbias, dB, dC, dstate_in)), *sizes,
     )  # fmt: skip
     _gradient_kernel(p.types, tiles)((p.blocks(tiles),), (tiles.threads,), arguments, _shared(p, tiles))
     shape = (*p.batch, T, c)
@@ -379,9 +390,9 @@ def _shared(p: _Prepared, tiles: Tiles) -> int:
     """Bytes of `GradientShared`, or of `TensorGradientShared`."""
     if tiles.tensor:
         CH, TT, threads = tiles.channels, tiles.steps, tiles.threads
-        floats = 3 * CH * (TT + 4) + 2 * TT * 24 + threads * TT + 6 * TT * (CH + 4) + threads // 2 * TT + 12 * threads + 2 * CH
-        halves, pointers = 2 * TT * (CH + 8) + 2 * TT * 24 + 8 * TT * CH, 4 * threads
-        return 4 * floats + 2 * halves + 8 * pointers
+        halves = 2 * (4 * TT * CH + 2 * 320) + 2 * TT * (CH + 8)
+        floats = 4 * (CH * (TT + 4) + CH // 2) + threads * TT + 6 * TT * (CH + 4) + threads // 2 * TT + 12 * threads + 2 * CH
+        return 2 * halves + 6 * 16 + 4 * floats
     real, number, NS = p.real.itemsize, p.number.itemsize, tiles.lanes * tiles.states
     parts = (
         tiles.steps * tiles.channels * 4 * real, 2 * tiles.steps * NS * number, tiles.steps // 4 * tiles.threads * tiles.states * number,
