@@ -133,7 +133,7 @@ def read_vjp(
     adjoints, of_norms, first, first_norm = _walk(
         q, dy, w, of_query, dlast, H, weights=of_n, norm=dnorm, normalised=normalised, scale=scale, back=True
     )
-    together = q.shape[1] == k.shape[1] == 1
+    together = q.shape[1] == k.shape[1] == 1 and (H == 1 or not normalised)
     of_keys, chunks = 1 if together else H, states.shape[2]
     dq, dk = (cp.empty((G, of_keys, T, q.shape[3]), q.dtype) for _ in range(2))
     dv = cp.empty((G, H, T, v.shape[3]), q.dtype)

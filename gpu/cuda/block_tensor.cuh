@@ -62,6 +62,12 @@ __device__ __forceinline__ void copy16(void* to, const void* from, bool there) {
 __device__ __forceinline__ void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 
+// x, of which the compiler no longer knows where it comes from: what depends on it is computed where it is used, not once and kept.
+__device__ __forceinline__ int fresh(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // All threads of the block, wherever they are in the program.
 __device__ __forceinline__ void meet_all() { asm volatile("bar.sync 0;" ::: "memory"); }
 // Barriers by number, from 1: `threads` of the block come by, those that pass without waiting.

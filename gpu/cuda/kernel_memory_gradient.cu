@@ -289,7 +289,7 @@ template <int D> __device__ __forceinline__ float product_of_states(const char* 
     float sums[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < D / 64; ++i) {
-        const int place = ((warp * (D / 64) + i) * 32 + threadIdx.x % 32) * 16;
+        const int place = ((warp * (D / 64) + i) * 32 + fresh(threadIdx.x) % 32) * 16;
         const uint4 s = *reinterpret_cast<const uint4*>(S + place), r = *reinterpret_cast<const uint4*>(R + place);
         const unsigned of_s[4] = {s.x, s.y, s.z, s.w}, of_r[4] = {r.x, r.y, r.z, r.w};
 #pragma unroll
@@ -306,7 +306,7 @@ template <int D> __device__ __forceinline__ float product_of_states(const char* 
 template <int D, int N>
 __device__ __forceinline__ void through(float (&sum)[N][4], float (&dot)[2], const unsigned (&a)[E / 16][4], char* state, int first, char* X, int group,
                                         const float (&faded)[2]) {
-    const int lane = threadIdx.x % 32;
+    const int lane = fresh(threadIdx.x) % 32;
 #pragma unroll
     for (int j = 0; j < N / 2; ++j) {
         float x[2][4] = {};
@@ -336,7 +336,7 @@ __device__ __forceinline__ void through(float (&sum)[N][4], float (&dot)[2], con
 template <int N>
 __device__ __forceinline__ void through_norm(float (&sum)[N][4], float (&dot)[2], const float (&worth)[2], const float* n, int first, int d, char* X, int row,
                                              const float (&faded)[2]) {
-    const int t4 = threadIdx.x % 4;
+    const int t4 = fresh(threadIdx.x) % 4;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
         const int at_n = first + 8 * j + 2 * t4;
@@ -370,18 +370,16 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
     char* const M_s = stages + 2 * STAGE;  // of two heads
     char* const dv_s = M_s + 2 * PAIRS;
     const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0), lane = threadIdx.x % 32, g = lane / 4, t4 = lane % 4;
-    const int chunks = int((T + L - 1) / L), c = blockIdx.x % chunks, tiles = (e + E - 1) / E, each = together ? heads : 1, items = each * tiles;
+    const int chunks = int((T + L - 1) / L), c = blockIdx.x % chunks, tiles = (e + E - 1) / E, each = together && !NORMALISED ? heads : 1, items = each * tiles;
     const i64 unit = blockIdx.x / chunks, G = together ? unit : unit / heads, t0 = i64(c) * L;
     const int first_head = together ? 0 : int(unit % heads);
     const auto of_head = [&](int number) { return G * heads + first_head + number; };
 
-    // Tiles of an item, which is the next: whole ones from this thread's own places.
-    const bool whole = t0 + L <= T && e % E == 0 && d == D;
-    const i64 head_values = T * e, head_states = i64(chunks) * d * e, own = i64(threadIdx.x / 8) * e + threadIdx.x % 8 * 8;
-    i64 at_v = (v_heads > 1 ? of_head(0) : G) * head_values + t0 * e + own, at_y = of_head(0) * head_values + t0 * e + own;
-    i64 at_state = (of_head(0) * chunks + c) * d * e + own;
+    // Where the tiles of the next item lie.
+    const i64 head_values = T * e, head_states = i64(chunks) * d * e;
+    i64 at_v = (v_heads > 1 ? of_head(0) : G) * head_values + t0 * e, at_y = of_head(0) * head_values + t0 * e;
+    i64 at_state = (of_head(0) * chunks + c) * d * e;
     int next_head = 0, next_tile = 0, next_stage = 0;
-    const int place = int(at<L>(Q, threadIdx.x / 8, threadIdx.x % 8) - Q);
     const auto tell = [&](int number) {
         constexpr int PIECES = sizeof(Told) / 16;
         if (number < each && threadIdx.x < PIECES) {
@@ -391,24 +389,15 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
     };
     const auto fetch = [&]() {  // the next item, if there is one
         if (next_head < each) {
-            char* const to = stages + next_stage * STAGE;
-            if (whole) {
-                copy16(to + place, v + at_v);
-                copy16(to + VALUES + place, dy + at_y);
+            const int thread = fresh(threadIdx.x), r = thread / 8, own = r * e + thread % 8 * 8;
+            char* const to = stages + next_stage * STAGE + r * 128 + ((thread ^ r) % 8 << 4);
+            const bool in_row = next_tile * E + thread % 8 * 8 < e, there = in_row && t0 + r < T;
+            copy16(to, v + at_v + own, there);
+            copy16(to + VALUES, dy + at_y + own, there);
 #pragma unroll
-                for (int i = 0; i < D; i += L) {
-                    copy16(to + 2 * VALUES + i * 128 + place, states + at_state + i * e);
-                    copy16(to + 2 * VALUES + STATE + i * 128 + place, adjoints + at_state + i * e);
-                }
-            } else {
-                const int column = next_tile * E;
-                stage<E, CROWD>(to, v + at_v - own - column, T - t0, e, column);
-                stage<E, CROWD>(to + VALUES, dy + at_y - own - column, T - t0, e, column);
-#pragma unroll
-                for (int i = 0; i < D; i += L) {
-                    stage<E, CROWD>(to + 2 * VALUES + i * 128, states + at_state - own - column + i64(i) * e, d - i, e, column);
-                    stage<E, CROWD>(to + 2 * VALUES + STATE + i * 128, adjoints + at_state - own - column + i64(i) * e, d - i, e, column);
-                }
+            for (int i = 0; i < D; i += L) {
+                copy16(to + 2 * VALUES + i * 128, states + at_state + i * e + own, in_row && r + i < d);
+                copy16(to + 2 * VALUES + STATE + i * 128, adjoints + at_state + i * e + own, in_row && r + i < d);
             }
             if (next_tile == 0) tell(next_head + 1);
             next_stage ^= 1, ++next_tile, at_v += E, at_y += E, at_state += E;
@@ -442,22 +431,27 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
 
     if (warp < 8) {
         // Of the blocks of 16 keys that are not later than its queries a warp has every second one.
-        float pairs[4][4] = {}, P[4][4] = {}, by[4][4];
+        float P[4][4] = {};
+        unsigned pairs[4][2], by[4][2];  // rounded: two neighbours in one
 #pragma unroll
         for (int own = 0; own < 2; ++own) {
             const int block = 2 * own + half;
             if (block <= group) {
+                float x[2][4] = {};
 #pragma unroll
                 for (int i = 0; i < D / 16; ++i) {
                     unsigned a[4], b[4];
                     load_tiles(a, at<L>(Q, 16 * group + lane % 16, 2 * i + lane / 16));
                     load_tiles(b, at<L>(K, 16 * block + lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2));
-                    multiply_tiles(pairs[2 * own], a, b[0], b[1]);
-                    multiply_tiles(pairs[2 * own + 1], a, b[2], b[3]);
+                    multiply_tiles(x[0], a, b[0], b[1]);
+                    multiply_tiles(x[1], a, b[2], b[3]);
                 }
+#pragma unroll
+                for (int i = 0; i < 4; ++i) pairs[2 * own + i / 2][i % 2] = pack(x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
             }
         }
         const auto fade = [&](int number) {  // how a head's pairs fade, and M
+            const int lane = fresh(threadIdx.x) % 32, g = lane / 4, t4 = lane % 4, row = 16 * group + g;
             const Told& head = told[number % 3];
             const float at_row[2] = {head.sums[row], head.sums[row + 8]}, rest[2] = {head.rows[row], head.rows[row + 8]};
             char* const M = M_s + number % 2 * PAIRS;
@@ -467,16 +461,18 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                 if (block <= group) {
                     const float2 to = *reinterpret_cast<const float2*>(head.sums + s), less = *reinterpret_cast<const float2*>(head.columns + s);
                     const float2 gain = *reinterpret_cast<const float2*>(head.gains + s);
-                    float m[4];
 #pragma unroll
-                    for (int x = 0; x < 4; ++x) {
-                        by[j][x] = exp2_fast(min((at_row[x / 2] - (x % 2 ? to.y : to.x)) + (rest[x / 2] - (x % 2 ? less.y : less.x)), 127.0f));
-                        if (block == group && s + x % 2 > row + 8 * (x / 2)) by[j][x] = 0.0f;
-                        m[x] = pairs[j][x] * by[j][x] * (scale * (x % 2 ? gain.y : gain.x));
+                    for (int x = 0; x < 2; ++x) {
+                        float faded[2];
+#pragma unroll
+                        for (int y = 0; y < 2; ++y) {
+                            faded[y] = exp2_fast(min((at_row[x] - (y ? to.y : to.x)) + (rest[x] - (y ? less.y : less.x)), 127.0f));
+                            if (block == group && s + y > row + 8 * x) faded[y] = 0.0f;
+                        }
+                        by[j][x] = pack(faded[0], faded[1]);
+                        const float m[2] = {low(pairs[j][x]) * faded[0] * (scale * gain.x), high(pairs[j][x]) * faded[1] * (scale * gain.y)};
+                        *reinterpret_cast<unsigned*>(at<L>(M, row + 8 * x, 2 * block + j % 2) + 4 * t4) = pack(m[0], m[1]);
                     }
-#pragma unroll
-                    for (int x = 0; x < 2; ++x)
-                        *reinterpret_cast<unsigned*>(at<L>(M, row + 8 * x, 2 * block + j % 2) + 4 * t4) = pack(m[2 * x], m[2 * x + 1]);
                 }
             }
         };
@@ -493,6 +489,7 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                 char* const V = stages + item % 2 * STAGE;
                 char* const Y = V + VALUES;
                 char* const S = Y + VALUES;
+                const int lane = fresh(threadIdx.x) % 32;
                 unsigned y[E / 16][4];
 #pragma unroll
                 for (int i = 0; i < E / 16; ++i) load_tiles(y[i], at<L>(Y, 16 * group + lane % 16, 2 * i + lane / 16));
@@ -518,6 +515,7 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                 through_norm(sum, read, of_rows, ns + at_norm, first, d, Q, row, since);
                 for (int i = 16 * warp + lane; i < min(d, 16 * (warp + 1)); i += 32) product += ns[at_norm + i] * rs[at_norm + i];
             }
+            const int lane = fresh(threadIdx.x) % 32, g = lane / 4, t4 = lane % 4, row = 16 * group + g;
             // What the head's own pairs are worth, z. `corner`: of r within this group's steps, sums over s < r <= t.
             float diagonal = 0.0f, corner[2][4] = {};
 #pragma unroll
@@ -537,9 +535,10 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                         const float factor[2] = {gain.x * scale, gain.y * scale};
 #pragma unroll
                         for (int x = 0; x < 4; ++x) {
-                            const float p = (NORMALISED ? dP[j][x] + of_rows[x / 2] : dP[j][x]) * by[j][x];
+                            const float faded = x % 2 ? high(by[j][x / 2]) : low(by[j][x / 2]), pair = x % 2 ? high(pairs[j][x / 2]) : low(pairs[j][x / 2]);
+                            const float p = (NORMALISED ? dP[j][x] + of_rows[x / 2] : dP[j][x]) * faded;
                             P[j][x] = fmaf(p, factor[x % 2], P[j][x]);
-                            dP[j][x] = p * pairs[j][x];
+                            dP[j][x] = p * pair;
                         }
 #pragma unroll
                         for (int x = 0; x < 2; ++x) {
@@ -613,6 +612,7 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                 char* const V = stages + item % 2 * STAGE;
                 char* const Y = V + VALUES;
                 char* const R = Y + VALUES + STATE;
+                const int lane = fresh(threadIdx.x) % 32, g = lane / 4, t4 = lane % 4, row = 16 * group + g;
                 unsigned values[E / 16][4];
 #pragma unroll
                 for (int i = 0; i < E / 16; ++i) load_tiles(values[i], at<L>(V, 16 * group + lane % 16, 2 * i + lane / 16));
