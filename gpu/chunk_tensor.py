@@ -23,7 +23,7 @@ PLAIN, NORMALISED, WITNESS = range(3)
 
 
 def _memory(width: int, kind: int) -> Kernel:
-    return Kernel("kernel_memory.cu", f"memory_tensor<{width}, {kind}>")
+    return Kernel("kernel_memory.cu", f"memory_tensor<{width}, {kind}>", spills=kind == WITNESS)
 
 
 def _states(width: int, normalised: bool) -> Kernel:
@@ -129,27 +129,27 @@ def read_vjp(
     dnorm = None if dnorm is None else _ready(cp.broadcast_to(_eights(dnorm, 1), (G, H, q.shape[3])))
     w, gain, skip, of_query, of_n = (None if x is None else cp.ascontiguousarray(x) for x in (w, gain, skip, of_query, of_n))
     normalised, width = seen is not None, _width(d)
-    states, norms = (seen.states, seen.norms) if normalised else _walk(k, v, w, gain, state, H)[:2]
-    adjoints, of_norms, first, first_norm = _walk(
-        q, dy, w, of_query, dlast, H, weights=of_n, norm=dnorm, normalised=normalised, scale=scale, back=True
-    )
+    chunks = -(-T // CHUNK)
+    decays = next((x.shape[1] for x in (w, gain) if x is not None), 1)
+    told, found = (cp.empty((G * H * chunks, size), np.float32) for size in (_TOLD, _FOUND))
+    told, found = told.view(np.uint8), found.view(np.uint8)
+    count, warps = (np.int64(T), np.int64(len(told)), np.int32(chunks)), (-(-len(told) * 32 // THREADS),)
+    arguments = (*map(_or_null, (w, gain, of_query, of_n)), told, *count, np.int32(H), np.int32(decays), np.float32(scale))
+    _TELL(warps, (THREADS,), arguments)
+    states, norms = (seen.states, seen.norms) if normalised else _walk(k, v, told, state, H)[:2]
+    adjoints, of_norms, first, first_norm = _walk(q, dy, told, dlast, H, norm=dnorm, normalised=normalised, back=True)
     together = q.shape[1] == k.shape[1] == 1 and (H == 1 or not normalised)
-    of_keys, chunks = 1 if together else H, states.shape[2]
+    of_keys = 1 if together else H
     dq, dk = (cp.empty((G, of_keys, T, q.shape[3]), q.dtype) for _ in range(2))
     dv = cp.empty((G, H, T, v.shape[3]), q.dtype)
     dw, dgain = (cp.empty((G, H, T), np.float32) for _ in range(2))
     dskip = None if skip is None else cp.empty((G, H, chunks), np.float32)
-    decays = next((x.shape[1] for x in (w, gain) if x is not None), 1)
-    told, found = (cp.empty((G * H * chunks, size), np.float32) for size in (_TOLD, _FOUND))
-    count, warps = (np.int64(T), np.int64(len(told)), np.int32(chunks)), (-(-len(told) * 32 // THREADS),)
-    arguments = (*map(_or_null, (w, gain, of_query, of_n)), told.view(np.uint8), *count, np.int32(H), np.int32(decays), np.float32(scale))
-    _TELL(warps, (THREADS,), arguments)
-    arrays = (q, k, v, dy, told.view(np.uint8), states, adjoints, norms, of_norms, skip, dq, dk, dv, found.view(np.uint8))
+    arrays = (q, k, v, dy, told, states, adjoints, norms, of_norms, skip, dq, dk, dv, found)
     sizes = (np.int32(x) for x in (q.shape[3], v.shape[3], H, q.shape[1], k.shape[1], v.shape[1], together))
     shared = 2 * (2 * CHUNK * width + 2 * (2 * CHUNK * TILE + 2 * width * TILE) + 2 * CHUNK * CHUNK + CHUNK * TILE)
     arguments = (*map(_or_null, arrays), np.int64(T), *sizes, np.float32(scale))
     _gradient(width, normalised)((G * of_keys * chunks,), (2 * THREADS,), arguments, shared)
-    arguments = (told.view(np.uint8), found.view(np.uint8), dw, dgain, _or_null(dskip), *count, np.float32(scale))
+    arguments = (told, found, dw, dgain, _or_null(dskip), *count, np.float32(scale))
     _DECAYS(warps, (THREADS,), arguments)
     first_norm = first_norm[..., :d] if normalised else None
     return Gradients(
@@ -157,18 +157,16 @@ def read_vjp(
     )
 
 
-def _walk(keys, values, w, gain, state, heads, *, weights=None, norm=None, normalised=False, scale=1.0, back=False):
+def _walk(keys, values, told, state, heads, *, norm=None, normalised=False, back=False):
     """States before each chunk, or backwards after it, (G, H, chunks, d, e) in bfloat16, and n; and what comes out at the end."""
     G, T, d, e = len(keys), *keys.shape[2:], values.shape[3]
     chunks, width = -(-T // CHUNK), _width(d)
     states, last = cp.empty((G, heads, chunks, d, e), keys.dtype), cp.empty((G, heads, d, e), np.float32) if back else None
     norms, last_norm = (cp.empty((G, heads, *more, d), np.float32) if normalised else None for more in ((chunks,), ()))
-    decays, of_gain = (1 if x is None else x.shape[1] for x in (w, gain))
-    arrays = (keys, values, w, gain, weights, state, norm, states, norms, last, last_norm)
-    sizes = (np.int32(x) for x in (d, e, heads, keys.shape[1], values.shape[1], decays, of_gain))
+    arrays = (keys, values, told, state, norm, states, norms, last, last_norm)
+    sizes = (np.int32(x) for x in (d, e, heads, keys.shape[1], values.shape[1], back))
     shared = 2 * _STAGES * CHUNK * (width + TILE) + THREADS // 32 * 16 * 128
-    arguments = (*map(_or_null, arrays), np.int64(T), *sizes, np.float32(scale), np.int32(back))
-    _states(width, normalised)((G * heads, -(-e // TILE)), (THREADS,), arguments, shared)
+    _states(width, normalised)((G * heads, -(-e // TILE)), (THREADS,), (*map(_or_null, arrays), np.int64(T), *sizes), shared)
     return states, norms, last, last_norm
 
 

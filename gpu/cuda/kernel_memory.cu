@@ -113,6 +113,17 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
                 }
             }
             pass(1, THREADS);
+            unsigned dy[E / 8][2];  // asked for early
+            if (KIND == WITNESS) {
+#pragma unroll
+                for (int j = 0; j < E / 8; ++j) {
+#pragma unroll
+                    for (int x = 0; x < 2; ++x) {
+                        const bool there = t + 8 * x < T && column + 8 * j < e;
+                        dy[j][x] = there ? *reinterpret_cast<const unsigned*>(z + (t + 8 * x) * e + column + 8 * j + 2 * t4) : 0;
+                    }
+                }
+            }
             const float since[2] = {power(at_row[0] + rest[0], halved), power(at_row[1] + rest[1], halved)};
             for (int again = 0; again <= halved; ++again) {
                 times(o, since);
@@ -170,12 +181,7 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
 #pragma unroll
                 for (int j = 0; j < E / 8; ++j) {
 #pragma unroll
-                    for (int x = 0; x < 2; ++x) {
-                        if (t + 8 * x < T && column + 8 * j < e) {
-                            const unsigned pair = *reinterpret_cast<const unsigned*>(z + (t + 8 * x) * e + column + 8 * j + 2 * t4);
-                            product[x] += o[j][2 * x] * low(pair) + o[j][2 * x + 1] * high(pair);
-                        }
-                    }
+                    for (int x = 0; x < 2; ++x) product[x] += o[j][2 * x] * low(dy[j][x]) + o[j][2 * x + 1] * high(dy[j][x]);
                 }
 #pragma unroll
                 for (int x = 0; x < 2; ++x) {
@@ -269,16 +275,22 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
                 const int r = first + 16 * tile + g + 8 * x;
 #pragma unroll
                 for (int j = 0; j < E / 8; ++j) {
-                    const unsigned pair = pack(S[tile][j][2 * x], S[tile][j][2 * x + 1]);
-                    *reinterpret_cast<unsigned*>(at<D>(copy, r, j) + 4 * t4) = pair;
-                    if (KIND == WITNESS && r < d && column + 8 * j < e)
-                        *reinterpret_cast<unsigned*>(states + (kept + r) * e + column + 8 * j + 2 * t4) = pair;
+                    *reinterpret_cast<unsigned*>(at<D>(copy, r, j) + 4 * t4) = pack(S[tile][j][2 * x], S[tile][j][2 * x + 1]);
                 }
                 if (NORMALISED) {
                     const float whole = over_columns(n[tile][x]);
                     if (t4 == 0) norms[r] = whole;
                     if (KIND == WITNESS && t4 == 0 && blockIdx.y == 0 && r < d) all_norms[kept + r] = whole;
                 }
+            }
+        }
+        if (KIND == WITNESS) {  // this warp's rows of the copy, whole runs of 16 bytes
+            __syncwarp();
+#pragma unroll
+            for (int i = 0; i < 4 * TILES; ++i) {
+                const int r = first + 4 * i + lane / 8, piece = lane % 8;
+                if (r < d && column + 8 * piece < e)
+                    *reinterpret_cast<uint4*>(states + (kept + r) * e + column + 8 * piece) = *reinterpret_cast<const uint4*>(at<D>(copy, r, piece));
             }
         }
     };

@@ -37,178 +37,12 @@ template <int N> __device__ __forceinline__ void store_rows(char* room, const fl
     }
 }
 
-// keys (G, key_heads, T, d), values (G, value_heads, T, e); w and gain (G, w_heads, T), logarithms of factors of the keys forwards; backwards
-// keys are the queries, gain (G, heads, T) theirs, and `scale` a factor of all; weights (G, heads, T): what the values' column of n is, 1 if
-// null; state and last (G, heads, d, e), norm and last_norm (G, heads, d); states (G heads, chunks, d, e), norms (G heads, chunks, d).
-// Grid: (G heads, tiles of 64 values).
-template <int D, bool NORMALISED>
-__global__ void __launch_bounds__(THREADS, 2)
-memory_states(const __nv_bfloat16* keys, const __nv_bfloat16* values, const float* w, const float* gain, const float* weights, const float* state,
-              const float* norm, __nv_bfloat16* states, float* norms, float* last, float* last_norm, i64 T, int d, int e, int heads, int key_heads,
-              int value_heads, int w_heads, int gain_heads, float scale, int backwards) {
-    constexpr int ROWS = L * D * 2, VALUES = L * E * 2, STAGE = ROWS + VALUES, COLUMNS = E * D / 128, TILES = COLUMNS / 8;
-    extern __shared__ double memory[];
-    char* const shared = reinterpret_cast<char*>(memory);
-    __shared__ float all_sums[SUMS], factors[2][L], through[2], twice[2], worth[2][L];
-    const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0), lane = threadIdx.x % 32, g = lane / 4, t4 = lane % 4;
-    const i64 of_head = blockIdx.x, G = of_head / heads, h = of_head % heads;
-    const int column = int(blockIdx.y) * E, row = warp % (D / 16) * 16, own = warp / (D / 16) * COLUMNS, chunks = int((T + L - 1) / L);
-    char* const room = shared + STAGES * STAGE + warp * OUT;
-    keys += (G * key_heads + (key_heads > 1 ? h : 0)) * T * d;
-    values += (G * value_heads + (value_heads > 1 ? h : 0)) * T * e;
-    if (w) w += (G * w_heads + (w_heads > 1 ? h : 0)) * T;
-    if (gain) gain += (G * gain_heads + (gain_heads > 1 ? h : 0)) * T;
-    if (NORMALISED && weights) weights += of_head * T;
-
-    const auto chunk = [&](int c) { return backwards ? chunks - 1 - c : c; };
-    const auto fetch = [&](int c) {
-        if (c < chunks) {
-            char* const tiles = shared + c % STAGES * STAGE;
-            const i64 t0 = i64(chunk(c)) * L;
-            stage<D>(tiles, keys + t0 * d, T - t0, d, 0);
-            stage<E>(tiles + ROWS, values + t0 * e, T - t0, e, column);
-        }
-        copies_end();
-    };
-    const auto load = [&](int c) {
-        const i64 t0 = i64(chunk(c)) * L;
-        return backwards ? load_decays(w, nullptr, gain, t0, T) : load_decays(w, gain, nullptr, t0, T);
-    };
-    const auto leave_factors = [&](int c, const Decays& x) {  // of one warp
-        sum_decays(all_sums, x);
-        __syncwarp();
-        const bool halved = all_sums[3 * L] != 0.0f;
-        const float all = all_sums[L - 1], all_rest = all_sums[3 * L + 1], once = backwards ? scale : 1.0f;
-#pragma unroll
-        for (int s = lane; s < L; s += 32) {
-            const float a = backwards ? all_sums[s] + all_sums[L + s] : (all - all_sums[s]) + (all_rest - all_sums[2 * L + s]);
-            factors[c % 2][s] = power(a, halved);
-            const i64 t = i64(chunk(c)) * L + s;
-            worth[c % 2][s] = (NORMALISED && weights ? (t < T ? weights[t] : 0.0f) : 1.0f) * once;
-        }
-        if (lane == 0) through[c % 2] = power(all + all_rest, halved), twice[c % 2] = halved ? 1.0f : 0.0f;
-        __syncwarp();
-    };
-
-    float S[TILES][4], n[2] = {0.0f, 0.0f};  // n: a share of it, one of four lanes'
-#pragma unroll
-    for (int x = 0; x < 2; ++x) {
-        const int r = row + g + 8 * x;
-        if (NORMALISED && norm && r < d && t4 == 0) n[x] = norm[of_head * d + r];
-#pragma unroll
-        for (int j = 0; j < TILES; ++j) {
-            const int at_column = column + own + 8 * j + 2 * t4;
-            const bool there = state && r < d && at_column < e;
-            const float2 pair = there ? *reinterpret_cast<const float2*>(state + (of_head * d + r) * e + at_column) : float2{0.0f, 0.0f};
-            S[j][2 * x] = pair.x, S[j][2 * x + 1] = pair.y;
-        }
-    }
-#pragma unroll
-    for (int c = 0; c < STAGES - 1; ++c) fetch(c);
-    if (warp == 0 && chunks > 0) leave_factors(0, load(0));
-    for (int c = 0; c < chunks; ++c) {
-        copies_wait<STAGES - 2>();
-        meet_all();
-        fetch(c + STAGES - 1);
-        Decays next;
-        if (warp == 0 && c + 1 < chunks) next = load(c + 1);
-        const i64 kept = (of_head * chunks + chunk(c)) * d + row;
-        store_rows(room, S, states + kept * e, d - row, e, column + own);
-        if (NORMALISED) {
-#pragma unroll
-            for (int x = 0; x < 2; ++x) {
-                const float whole = over_columns(n[x]);
-                if (t4 == 0 && blockIdx.y == 0 && own == 0 && row + g + 8 * x < d) norms[kept + g + 8 * x] = whole;
-            }
-        }
-        char* const K = shared + c % STAGES * STAGE;
-        char* const V = K + ROWS;
-        const float *const factor = factors[c % 2], *const value = worth[c % 2];
-        const bool halved = twice[c % 2] != 0.0f;
-        const float fade[2] = {through[c % 2], through[c % 2]};
-        for (int again = 0; again <= halved; ++again) {
-            times(S, fade);
-            n[0] *= fade[0], n[1] *= fade[0];
-        }
-#pragma unroll
-        for (int block = 0; block < L / 16; ++block) {
-            unsigned a[4];
-            load_tiles_turned(a, at<L>(K, 16 * block + lane / 16 * 8 + lane % 8, row / 8 + lane / 8 % 2));
-#pragma unroll
-            for (int x = 0; x < 2; ++x) {
-                const int s = 16 * block + 8 * x + 2 * t4;
-                const float2 by = *reinterpret_cast<const float2*>(factor + s), of_n = *reinterpret_cast<const float2*>(value + s);
-#pragma unroll
-                for (int y = 0; y < 2; ++y) {
-                    float k0 = low(a[2 * x + y]) * by.x, k1 = high(a[2 * x + y]) * by.y;
-                    if (halved) k0 *= by.x, k1 *= by.y;
-                    if (NORMALISED) n[y] += k0 * of_n.x + k1 * of_n.y;
-                    if (backwards) k0 *= scale, k1 *= scale;
-                    a[2 * x + y] = pack(k0, k1);
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < TILES / 2; ++j) {
-                unsigned b[4];
-                load_tiles_turned(b, at<L>(V, 16 * block + lane % 16, own / 8 + 2 * j + lane / 16));
-                multiply_tiles(S[2 * j], a, b[0], b[1]);
-                multiply_tiles(S[2 * j + 1], a, b[2], b[3]);
-            }
-        }
-        if (warp == 0 && c + 1 < chunks) leave_factors(c + 1, next);
-    }
-    if (!last) return;
-#pragma unroll
-    for (int x = 0; x < 2; ++x) {
-        const int r = row + g + 8 * x;
-#pragma unroll
-        for (int j = 0; j < TILES; ++j) {
-            const int at_column = column + own + 8 * j + 2 * t4;
-            if (r < d && at_column < e) *reinterpret_cast<float2*>(last + (of_head * d + r) * e + at_column) = float2{S[j][2 * x], S[j][2 * x + 1]};
-        }
-        if (NORMALISED) {
-            const float whole = over_columns(n[x]);
-            if (t4 == 0 && blockIdx.y == 0 && own == 0 && r < d) last_norm[of_head * d + r] = whole;
-        }
-    }
-}
-
 // Of a chunk of a head: sums of its decays, their rests with a query's factor and without a key's, what fades a query's read of S (with c) and
 // what a key leaves at the end, the keys' factors, what queries add to P, and the decay of all steps. Exponents are at most 127.
 struct alignas(16) Told {
     float sums[L], rows[L], columns[L], since[L], left[L], gains[L], of_n[L], all[4];
 };
-// What its pairs and states are worth, in parts: column sums of z of 16 queries, what dw_r gets of 16 queries' own steps, and so on.
-struct alignas(16) Found {
-    float column[4][L], corner[8][16], from_state[2][L], to_state[2][L], kept[16], diagonal[8];
-};
-constexpr int WARPS = 16, CROWD = 32 * WARPS;
-
-// One warp: sums of 64 numbers, two a lane, from each on, or of those before each.
-__device__ __forceinline__ float2 sums_from(float2 x) {
-    const int lane = threadIdx.x % 32;
-    float from = x.x + x.y;
-#pragma unroll
-    for (int away = 1; away < 32; away *= 2) {
-        const float more = __shfl_sync(0xffffffffu, from, min(lane + away, 31));
-        from += lane + away < 32 ? more : 0.0f;
-    }
-    const float later = __shfl_sync(0xffffffffu, from, min(lane + 1, 31)), second = x.y + (lane < 31 ? later : 0.0f);
-    return float2{x.x + second, second};
-}
-__device__ __forceinline__ float2 sums_before(float2 x) {
-    const int lane = threadIdx.x % 32;
-    float upto = x.x + x.y;
-#pragma unroll
-    for (int away = 1; away < 32; away *= 2) {
-        const float more = __shfl_up_sync(0xffffffffu, upto, away);
-        upto += lane >= away ? more : 0.0f;
-    }
-    const float last = __shfl_up_sync(0xffffffffu, upto, 1), before = lane > 0 ? last : 0.0f;
-    return float2{before, before + x.x};
-}
-
-// One warp for each chunk of each head. Arrays as above; told (G heads, chunks).
+// One warp for each chunk of each head. w and gain (G, w_heads, T), of_query (the f) and of_n (G, heads, T), or null; told (G heads, chunks).
 __global__ void __launch_bounds__(THREADS)
 memory_told(const float* w, const float* gain, const float* of_query, const float* of_n, Told* told, i64 T, i64 count, int chunks, int heads, int w_heads,
             float scale) {
@@ -237,6 +71,144 @@ memory_told(const float* w, const float* gain, const float* of_query, const floa
         to.of_n[s] = of_n && t0 + s < T ? of_n[of_head * T + t0 + s] : 0.0f;
     }
     if (lane < 4) to.all[lane] = power(min(float(all), 127.0f), false);
+}
+
+// keys (G, key_heads, T, d), values (G, value_heads, T, e), backwards queries and dy; told (G heads, chunks); state and last (G, heads, d, e),
+// norm and last_norm (G, heads, d), or null; states (G heads, chunks, d, e), norms (G heads, chunks, d). NORMALISED is backwards: of n too, where
+// each query adds `of_n`. Grid: (G heads, tiles of 64 values).
+template <int D, bool NORMALISED>
+__global__ void __launch_bounds__(THREADS, 2)
+memory_states(const __nv_bfloat16* keys, const __nv_bfloat16* values, const Told* all_told, const float* state, const float* norm,
+              __nv_bfloat16* states, float* norms, float* last, float* last_norm, i64 T, int d, int e, int heads, int key_heads, int value_heads,
+              int backwards) {
+    constexpr int ROWS = L * D * 2, VALUES = L * E * 2, STAGE = ROWS + VALUES, COLUMNS = E * D / 128, TILES = COLUMNS / 8;
+    extern __shared__ double memory[];
+    char* const shared = reinterpret_cast<char*>(memory);
+    __shared__ Told told[STAGES];
+    const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0), lane = threadIdx.x % 32, g = lane / 4, t4 = lane % 4;
+    const i64 of_head = blockIdx.x, G = of_head / heads, h = of_head % heads;
+    const int column = int(blockIdx.y) * E, row = warp % (D / 16) * 16, own = warp / (D / 16) * COLUMNS, chunks = int((T + L - 1) / L);
+    char* const room = shared + STAGES * STAGE + warp * OUT;
+    keys += (G * key_heads + (key_heads > 1 ? h : 0)) * T * d;
+    values += (G * value_heads + (value_heads > 1 ? h : 0)) * T * e;
+
+    const auto chunk = [&](int c) { return backwards ? chunks - 1 - c : c; };
+    const auto fetch = [&](int c) {
+        if (c < chunks) {
+            char* const tiles = shared + c % STAGES * STAGE;
+            const i64 t0 = i64(chunk(c)) * L;
+            stage<D>(tiles, keys + t0 * d, T - t0, d, 0);
+            stage<E>(tiles + ROWS, values + t0 * e, T - t0, e, column);
+            if (threadIdx.x < sizeof(Told) / 16)
+                copy16(reinterpret_cast<char*>(&told[c % STAGES]) + 16 * threadIdx.x,
+                       reinterpret_cast<const char*>(all_told + of_head * chunks + chunk(c)) + 16 * threadIdx.x);
+        }
+        copies_end();
+    };
+
+    float S[TILES][4], n[2] = {0.0f, 0.0f};  // n: a share of it, one of four lanes'
+#pragma unroll
+    for (int x = 0; x < 2; ++x) {
+        const int r = row + g + 8 * x;
+        if (NORMALISED && norm && r < d && t4 == 0) n[x] = norm[of_head * d + r];
+#pragma unroll
+        for (int j = 0; j < TILES; ++j) {
+            const int at_column = column + own + 8 * j + 2 * t4;
+            const bool there = state && r < d && at_column < e;
+            const float2 pair = there ? *reinterpret_cast<const float2*>(state + (of_head * d + r) * e + at_column) : float2{0.0f, 0.0f};
+            S[j][2 * x] = pair.x, S[j][2 * x + 1] = pair.y;
+        }
+    }
+#pragma unroll
+    for (int c = 0; c < STAGES - 1; ++c) fetch(c);
+    for (int c = 0; c < chunks; ++c) {
+        copies_wait<STAGES - 2>();
+        meet_all();
+        fetch(c + STAGES - 1);
+        const i64 kept = (of_head * chunks + chunk(c)) * d + row;
+        store_rows(room, S, states + kept * e, d - row, e, column + own);
+        if (NORMALISED) {
+#pragma unroll
+            for (int x = 0; x < 2; ++x) {
+                const float whole = over_columns(n[x]);
+                if (t4 == 0 && blockIdx.y == 0 && own == 0 && row + g + 8 * x < d) norms[kept + g + 8 * x] = whole;
+            }
+        }
+        char* const K = shared + c % STAGES * STAGE;
+        char* const V = K + ROWS;
+        const Told& head = told[c % STAGES];
+        const float fade[2] = {head.all[0], head.all[0]};
+        times(S, fade);
+        n[0] *= fade[0], n[1] *= fade[0];
+#pragma unroll
+        for (int block = 0; block < L / 16; ++block) {
+            unsigned a[4];
+            load_tiles_turned(a, at<L>(K, 16 * block + lane / 16 * 8 + lane % 8, row / 8 + lane / 8 % 2));
+#pragma unroll
+            for (int x = 0; x < 2; ++x) {
+                const int s = 16 * block + 8 * x + 2 * t4;
+                float2 by = *reinterpret_cast<const float2*>((backwards ? head.since : head.left) + s);
+                if (!backwards) by.x *= head.gains[s], by.y *= head.gains[s + 1];
+#pragma unroll
+                for (int y = 0; y < 2; ++y) {
+                    const float k0 = low(a[2 * x + y]) * by.x, k1 = high(a[2 * x + y]) * by.y;
+                    if (NORMALISED) n[y] += k0 * head.of_n[s] + k1 * head.of_n[s + 1];
+                    a[2 * x + y] = pack(k0, k1);
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < TILES / 2; ++j) {
+                unsigned b[4];
+                load_tiles_turned(b, at<L>(V, 16 * block + lane % 16, own / 8 + 2 * j + lane / 16));
+                multiply_tiles(S[2 * j], a, b[0], b[1]);
+                multiply_tiles(S[2 * j + 1], a, b[2], b[3]);
+            }
+        }
+    }
+    if (!last) return;
+#pragma unroll
+    for (int x = 0; x < 2; ++x) {
+        const int r = row + g + 8 * x;
+#pragma unroll
+        for (int j = 0; j < TILES; ++j) {
+            const int at_column = column + own + 8 * j + 2 * t4;
+            if (r < d && at_column < e) *reinterpret_cast<float2*>(last + (of_head * d + r) * e + at_column) = float2{S[j][2 * x], S[j][2 * x + 1]};
+        }
+        if (NORMALISED) {
+            const float whole = over_columns(n[x]);
+            if (t4 == 0 && blockIdx.y == 0 && own == 0 && r < d) last_norm[of_head * d + r] = whole;
+        }
+    }
+}
+
+// What its pairs and states are worth, in parts: column sums of z of 16 queries, what dw_r gets of 16 queries' own steps, and so on.
+struct alignas(16) Found {
+    float column[4][L], corner[8][16], from_state[2][L], to_state[2][L], kept[16], diagonal[8];
+};
+constexpr int WARPS = 16, CROWD = 32 * WARPS;
+
+// One warp: sums of 64 numbers, two a lane, from each on, or of those before each.
+__device__ __forceinline__ float2 sums_from(float2 x) {
+    const int lane = threadIdx.x % 32;
+    float from = x.x + x.y;
+#pragma unroll
+    for (int away = 1; away < 32; away *= 2) {
+        const float more = __shfl_sync(0xffffffffu, from, min(lane + away, 31));
+        from += lane + away < 32 ? more : 0.0f;
+    }
+    const float later = __shfl_sync(0xffffffffu, from, min(lane + 1, 31)), second = x.y + (lane < 31 ? later : 0.0f);
+    return float2{x.x + second, second};
+}
+__device__ __forceinline__ float2 sums_before(float2 x) {
+    const int lane = threadIdx.x % 32;
+    float upto = x.x + x.y;
+#pragma unroll
+    for (int away = 1; away < 32; away *= 2) {
+        const float more = __shfl_up_sync(0xffffffffu, upto, away);
+        upto += lane >= away ? more : 0.0f;
+    }
+    const float last = __shfl_up_sync(0xffffffffu, upto, 1), before = lane > 0 ? last : 0.0f;
+    return float2{before, before + x.x};
 }
 
 // One warp for each chunk of each head: what `memory_gradient` found, put together. dw, dgain (G heads, T), dskip (G heads, chunks) or null.
