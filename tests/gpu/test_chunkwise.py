@@ -107,6 +107,7 @@ class Library:
             f'extern "C" const char* types_{i}() {{ return host::types(&{name}); }}\n'
             for name, i in self.number.items()
         )
+        calls += 'extern "C" void lag(unsigned long long seed) { host::uneven = seed; }\n'
         source.write_text(f'#include "cuda_on_host.h"\n{code}\n{calls}')
         command = [
             "g++",
@@ -583,6 +584,24 @@ def test_the_mirrors_functions_take_both_methods(name, rng, tmp_path, library, d
         assert set(used) - {"kernel_mlstm_gates.cu"} == {"kernel_chunks.cu" if more else "kernel_matrix_memory.cu"}
     with pytest.raises(ValueError, match=f"{name}: chunk_length is for method='chunkwise'"):
         f(**arguments, chunk_length=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", [None, ("            meet(OWN + group, GROUP);\n            float m[4]", "            float m[4]")])
+def test_warps_that_lag_behind_change_nothing(mistake, tmp_path, rng, monkeypatch, host_compiler):
+    """Warps of different tasks, which meet at barriers by number: whichever of them are late, the result is the same to the bit."""
+    kernels = [k for k in (*channel_tensor.KERNELS, *channel_tensor.KERNELS_VJP) if "_channels<64" in k.name]
+    library = Library(tmp_path, kernels, mistake)
+    run_on_host(monkeypatch, library)
+    q, k, v, w = (rng.standard_normal((1, 1, 200, 40)).astype(ml_dtypes.bfloat16) for _ in range(4))
+    w = (-abs(w.astype(np.float32))).astype(ml_dtypes.bfloat16)
+    found = []
+    for seed in range(6):
+        library.library.lag(ctypes.c_ulonglong(0x9E3779B97F4A7C15 * seed % 2**64))
+        backwards = {"scale": 1.0, "back": True}
+        results = (*channel_tensor.read(q, k, v, w), *channel_tensor._start(True, k, q, v, w, **backwards))
+        found.append(b"".join(x.tobytes() for x in results))
+    assert (len(set(found)) == 1) == (mistake is None)
 
 
 TENSOR_MISTAKES = {

@@ -1,8 +1,9 @@
 // A CUDA kernel as a program of the host: blocks one after the other, the threads of a block as coroutines that take turns.
 //
 // A turn ends at a barrier or an exchange within a warp, and there only; every second block's threads take theirs from last to
-// first. So wrong indices, sums, types and orders of arguments show, shared memory that nobody wrote, and most missing barriers.
-// Barriers count who came, so that warps may do different things between them.
+// first; on request a third of the warps lags behind, with one turn of fifty, others in each block. So wrong indices, sums, types and
+// orders of arguments show, shared memory that nobody wrote, and most missing barriers. Barriers count who came, so that warps may do
+// different things between them.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -128,6 +129,13 @@ inline void turn(unsigned i) {
     swapcontext(&unused, &threads[i].start);
 }
 
+// A number for which warps lag, drawn anew for each block; 0: none does.
+static std::uint64_t uneven;
+inline std::uint64_t draw() {
+    uneven ^= uneven << 13, uneven ^= uneven >> 7, uneven ^= uneven << 17;
+    return uneven >> 16;
+}
+
 inline void run_block(unsigned count, bool last_first) {
     threads.assign(count, {}), stacks.resize(std::max<size_t>(stacks.size(), count)), idle = 0;
     std::fill_n(block_meetings, 16, Meeting{}), std::fill_n(warp_meetings, 32, Meeting{});
@@ -138,11 +146,15 @@ inline void run_block(unsigned count, bool last_first) {
         start.uc_stack.ss_sp = stacks[i].data(), start.uc_stack.ss_size = stacks[i].size(), start.uc_link = nullptr;
         makecontext(&start, run_thread, 0);
     }
+    bool lags[32] = {}, rests[32] = {};
+    for (bool& lag : lags) lag = uneven && draw() % 3 == 0;
     for (bool left = true; left;) {
         left = false;
+        for (unsigned warp = 0; warp < 32; ++warp) rests[warp] = lags[warp] && draw() % 50;
         for (unsigned next = 0; next < count; ++next) {
             const unsigned i = last_first ? count - 1 - next : next;
-            if (!threads[i].done) left = true, turn(i);
+            if (!threads[i].done) left = true;
+            if (!threads[i].done && !rests[i / 32]) turn(i);
         }
     }
 }
