@@ -198,7 +198,7 @@ attention_gradient_ordered(const __grid_constant__ Call c, const __grid_constant
                 const unsigned q = shared_address(tiles) + stage * 2 * TILE, dy = q + TILE;
                 const float* const stat = (const float*)(stats + stage * 2 * STAT) + lane % 4 * 2;
                 const int i0 = i * PASSING;
-                const bool edge = !(i0 + PASSING - 1 + c.below <= row_0 && row_0 + 63 <= i0 + c.above);
+                const bool edge = !(i0 + PASSING - 1 + c.below <= row_0 && row_0 + 63 <= min(i0 + c.above, c.m - 1));
                 barrier_wait(full + stage, phase);
                 products_begin();
                 multiply_rows<T, D, PASSING>(s, k, OWN_PANEL, q, PANEL);
@@ -215,7 +215,7 @@ attention_gradient_ordered(const __grid_constant__ Call c, const __grid_constant
 #pragma unroll
                     for (int x = 0; x < PASSING / 2; x++) {
                         const int query = i0 + x / 4 * 8 + x % 2 + lane % 4 * 2, key = mine + x % 4 / 2 * 8;
-                        if (key < query + c.below || key > query + c.above) s[x] = 0;
+                        if (key < query + c.below || key > query + c.above || key >= c.m) s[x] = 0;  // of no key: 0 in K, but 0 * infinity is not 0
                     }
                 }
 #pragma unroll
