@@ -31,13 +31,17 @@ def _states(width: int, normalised: bool) -> Kernel:
 
 
 def _gradient(width: int, normalised: bool) -> Kernel:
-    return Kernel("kernel_memory_gradient.cu", f"memory_gradient<{width}, {str(normalised).lower()}>", spills=True, stack=128)
+    return Kernel("kernel_memory_gradient.cu", f"memory_gradient<{width}, {str(normalised).lower()}>", spills=True, stack=256)
 
 
 _TELL, _DECAYS, _SUM_HEADS = (Kernel("kernel_memory_gradient.cu", name) for name in ("memory_told", "memory_decays", "sum_heads"))
 KERNELS = tuple(_memory(width, kind) for width in (TILE, WIDEST) for kind in (PLAIN, NORMALISED))
 KERNELS_VJP = (*(f(width, False) for f in (_states, _gradient) for width in (TILE, WIDEST)), _TELL, _DECAYS, _SUM_HEADS)
-KERNELS_NORMALISED_VJP = (_TELL, _DECAYS, *(f(width, how) for width in (TILE, WIDEST) for f, how in ((_memory, WITNESS), (_states, True), (_gradient, True))))
+KERNELS_NORMALISED_VJP = (
+    _TELL,
+    _DECAYS,
+    *(f(width, how) for width in (TILE, WIDEST) for f, how in ((_memory, WITNESS), (_states, True), (_gradient, True))),
+)
 
 
 class Result(NamedTuple):

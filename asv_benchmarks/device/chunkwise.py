@@ -1,9 +1,10 @@
 """A matrix memory in chunks against the fused recurrence, on a device: python chunkwise.py FOLDER [PART ...]
 
 In one run, in this order, each part by itself so that one that fails costs no other: `compile` (kernels, all cores at once), `tensor`
-(the kernel on tensor cores, and under the kit at level standard), `gradients` (the same of its gradients), `agree` (all methods at sizes of the kit's and at large ones, against
-the definition in float64 and each other, and the stream test), `time` (all methods, forward and gradient, chunks of 64 and 128), `kit`
-(level quick under the kit, each operator and precision). `FOLDER/chunkwise.json` has the rows, `FOLDER/kit-*.txt` the reports.
+(the kernel on tensor cores, and under the kit at level standard), `gradients` (the same of its gradients), `agree` (all methods at
+sizes of the kit's and at large ones, against the definition in float64 and each other, and the stream test), `time` (all methods,
+forward and gradient, chunks of 64 and 128), `kit` (level quick under the kit, each operator and precision). `FOLDER/chunkwise.json` has
+the rows, `FOLDER/kit-*.txt` the reports.
 """
 
 import functools
@@ -278,6 +279,33 @@ def gradients(results: Results, folder: Path) -> None:
             print("kit: not done in time", flush=True)
 
 
+def channels(results: Results) -> None:
+    """Decays of each channel on tensor cores: long and short, many memories and few; and the launches of the gradient by themselves."""
+    from refimpl.gpu import channel_tensor
+
+    f, vjp = refimpl.gpu.linear_attention, refimpl.gpu.linear_attention_vjp
+    methods = {name: METHODS[name] for name in ("tensor", "chunks of 64", "fused")}
+    for sizes in ({}, {"B": 1}, {"B": 1, "H": 4, "T": 16384}, {"B": 1, "H": 4, "T": 2048}, {"B": 2, "H": 8, "T": 512}):
+        call = linear_attention(BF16, kind="per channel", **sizes)
+        y, shape = f(**call, method="tensor"), " ".join(f"{n}{x}" for n, x in sizes.items()) or "B8 H16 T4096 d128"
+        for work, function in (
+            ("", lambda how, call=call: f(**call, **how)),
+            (", gradient", lambda how, call=call, y=y: vjp(y, **call, **how)),
+        ):
+            times = {name: median_ms(lambda how=how, function=function: function(how), [()], 5, 1) for name, how in methods.items()}
+            results.add("linear_attention", f"per channel, bfloat16{work}", shape, 0.22 if not work else 0.4, times)
+            cp.get_default_memory_pool().free_all_blocks()
+        if not sizes:
+            q, k, v, w, dy = (x.reshape(-1, 1, *x.shape[-2:]) for x in (*call.values(), y))
+            kept = cp.empty((len(q), 1, q.shape[2] // channel_tensor.KEPT, v.shape[3], q.shape[3]), BF16)
+            launches = {
+                "forward": lambda q=q, k=k, v=v, w=w: channel_tensor._start(False, q, k, v, w),
+                "states": lambda k=k, v=v, w=w, kept=kept: channel_tensor._start(True, k, k, v, w, states=kept, silent=True),
+                "dv": lambda q=q, k=k, w=w, dy=dy, kept=kept: channel_tensor._start(True, k, q, dy, w, states=kept, back=True),
+            }
+            results.add("linear_attention", "launches", shape, 0, {n: median_ms(launch, [()], 9, 2) for n, launch in launches.items()})
+
+
 def kit(folder: Path) -> None:
     for op in ("ssd", "mlstm", "linear_attention"):
         f, vjp = (functools.partial(getattr(refimpl.gpu, name), method="chunkwise", chunk_length=8) for name in (op, f"{op}_vjp"))
@@ -300,6 +328,7 @@ def main(folder: str, parts: list[str]) -> None:
         ),
         "tensor": lambda: tensor(results, Path(folder)),
         "gradients": lambda: gradients(results, Path(folder)),
+        "channels": lambda: channels(results),
         "agree": lambda: agree(results),
         "time": lambda: timed(results),
         "kit": lambda: kit(Path(folder)),

@@ -156,7 +156,14 @@ class Library:
             assert np.all(room[:FENCE] == 0xFF) and np.all(room[FENCE + a.nbytes :] == 0xFF), f"{kernel.name} writes outside of an array"
 
 
-C_TYPES = {"uint8": ("4Told", "5Found"), "float32": ("f", "4Tf32"), "float64": ("d",), "bfloat16": ("13__nv_bfloat16",), "int32": ("i",), "int64": ("x",)}
+C_TYPES = {
+    "uint8": ("4Told", "5Found"),
+    "float32": ("f", "4Tf32"),
+    "float64": ("d",),
+    "bfloat16": ("13__nv_bfloat16",),
+    "int32": ("i",),
+    "int64": ("x",),
+}
 TYPES = {0: np.dtype(np.float32), 1: np.dtype(np.float64), 14: np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -515,15 +522,17 @@ def test_a_method_that_does_not_exist_is_refused(name):
 def test_what_was_measured_chooses_the_method():
     """The rows of the first run, and what is too small for launches to pay."""
 
-    def chosen(kind, gradient, heads=64, dtype="float32", method=None, d=64):
+    def chosen(kind, gradient, heads=64, dtype="float32", method=None, d=64, operator="ssd"):
         sizes = {"heads": (heads,), "T": 4096, "d": d, "e": 64}
-        return chunk_policy.chosen("ssd", method, None, kind=kind, gradient=gradient, **sizes, dtype=np.dtype(dtype)).method
+        return chunk_policy.chosen(operator, method, None, kind=kind, gradient=gradient, **sizes, dtype=np.dtype(dtype)).method
 
     assert [chosen(kind, gradient) for kind in ("head", "channel", "delta") for gradient in (False, True)] == [
         "chunkwise", "chunkwise", "fused", "chunkwise", "fused", "fused",
     ]  # fmt: skip
     assert chosen("head", False, heads=1) == chosen("head", False, dtype="float64") == chosen("head", True, method="fused") == "fused"
     assert chosen("head", False, dtype="bfloat16") == chosen("head", False, dtype="bfloat16", d=128) == "tensor"
+    assert chosen("head", True, dtype="bfloat16") == chosen("head", True, dtype="bfloat16", operator="mlstm", method="tensor") == "tensor"
+    assert chosen("head", True, dtype="bfloat16", operator="mlstm") == "chunkwise"
     assert chosen("head", False, dtype="bfloat16", d=129) == chosen("delta", False, dtype="bfloat16", method="tensor") == "chunkwise"
     assert chosen("channel", False, dtype="bfloat16") == chosen("channel", True, dtype="bfloat16") == "tensor"
 
@@ -606,7 +615,7 @@ def test_warps_that_lag_behind_change_nothing(mistake, tmp_path, rng, monkeypatc
 
 TENSOR_MISTAKES = {
     "channels: keys faded by their own piece": ("kernel_memory_channels.cu", ("whole[r / size + 1]", "whole[r / size]")),
-    "channels: values nobody waited for": ("kernel_memory_channels.cu", ("copies_wait<0>();\n            pass(FULL", "pass(FULL")),
+    "channels: values nobody waited for": ("kernel_memory_channels.cu", ("copies_wait<0>();\n            __syncwarp();", "__syncwarp();")),
     "channels: backwards, this step's decay": ("kernel_memory_channels.cu", ("min(step + back, end) * d", "min(step, end) * d")),
     "channels: the wrong side of a cut": ("kernel_memory_channels_gradient.cu", ("before ? reflected[3] : above[3]", "above[3]")),
     "channels: the decay after the chunk": (
@@ -625,11 +634,28 @@ TENSOR_MISTAKES = {
         ("load_tiles(b, at<L>(K, 16 * block + lane / 16 * 8", "load_tiles(b, at<L>(K, 16 * block + 8 - lane / 16 * 8"),
     ),
     "the state fades too late": ("kernel_memory.cu", ("power(all + all_rest, halved), power(all + all_rest, halved)", "1.0f, 1.0f")),
-    "backwards, this step's decay": ("block_memory.cuh", ("w_of[t + back]", "w_of[t]")),
+    "a query without its own decay": (
+        "kernel_memory_gradient.cu",
+        ("to.since[s] = power(min(sum + row, 127.0f), false)", "to.since[s] = 1.0f"),
+    ),
+    "what a gradient asks, of the next chunk": (
+        "kernel_memory.cu",
+        ("const i64 kept = (of_head * chunks + c) * d;", "const i64 kept = (of_head * chunks + min(c + 1, chunks - 1)) * d;"),
+    ),
+    "a head told too late": (
+        "kernel_memory_gradient.cu",
+        ("if (next_tile == 0) tell(next_head + 1);", "if (next_tile == 0) tell(next_head);"),
+    ),
+    "a normaliser without its sign": ("kernel_mlstm_gates.cu", ("(s[at] > 0.0f ? -against : against)", "-against")),
+    "blocks of keys of the other half": (
+        "kernel_memory_gradient.cu",
+        ("at<L>(V, 16 * block + lane / 16 * 8", "at<L>(V, 16 * (block ^ 1) + lane / 16 * 8"),
+    ),
     "copies nobody waited for": ("kernel_memory.cu", ("copies_wait<0>();", "")),
-    "the rectangle's corner": ("kernel_memory_decays.cu", ("(s < r ? 0x3f80u", "(s <= r ? 0x3f80u")),
-    "what leaves the chunk": ("kernel_memory_decays.cu", ("(from_state[r] + to_state[r])", "from_state[r]")),
-    "sums that miss a row": ("kernel_memory_decays.cu", ("(row + 8 >= r ? below", "(row + 8 > r ? below")),
+    "the rectangle's corner": ("kernel_memory_gradient.cu", ("(s < r ? 0x3f80u", "(s <= r ? 0x3f80u")),
+    "what leaves the chunk": ("kernel_memory_gradient.cu", ("(from.x + before.x)", "from.x")),
+    "sums that miss a row": ("kernel_memory_gradient.cu", ("(g + 8 >= r ? corner", "(g + 8 > r ? corner")),
+    "a group of queries too few": ("kernel_memory_gradient.cu", ("if (r < 16 * i) rectangle.x", "if (r < 16 * i - 16) rectangle.x")),
 }
 
 
