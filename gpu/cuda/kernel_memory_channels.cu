@@ -203,6 +203,7 @@ memory_channels(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                 for (int r = 0; r < STEPS; ++r) leave(stage + Stage<D>::K, r, both(rows[r]) * until[r]);
             }
             if (b + GROUPS < blocks) fetch(b + GROUPS);
+            __syncwarp();
             meet(OWN + group, GROUP);
             float m[4] = {}, own[4] = {};
             if (reads) {
@@ -218,6 +219,7 @@ memory_channels(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                 if (part == 3) diagonal[STEPS] = __float2bfloat16_rn(g % 2 ? m[1] : m[0]), diagonal[0] = __float2bfloat16_rn(g % 2 ? m[3] : m[2]);
             }
             copies_wait<0>();
+            __syncwarp();  // a barrier is for whole warps
             pass(FULL + b % STAGES, READING);
         }
         return;
@@ -251,6 +253,7 @@ memory_channels(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                 }
             }
         }
+        __syncwarp();
         meet(FULL + b % STAGES, READING);
         float o[4][4] = {};  // sums over odd and even i by themselves: shorter chains
 #pragma unroll

@@ -280,6 +280,7 @@ memory_channels_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const _
 
         // What enters the chunk, and what leaves it.
         copies_wait<0>();
+        __syncwarp();
         meet(1, THREADS);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {  // of the steps
