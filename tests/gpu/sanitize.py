@@ -30,11 +30,18 @@ OPS = {  # sizes, and arguments that are left out
     "route": ({}, {"E": 64, "k": 6}),
     "moe": ({}, {"T": 70, "d": 16, "f": 8}),
     "linear_recurrence": ({"T": 37}, {"T": 5000}),
-    "selective_scan": ({"T": 37}, {"T": 500}),
+    "selective_scan": (
+        *({"T": 37}, {"T": 500}),
+        *(
+            {"T": 37, "c": 80, "n": 16},
+            {"T": 120, "c": 1088, "n": 16},
+            {"T": 20, "c": 4352, "n": 16},
+        ),  # strips of 16 channels, a ring, two warps each
+    ),
     "causal_conv1d": ({"T": 37},),
     "rg_lru": ({"T": 37},),
     "discretize": ({},),
-    "attention": ({}, {"n": 130, "m": 130, "d": 64, "e": 64}),
+    "attention": ({}, {"n": 130, "m": 130, "d": 64, "e": 64}, {"n": 200, "m": 300, "d": 128, "e": 128}),
 }
 
 
