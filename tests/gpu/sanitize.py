@@ -41,7 +41,7 @@ OPS = {  # sizes, and arguments that are left out
     "causal_conv1d": ({"T": 37},),
     "rg_lru": ({"T": 37},),
     "discretize": ({},),
-    "attention": ({}, {"n": 130, "m": 130, "d": 64, "e": 64}, {"n": 200, "m": 300, "d": 128, "e": 128}),
+    "attention": ({}, {"n": 130, "m": 130, "d": 64, "e": 64}, {"n": 200, "m": 300, "d": 128, "e": 128, "mask": None, "bias": None}),
 }
 
 
