@@ -259,8 +259,8 @@ __global__ void carry_states(X* ends, const R* elapsed, const SX* A, const X* st
     X h = state ? state[index] : X(0);
     for (i64 s = 0; s < segments; ++s) {
         const i64 where = sequence * segments + s;
-        const X local = ends[where * all + own];
+        const X local = s + 1 < segments ? ends[where * all + own] : X(0);  // nobody found where the last one ends
         ends[where * all + own] = h;
-        h = multiply_add(decay(elapsed[where * c + own / n], rate), h, local);
+        if (s + 1 < segments) h = multiply_add(decay(elapsed[where * c + own / n], rate), h, local);
     }
 }

@@ -216,7 +216,7 @@ def _run_strips(p: _Prepared, mode, softplus, *, last=None, y=None, ring=False):
         *(x for given in (p.u, p.delta, p.z) for x in _in_bytes(*_rows(given))), *_in_bytes(p.B, *strides(p.B)[:3]),
         *_in_bytes(p.C, *strides(p.C)[:3]), p.A, *map(_pointer, (p.D, p.bias, p.state, last, y)), np.int32(p.T), np.int32(p.c), np.int32(p.G), np.int32(softplus),
     )  # fmt: skip
-    raw, entering, sums, ends = 5 * 320 * 2, 2 * 324 * 4, 320 * 4, 2 * 16 * 4  # bytes of their structures
+    raw, entering, sums, ends = 5 * 320 * 2, 2 * 324 * 4, 320 * 4, 2 * 16 * 4  # bytes of what they are made of
     if ring:
         shared = TEAMS * (2 * raw + entering + 2 * sums + 64 * 16) + ends
         _ring()((p.strips,), (64 * TEAMS,), everything, shared)
@@ -228,8 +228,13 @@ def _run_strips(p: _Prepared, mode, softplus, *, last=None, y=None, ring=False):
 
 
 def _in_a_ring(p: _Prepared) -> bool:
-    """Whether strips are so few that warps of their own would leave multiprocessors idle, and so many that blocks do not."""
+    """Whether strips are too few for a warp each, and enough for a block each."""
     return multiprocessors() // 2 <= p.strips <= 2 * multiprocessors()
+
+
+def _by_strips(p: _Prepared) -> bool:
+    """Whether two warps to a strip are faster than one, as which the other kernel takes it."""
+    return 2 * multiprocessors() < p.strips <= 6 * multiprocessors()
 
 
 def _shared_of_scan(p: _Prepared, tiles: Tiles, results: bool) -> int:
@@ -286,7 +291,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, *, delta_
     p = _Prepared(u, delta, A, B, C, D, z, delta_bias, state)
     y = cp.empty((p.N, p.T, p.c), p.types[0])
     last = cp.empty((p.N, p.c, p.n), p.number) if return_state else None
-    if y.size and (_in_a_ring(p) or p.strips >= 3 * multiprocessors()):
+    if y.size and (_in_a_ring(p) or _by_strips(p)):
         _run_strips(p, "RESULTS", delta_softplus, last=last, y=y, ring=_in_a_ring(p))
     elif y.size and p.n:
         tiles = p.forward

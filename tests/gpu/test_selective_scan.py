@@ -14,6 +14,7 @@ mirror = pytest.importorskip("refimpl.gpu")
 SIZES = (  # (N, T, c, n)
     *((2, 150, 128, 16), (2, 150, 72, 16), (40, 40, 256, 16)),
     *((1, 900, 16, 16), (1, 100, 64, 64), (1, 70, 32, 100), (2, 100, 64, 3)),
+    *((1, 250, 1088, 16), (2, 37, 2560, 16), (3, 20, 80, 16)),  # bfloat16: a ring, two warps to a strip, part of a block
 )
 
 
