@@ -11,22 +11,29 @@
 // subtracted again.
 //
 // A block takes a chunk and walks over tiles of 64 values, and over heads that share queries and keys: their P and what S and R give are
-// summed in registers, so that dq and dk are written once. Four warps own 16 queries each, dq and P; four own 16 keys each, dk and dv. What
-// limits it: reading S and R, 32 KB for each tile, while one block a multiprocessor has 8 warps.
+// summed in registers, so that dq and dk are written once. Eight warps have queries, 16 rows of each two: half the columns of dq each, and
+// every second block of 16 keys of M and P. Eight have keys: half the columns of dk and of dv. M goes from the former to the latter
+// through shared memory, made while the head before is at work. `memory_told` says first what the decays of a chunk make of its steps,
+// `memory_decays` last puts the parts of dw together, each a warp for a chunk.
+// What limits it: instructions, of which a third are addresses and what registers do not hold, and with 4 warps a scheduler their latency.
 #include "block_memory.cuh"
 
 constexpr int STAGES = 3;  // of memory_states
 constexpr int OUT = 16 * 128;  // bytes of a warp's 16 rows on their way out
 
 // 16 rows of 8 N numbers that a warp has as tiles of results, to `rows` rows of a matrix, in whole runs of 16 bytes.
-template <int N> __device__ __forceinline__ char* in_room(char* room, int r, int p) { return room + r * (16 * N) + ((N == 8 ? p ^ r % 8 : p ^ r / 2 % 4) << 4); }
-template <int N> __device__ __forceinline__ void store_rows(char* room, const float (&tiles)[N][4], __nv_bfloat16* to, i64 rows, int width, int column) {
+template <int N> __device__ __forceinline__ char* in_room(char* room, int r, int p) {
+    return room + r * (16 * N) + ((N == 8 ? p ^ r % 8 : p ^ r / 2 % 4) << 4);
+}
+template <int N>
+__device__ __forceinline__ void store_rows(char* room, const float (&tiles)[N][4], __nv_bfloat16* to, i64 rows, int width, int column) {
     const int lane = threadIdx.x % 32, g = lane / 4, t4 = lane % 4;
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < N; ++j) {
 #pragma unroll
-        for (int x = 0; x < 2; ++x) *reinterpret_cast<unsigned*>(in_room<N>(room, g + 8 * x, j) + 4 * t4) = pack(tiles[j][2 * x], tiles[j][2 * x + 1]);
+        for (int x = 0; x < 2; ++x)
+            *reinterpret_cast<unsigned*>(in_room<N>(room, g + 8 * x, j) + 4 * t4) = pack(tiles[j][2 * x], tiles[j][2 * x + 1]);
     }
     __syncwarp();
 #pragma unroll
@@ -44,8 +51,8 @@ struct alignas(16) Told {
 };
 // One warp for each chunk of each head. w and gain (G, w_heads, T), of_query (the f) and of_n (G, heads, T), or null; told (G heads, chunks).
 __global__ void __launch_bounds__(THREADS)
-memory_told(const float* w, const float* gain, const float* of_query, const float* of_n, Told* told, i64 T, i64 count, int chunks, int heads, int w_heads,
-            float scale) {
+memory_told(const float* w, const float* gain, const float* of_query, const float* of_n, Told* told, i64 T, i64 count, int chunks, int heads,
+            int w_heads, float scale) {
     const i64 at = i64(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
     if (at >= count) return;
     const int lane = threadIdx.x % 32;
@@ -58,7 +65,8 @@ memory_told(const float* w, const float* gain, const float* of_query, const floa
         const double before = __shfl_up_sync(0xffffffffu, upto, away);
         upto += lane >= away ? before : 0.0;
     }
-    const double unit = 1.44269504088896341, of_step[2] = {(upto - both + first) * unit, upto * unit}, all = __shfl_sync(0xffffffffu, upto, 31) * unit;
+    const double unit = 1.44269504088896341, of_step[2] = {(upto - both + first) * unit, upto * unit};
+    const double all = __shfl_sync(0xffffffffu, upto, 31) * unit;
     Told& to = told[at];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -276,8 +284,8 @@ template <int D> __device__ __forceinline__ float product_of_states(const char* 
 // N / 2 times 16 columns of a state (64 of whose numbers a row has), from row `first` on, times 16 rows of 64 numbers, `a`; their products with
 // the same columns of rows of X are added to `dot`, and themselves, faded, to `sum`.
 template <int D, int N>
-__device__ __forceinline__ void through(float (&sum)[N][4], float (&dot)[2], const unsigned (&a)[E / 16][4], char* state, int first, char* X, int group,
-                                        const float (&faded)[2]) {
+__device__ __forceinline__ void through(float (&sum)[N][4], float (&dot)[2], const unsigned (&a)[E / 16][4], char* state, int first, char* X,
+                                        int group, const float (&faded)[2]) {
     const int lane = fresh(threadIdx.x) % 32;
 #pragma unroll
     for (int j = 0; j < N / 2; ++j) {
@@ -306,8 +314,8 @@ __device__ __forceinline__ void through(float (&sum)[N][4], float (&dot)[2], con
 
 // The same with n of each row, which `worth` multiplies.
 template <int N>
-__device__ __forceinline__ void through_norm(float (&sum)[N][4], float (&dot)[2], const float (&worth)[2], const float* n, int first, int d, char* X, int row,
-                                             const float (&faded)[2]) {
+__device__ __forceinline__ void through_norm(float (&sum)[N][4], float (&dot)[2], const float (&worth)[2], const float* n, int first, int d,
+                                             char* X, int row, const float (&faded)[2]) {
     const int t4 = fresh(threadIdx.x) % 4;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
@@ -342,7 +350,8 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
     char* const M_s = stages + 2 * STAGE;  // of two heads
     char* const dv_s = M_s + 2 * PAIRS;
     const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0), lane = threadIdx.x % 32, g = lane / 4, t4 = lane % 4;
-    const int chunks = int((T + L - 1) / L), c = blockIdx.x % chunks, tiles = (e + E - 1) / E, each = together && !NORMALISED ? heads : 1, items = each * tiles;
+    const int chunks = int((T + L - 1) / L), c = blockIdx.x % chunks;
+    const int tiles = (e + E - 1) / E, each = together && !NORMALISED ? heads : 1, items = each * tiles;
     const i64 unit = blockIdx.x / chunks, G = together ? unit : unit / heads, t0 = i64(c) * L;
     const int first_head = together ? 0 : int(unit % heads);
     const auto of_head = [&](int number) { return G * heads + first_head + number; };
@@ -387,8 +396,8 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
     };
     const auto hand_on = [&](int number) {  // what was found
         constexpr int PIECES = sizeof(Found) / 16;
-        if (threadIdx.x < PIECES)
-            reinterpret_cast<uint4*>(all_found + of_head(number) * chunks + c)[threadIdx.x] = reinterpret_cast<const uint4*>(&found[number % 2])[threadIdx.x];
+        Found& to = all_found[of_head(number) * chunks + c];
+        if (threadIdx.x < PIECES) reinterpret_cast<uint4*>(&to)[threadIdx.x] = reinterpret_cast<const uint4*>(&found[number % 2])[threadIdx.x];
     };
 
     stage<D, CROWD>(Q, q + ((G * q_heads + (q_heads > 1 ? first_head : 0)) * T + t0) * d, T - t0, d, 0);
@@ -507,7 +516,8 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                         const float factor[2] = {gain.x * scale, gain.y * scale};
 #pragma unroll
                         for (int x = 0; x < 4; ++x) {
-                            const float faded = x % 2 ? high(by[j][x / 2]) : low(by[j][x / 2]), pair = x % 2 ? high(pairs[j][x / 2]) : low(pairs[j][x / 2]);
+                            const float faded = x % 2 ? high(by[j][x / 2]) : low(by[j][x / 2]);
+                            const float pair = x % 2 ? high(pairs[j][x / 2]) : low(pairs[j][x / 2]);
                             const float p = (NORMALISED ? dP[j][x] + of_rows[x / 2] : dP[j][x]) * faded;
                             P[j][x] = fmaf(p, factor[x % 2], P[j][x]);
                             dP[j][x] = p * pair;
