@@ -5,7 +5,8 @@ Which kernel runs (`docs/gpu/attention.md` has what was measured):
     decoding   halves, few queries for many keys (those of all heads that share a key head at most 16), head size 64 or 128, no
                mask or bias: ``kernel_attention_decode.cu``
     hopper     halves on sm_90, head sizes to 128 in steps of 8: ``kernel_attention_hopper.cu``; the gradient, without mask and
-               bias: ``kernel_attention_hopper_ordered.cu``, and ``kernel_attention_hopper_gradient.cu`` for head sizes to 64 and softcap
+               bias: ``kernel_attention_hopper_ordered.cu`` from `FIVE_PRODUCTS` queries and keys on, and
+               ``kernel_attention_hopper_gradient.cu`` for fewer, for head sizes to 64 and for softcap
     tiled      all else, in float32 (halves too) or float64: ``kernel_attention.cu``; float32 of head sizes to 128, without mask, bias
                and softcap: ``kernel_attention_float.cu``
 
@@ -27,6 +28,7 @@ from refimpl.ops.attention.attention import CONTRACT
 TILED, FLOAT, DECODE = "kernel_attention.cu", "kernel_attention_float.cu", "kernel_attention_decode.cu"
 HOPPER, HOPPER_GRADIENT = "kernel_attention_hopper.cu", "kernel_attention_hopper_gradient.cu"
 ORDERED = "kernel_attention_hopper_ordered.cu"
+FIVE_PRODUCTS = 1024  # with fewer there is little to gain, and less was tried
 TYPES = {"float32": "float", "float64": "double", "float16": "float16", "bfloat16": "bfloat16"}
 HALVES = ("float16", "bfloat16")
 CALL = np.dtype(
@@ -295,7 +297,7 @@ def hopper_backward(p: Problem, do, o, lse, dlse):
     _hopper_gradient(name, "across")((-(-B * Hq * padded // 32),), (128,), (
         call.view(RAW), o, do, lse, NOTHING if dlse is None else dlse, across, lse2, np.int32(padded)))  # fmt: skip
     shared = 1024 + 2 * 128 * D * 2 + 3 * (2 * 64 * D * 2 + 2 * 64 * 4) + 64
-    if D == 128 and capped == "false":
+    if D == 128 and capped == "false" and min(n, m) >= FIVE_PRODUCTS:
         return (*in_order(call, name, (q, k, v, do), lse2, across, padded), across[..., :n])
     found = []
     for of, heads, rows, boxes, passing in (
@@ -365,7 +367,7 @@ KERNELS = (
         _hopper_gradient(name, f"gradient_{of}", *sizes)
         for name in HALVES
         for of in ("queries", "keys")
-        for sizes in ((64, "false"), (64, "true"), (128, "true"))
+        for sizes in ((64, "false"), (64, "true"), (128, "false"), (128, "true"))
     ),
     *(of(name) for of in (_ordered, _sum) for name in HALVES),
     *(_portions(name, D, halves) for name in HALVES for D in (64, 128) for halves in (1, 2)),

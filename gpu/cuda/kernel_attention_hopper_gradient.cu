@@ -1,6 +1,6 @@
 // The gradient of softmax attention in 16-bit numbers on Hopper's tensor cores.
 //
-// For head sizes to 64, and with softcap; `kernel_attention_hopper_ordered.cu` does the rest.
+// For head sizes to 64, with softcap, and for few queries or keys; `kernel_attention_hopper_ordered.cu` does the rest.
 //
 // Two kernels of the same build, one for the queries and one for the keys and values, each block with a tile of results that
 // is its alone: nothing is added up between blocks, so the same call gives the same bits. Both make the weights again, P =
