@@ -64,6 +64,7 @@ def mlstm_vjp(dy, q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, dstat
     """Gradient of `mlstm` on CuPy arrays, as `refimpl.mlstm_vjp`, through the stabiliser.
 
     Keeps one state in eight, or in chunks one of each; on tensor cores one of 64 and its cotangent, in bfloat16.
+    On tensor cores only where ``method="tensor"`` asks for it (`chunk_policy.ASKED`).
     """
     how = _chosen(method, chunk_length, q, v, gradient=True)
     if how.method == "chunkwise":
