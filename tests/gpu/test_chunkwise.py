@@ -386,6 +386,36 @@ def test_tensor_cores_through_several_chunks(name, tensor_cores, rng, farthest):
     assert all(error <= 1 for error in off_tensor_cores(name, rng, farthest))
 
 
+DECAYS_OF_CHANNELS = {
+    "some are 0": lambda g, rng: np.where(rng.random(g.shape) < 0.3, -1e3, g),
+    "all are 0": lambda g, rng: 0 * g - 1e3,
+    "none": lambda g, rng: 0 * g,
+    "e^-40 and e^40": lambda g, rng: g + 40.0 * (np.arange(g.shape[-2]) % 5 == 3)[:, None] - 40.0 * (np.arange(g.shape[-2]) % 5 == 1)[:, None],
+    "of all sizes": lambda g, rng: -abs(rng.normal(0, 20, g.shape)),
+    "growth": lambda g, rng: 0 * g + 20.0 / g.shape[-2],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", DECAYS_OF_CHANNELS)
+def test_hard_decays_of_channels_on_tensor_cores(kind, tensor_cores, rng, farthest):
+    """Results, states and gradients within the bounds; the kit has few such calls without beta."""
+    (function, vjp), op, half = in_one_kernel("linear_attention"), refimpl.OPS["linear_attention"], np.dtype(ml_dtypes.bfloat16)
+    for sizes in ({"T": 7}, {"T": 17, "Hq": 6, "Hkv": 2, "d": 9, "e": 5}, {"T": 130, "d": 70, "e": 33}):
+        call = op.sample(rng, per_channel=True, **sizes)
+        call["decay"] = DECAYS_OF_CHANNELS[kind](call["decay"], rng)
+        call = {n: x.astype(np.float32 if n == "state" else half) for n, x in call.items() if n != "beta"}
+        exact = {n: x.astype(float) for n, x in call.items()}
+        want, state = op.definition(**exact, return_state=True)
+        got, last = function(**call, return_state=True)
+        bound, off_state = op.error_bound(**exact, unit=2.0**-24, store=2.0**-8, return_state=True)
+        assert np.all(abs(got.astype(float) - want) <= bound + 2.0**-8 * abs(want)) and np.all(abs(last - state) <= off_state)
+        dy, dstate = rng.standard_normal(want.shape).astype(half), rng.standard_normal(state.shape).astype(np.float32)
+        gradients = vjp(dy, **call, dstate=dstate)
+        assert farthest("linear_attention", call, dy, dstate, gradients, "bfloat16") <= 1
+        assert not np.any(gradients["decay"][exact["decay"] == -1e3]), "what a decay of 0 fades has no gradient of it"
+
+
 # -- by themselves ----------------------------------------------------------------------------------------------------
 
 
@@ -610,6 +640,25 @@ def test_warps_that_lag_behind_change_nothing(mistake, tmp_path, rng, monkeypatc
         backwards = {"scale": 1.0, "back": True}
         results = (*channel_tensor.read(q, k, v, w), *channel_tensor._start(True, k, q, v, w, **backwards))
         found.append(b"".join(x.tobytes() for x in results))
+    assert (len(set(found)) == 1) == (mistake is None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mistake", [None, ("copies_wait<0>();\n        meet_all();\n        fetch();", "copies_wait<0>();\n        fetch();")]
+)
+def test_warps_that_lag_behind_do_not_change_a_gradient(mistake, tmp_path, rng, monkeypatch, host_compiler):
+    """Heads that share queries and keys, so that what one head leaves is read while the next is at work."""
+    library = Library(tmp_path, [k for k in chunk_tensor.KERNELS_VJP if "<128" not in k.name], mistake)
+    run_on_host(monkeypatch, library)
+    shapes = ((1, 4, 130, 72), (1, 1, 130, 40), (1, 1, 130, 40), (1, 4, 130, 72))
+    dy, q, k, v = (rng.standard_normal(shape).astype(ml_dtypes.bfloat16) for shape in shapes)
+    w, gain = (-abs(rng.standard_normal((1, 4, 130))).astype(np.float32) / 8 for _ in range(2))
+    found = []
+    for seed in range(5):
+        library.library.lag(ctypes.c_ulonglong(0x9E3779B97F4A7C15 * seed % 2**64))
+        gradients = chunk_tensor.read_vjp(dy, q, k, v, w, gain, skip=np.ones((1, 4), np.float32))
+        found.append(b"".join(x.tobytes() for x in gradients if x is not None))
     assert (len(set(found)) == 1) == (mistake is None)
 
 
