@@ -1,23 +1,14 @@
 // What the selective scan and its gradient share: tiles of (time, channel) numbers, their functions, sums over lanes.
 #pragma once
 #include "async_copy.cuh"
+#include "machine.cuh"
 #include "numbers.cuh"
 
 // -- functions, in the precision of their argument -----------------------------------------------------------------------
 
-__device__ __forceinline__ float power_of_2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 __device__ __forceinline__ float exponential(float x) { return power_of_2(LOG2_E * x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
-__device__ __forceinline__ float reciprocal(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 __device__ __forceinline__ float quotient(float x, float y) { return x * reciprocal(y); }
 __device__ __forceinline__ double quotient(double x, double y) { return x / y; }
 
@@ -54,11 +45,6 @@ template <class R> __device__ __forceinline__ R silu_slope(R x) {
 // yes ? x : y without a branch, which would cut a tile's instructions into pieces that cannot overlap: the compiler likes to
 // compute x only where it is wanted.
 template <class R> __device__ __forceinline__ R choose(bool yes, R x, R y) { return yes ? x : y; }
-__device__ __forceinline__ float choose(bool yes, float x, float y) {
-    float z;
-    asm("{.reg .pred p; setp.ne.s32 p, %3, 0; selp.f32 %0, %1, %2, p;}" : "=f"(z) : "f"(x), "f"(y), "r"(int(yes)));
-    return z;
-}
 
 // Rates are kept in the units that make e^(dt A) cheapest: base 2 for float, as they are otherwise.
 __device__ __forceinline__ float rate_of(float A) { return A * LOG2_E; }

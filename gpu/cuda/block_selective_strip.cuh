@@ -13,12 +13,6 @@
 enum { PIECE = 16 };  // steps, channels, states
 constexpr float MEAN_CUT = 1.00035f;  // of numbers whose logarithms are spread evenly, over their first 11 bits
 
-// The compiler likes to find again what it could keep.
-__device__ __forceinline__ int kept(int x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
-
 // A piece of the inputs as they are stored, by step. After every four rows a gap, for the banks of shared memory.
 template <class S>
 struct RawPiece {

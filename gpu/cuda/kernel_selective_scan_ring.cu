@@ -13,10 +13,6 @@
 // Limit: issue slots.
 #include "block_selective_strip.cuh"
 
-// Until `threads` threads, whole warps, have come to barrier `number`, some of them to pass without waiting.
-__device__ __forceinline__ void meet(int number, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
-__device__ __forceinline__ void pass(int number, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
-
 template <class S, int TEAMS>
 struct Ring {
     struct Team {
@@ -34,7 +30,7 @@ __global__ void __launch_bounds__(64 * TEAMS, 1) selective_scan_ring(
     i64 B_batch, unsigned B_row, i64 B_group, const S* C, i64 C_batch, unsigned C_row, i64 C_group, const S* A, const S* D, const S* bias,
     const float* state, float* last, S* y, int T, int c, int G, int softplused) {
     static_assert(TEAMS >= 2 && TEAMS <= 8, "two barriers a team, of sixteen");
-    extern __shared__ __align__(16) unsigned char memory[];
+    extern __shared__ double memory[];
     Ring<S, TEAMS>& ring = *reinterpret_cast<Ring<S, TEAMS>*>(memory);
     const Place at(blockIdx.x, c, G, 1, PIECE);
     const int team = threadIdx.x / 64, member = threadIdx.x % 64, half = member / 32, lane = member % 32, g = lane / 4, q = lane % 4;

@@ -10,8 +10,6 @@
 
 enum { RESULTS = 0, CHECKPOINTS = 2 };
 
-__device__ __forceinline__ void meet_by_number(int number, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
-
 template <class S, int TEAM>
 struct Strip {  // of a team, in shared memory
     RawPiece<S> raw[4];
@@ -26,16 +24,16 @@ __global__ void __launch_bounds__(32 * TEAM * TEAMS, BLOCKS) selective_scan_stri
     const S* u, i64 u_batch, unsigned u_row, const S* delta, i64 delta_batch, unsigned delta_row, const S* z, i64 z_batch, unsigned z_row, const S* B,
     i64 B_batch, unsigned B_row, i64 B_group, const S* C, i64 C_batch, unsigned C_row, i64 C_group, const S* A, const S* D, const S* bias,
     const float* state, float* last, S* y, int T, int c, int G, int softplused) {
-    extern __shared__ __align__(16) unsigned char memory[];
+    extern __shared__ double memory[];
     enum { MEMBERS = 32 * TEAM, TILES = 2 / TEAM, TIMES = 4 / TEAM, COLUMNS = 8 / TEAM };
     const int team = threadIdx.x / MEMBERS, member = threadIdx.x % MEMBERS, half = member / 32, lane = member % 32;
     Strip<S, TEAM>& shared = reinterpret_cast<Strip<S, TEAM>*>(memory)[team];
     const Place at(blockIdx.x, c, G, 1, TEAMS * PIECE);
     const int channel = at.channel + team * PIECE;
     if (team * PIECE >= at.channels) return;
-    const auto meet = [&] {
+    const auto meet_team = [&] {
         if (TEAM == 1) __syncwarp();
-        else meet_by_number(team, MEMBERS);
+        else meet(team, MEMBERS);
     };
     const Lane mine(lane, 8 * half);
     if (member < PIECE) {
@@ -97,11 +95,11 @@ __global__ void __launch_bounds__(32 * TEAM * TEAMS, BLOCKS) selective_scan_stri
     fetch(0);
     fetch(PIECE);
     wait_for_copies<1>();
-    meet();
+    meet_team();
     Steps<TIMES> next(member);
     next.find(shared.raw[0], shared.bias, T, softplused);
     next.put(shared.entering[0]);
-    meet();
+    meet_team();
     // The next four steps are made ready beside the recurrence of these, and what they are made from is read beside that of the four before.
     FourSteps<S, TILES> found;
     ReadySteps<TILES> ready, soon;
@@ -112,7 +110,7 @@ __global__ void __launch_bounds__(32 * TEAM * TEAMS, BLOCKS) selective_scan_stri
 #pragma unroll 1
     for (int first = 0; first < T; first += PIECE) {
         wait_for_copies<0>();
-        meet();
+        meet_team();
         fetch(first + 2 * PIECE);
         if (MODE == CHECKPOINTS) keep(at.sequence * ((T + PIECE - 1) / PIECE) + first / PIECE);
         const int number = first / PIECE;
@@ -143,11 +141,11 @@ __global__ void __launch_bounds__(32 * TEAM * TEAMS, BLOCKS) selective_scan_stri
             if (MODE == RESULTS && t % 8) shared.sums[number & 1][half].put(sums[t / 8], t - 4, mine.sums);
             ready = soon;
             found = further;
-            if (t == 4 || (TEAM == 1 && t + 4 < PIECE)) meet();  // the compiler moves less from one stretch to another
+            if (t == 4 || (TEAM == 1 && t + 4 < PIECE)) meet_team();  // the compiler moves less from one stretch to another
         }
     }
     if (MODE == RESULTS) {
-        meet();
+        meet_team();
         for (int part = 0; part < 2; ++part) leave((T - 1) / PIECE * PIECE, part);
         if (last) keep(at.sequence);
     }

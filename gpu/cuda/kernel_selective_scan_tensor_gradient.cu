@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) selective_scan_tensor_gradien
     using Shared = TensorGradientShared<S, THREADS>;
     enum { CH = Shared::CH, NS = Shared::NS, TT = Shared::TT, EACH = 2, K = 2 };
     static_assert(THREADS == 256, "a thread for four numbers of a tile, and for every number of dB and dC");
-    extern __shared__ __align__(16) unsigned char memory[];
+    extern __shared__ double memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
 
     const Place at(blockIdx.x, c, G, 1, CH);

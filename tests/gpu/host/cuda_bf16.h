@@ -18,3 +18,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
     if (x != x) return {std::uint16_t(0x7fff)};
     return {std::uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};  // to even
 }
+struct __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
