@@ -66,10 +66,10 @@ class OnHost:
         subprocess.run([*command, str(source), "-o", str(source.with_suffix(".so"))], check=True)
         self.library = ctypes.CDLL(str(source.with_suffix(".so")))
 
-    def __call__(self, N, c, arguments, lag):
+    def __call__(self, N, c, G, arguments, lag):
         pointers = (np.array([0 if a is None else a.ctypes.data], np.uint64) if a is None or a.ndim else a.reshape(1) for a in arguments)
         kept = [np.ascontiguousarray(a) for a in pointers]
-        self.library.call(N * -(-c // (STRIP * self.strips)), lag, (ctypes.c_void_p * len(kept))(*(a.ctypes.data for a in kept)))
+        self.library.call(N * G * -(-c // G // (STRIP * self.strips)), lag, (ctypes.c_void_p * len(kept))(*(a.ctypes.data for a in kept)))
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +77,11 @@ def kernels(tmp_path_factory, host_compiler):
     return {name: OnHost(tmp_path_factory.mktemp(name), host_compiler, name) for name in INSTANCES}
 
 
-def draw(seed, N, T, c, *, without=()):
+def draw(seed, N, T, c, *, without=(), groups=()):
     rng = np.random.default_rng(seed)
     make = lambda *shape: rng.standard_normal(shape)
     call = {
-        "u": make(N, T, c), "delta": make(N, T, c) - 1, "A": -np.exp(make(c, STRIP)), "B": make(N, T, STRIP), "C": make(N, T, STRIP),
+        "u": make(N, T, c), "delta": make(N, T, c) - 1, "A": -np.exp(make(c, STRIP)), "B": make(N, T, *groups, STRIP), "C": make(N, T, *groups, STRIP),
         "D": make(c), "z": make(N, T, c), "delta_bias": make(c), "state": make(N, c, STRIP),
     }  # fmt: skip
     return {name: x.astype(np.float32 if name == "state" else HALF) for name, x in call.items() if name not in without}
@@ -92,6 +92,16 @@ def rows(x, stride):
     return (x, np.int64(0), stride(0)) if x is None else (x, np.int64(x[0].size), stride(x.shape[-1]))
 
 
+def maps(call, stride):
+    """The same for B and C, with the stride of groups."""
+    for name in "BC":
+        yield from (call[name], np.int64(call[name][0].size), stride(call[name][0, 0].size), np.int64(STRIP))
+
+
+def groups_of(call):
+    return call["B"].shape[2] if call["B"].ndim == 4 else 1
+
+
 def in_bytes(x):
     return np.uint32(2 * x)
 
@@ -100,10 +110,15 @@ def forward(kernel, call, softplus, lag, checkpoints=False):
     (N, T, c), get = call["u"].shape, call.get
     y = np.full((N, T, c), np.nan, np.float32).astype(HALF)
     last = np.full((N, -(-T // STRIP), c, STRIP) if checkpoints else (N, c, STRIP), np.nan, np.float32)
-    maps = (*rows(call["B"], in_bytes), np.int64(0), *rows(call["C"], in_bytes), np.int64(0))
     given = (get("D"), get("delta_bias"), get("state"), last, None if checkpoints else y)
-    sizes = map(np.int32, (T, c, 1, softplus))
-    kernel(N, c, (*(a for name in ("u", "delta", "z") for a in rows(get(name), in_bytes)), *maps, call["A"], *given, *sizes), lag)
+    sizes = map(np.int32, (T, c, groups_of(call), softplus))
+    kernel(
+        N,
+        c,
+        groups_of(call),
+        (*(a for name in ("u", "delta", "z") for a in rows(get(name), in_bytes)), *maps(call, in_bytes), call["A"], *given, *sizes),
+        lag,
+    )
     return last if checkpoints else (y, last)
 
 
@@ -128,14 +143,14 @@ def test_results(kernels, name, size, without):
 def gradient(kernels, call, dy, dstate, softplus, lag):
     (N, T, c), get = call["u"].shape, call.get
     kept = forward(kernels["checkpoints"], call, softplus, lag, checkpoints=True)
-    nan, parts = (lambda *shape: np.full(shape, np.nan, np.float32)), -(-c // 64)
+    G = groups_of(call)
+    nan, parts = (lambda *shape: np.full(shape, np.nan, np.float32)), -(-c // G // 64)
     found = {name: nan(N, T, c).astype(HALF) for name in ("u", "delta", "z")}
     found |= {"A": nan(N, c, STRIP), "D": nan(N, c), "delta_bias": nan(N, c)}
-    found |= {"B": nan(parts, N, T, STRIP), "C": nan(parts, N, T, STRIP), "state": nan(N, c, STRIP)}
-    maps = (*rows(call["B"], np.int64), np.int64(0), *rows(call["C"], np.int64), np.int64(0))
-    arrays = (*rows(dy, np.int64), *(a for name in ("u", "delta", "z") for a in rows(get(name), np.int64)), *maps)
+    found |= {"B": nan(parts, *call["B"].shape), "C": nan(parts, *call["C"].shape), "state": nan(N, c, STRIP)}
+    arrays = (*rows(dy, np.int64), *(a for name in ("u", "delta", "z") for a in rows(get(name), np.int64)), *maps(call, np.int64))
     given = (call["A"], get("D"), get("delta_bias"), kept, dstate, *found.values())
-    kernels["gradient"](N, c, (*arrays, *given, np.int32(T), np.int32(c), np.int32(1), np.int64(N), np.int32(softplus)), lag)
+    kernels["gradient"](N, c, G, (*arrays, *given, np.int32(T), np.int32(c), np.int32(G), np.int64(N), np.int32(softplus)), lag)
     summed = {name: x.sum(axis=0) if name in ("A", "D", "delta_bias", "B", "C") else x for name, x in found.items()}
     return {name: x.astype(call[name].dtype) for name, x in summed.items() if name in call}
 
@@ -149,6 +164,20 @@ def test_gradient(kernels, size, without, farthest):
     assert farthest("selective_scan", call | {"delta_softplus": softplus}, dy, dstate, got, "bfloat16") <= 1
     for name, again in gradient(kernels, call, dy, dstate, softplus, 5).items():
         np.testing.assert_array_equal(got[name].view("u1"), again.view("u1"))
+
+
+@pytest.mark.parametrize("name", ["ring", "warps", "pairs"])
+def test_groups(kernels, name, farthest):
+    """Two groups of 80 channels, of which the last block of each takes one strip."""
+    call = draw(0, 2, 20, 160, groups=(2,))
+    exact = {name: x.astype(np.float64) for name, x in call.items()} | {"delta_softplus": True, "return_state": True}
+    want, bound = refimpl.selective_scan(**exact), error_bound(**exact, unit=2.0**-24, store=2.0**-8)
+    for g, w, e, rounding in zip(forward(kernels[name], call, True, 0), want, bound, (2.0**-8, 0), strict=True):
+        assert np.all(abs(g.astype(np.float64) - w) <= e + rounding * abs(w))
+    if name == "pairs":
+        dy, dstate = np.ones((2, 20, 160), HALF), np.ones((2, 160, STRIP), np.float32)
+        got = gradient(kernels, call, dy, dstate, True, 0)
+        assert farthest("selective_scan", call | {"delta_softplus": True}, dy, dstate, got, "bfloat16") <= 1
 
 
 MISTAKES = [
