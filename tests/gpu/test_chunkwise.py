@@ -270,22 +270,33 @@ def test_the_kernels_conform(name, dtype, device):
 
 def in_one_kernel(name: str):
     """(function, gradient) as the mirror has them with ``method="tensor"``, on the host; what the kernel does not take goes in chunks."""
+    other, other_vjp = (getattr(f, "__wrapped__", f) for f in operator(name, chunk_steps.Steps, 64))
     if name == "ssd":
 
         def function(
             x, dt, A, B, C, D=None, z=None, dt_bias=None, *, dt_softplus=False, dt_limit=(0.0, np.inf), state=None, return_state=False
         ):
+            if B.shape[-1] > chunk_policy.WIDEST or dt_limit[0] < 0:
+                more = {"dt_softplus": dt_softplus, "dt_limit": dt_limit, "state": state, "return_state": return_state}
+                return other(x, dt, A, B, C, D, z, dt_bias, **more)
             return ssd._in_one_kernel(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, return_state)
 
         def vjp(dy, x, dt, A, B, C, D=None, z=None, dt_bias=None, *, dt_softplus=False, dt_limit=(0.0, np.inf), state=None, dstate=None):
+            if B.shape[-1] > chunk_policy.WIDEST or dt_limit[0] < 0:
+                more = {"dt_softplus": dt_softplus, "dt_limit": dt_limit, "state": state, "dstate": dstate}
+                return other_vjp(dy, x, dt, A, B, C, D, z, dt_bias, **more)
             return ssd._in_one_kernel_vjp(dy, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state, dstate)
 
     elif name == "mlstm":
 
         def function(q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, return_state=False):
+            if q.shape[-1] > chunk_policy.WIDEST:
+                return other(q, k, v, i, f, forget=forget, eps=eps, state=state, return_state=return_state)
             return mlstm._in_one_kernel(q, k, v, i, f, forget, eps, state, return_state)
 
         def vjp(dy, q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, dstate=None):
+            if q.shape[-1] > chunk_policy.WIDEST:
+                return other_vjp(dy, q, k, v, i, f, forget=forget, eps=eps, state=state, dstate=dstate)
             return mlstm._in_one_kernel_vjp(dy, q, k, v, i, f, forget, eps, state, dstate)
 
     else:
@@ -390,7 +401,9 @@ DECAYS_OF_CHANNELS = {
     "some are 0": lambda g, rng: np.where(rng.random(g.shape) < 0.3, -1e3, g),
     "all are 0": lambda g, rng: 0 * g - 1e3,
     "none": lambda g, rng: 0 * g,
-    "e^-40 and e^40": lambda g, rng: g + 40.0 * (np.arange(g.shape[-2]) % 5 == 3)[:, None] - 40.0 * (np.arange(g.shape[-2]) % 5 == 1)[:, None],
+    "e^-40 and e^40": lambda g, rng: (
+        g + 40.0 * (np.arange(g.shape[-2]) % 5 == 3)[:, None] - 40.0 * (np.arange(g.shape[-2]) % 5 == 1)[:, None]
+    ),
     "of all sizes": lambda g, rng: -abs(rng.normal(0, 20, g.shape)),
     "growth": lambda g, rng: 0 * g + 20.0 / g.shape[-2],
 }
