@@ -79,13 +79,13 @@ class Candidate:
         """Whether results that were returned long ago still are what they were."""
         return self._invoke(Request([], {}, [], finish=True))
 
-    def call(self, call: dict, *, view="contiguous", repeat=1, poison=(), second: dict | None = None) -> Answer:
+    def call(self, call: dict, *, view="contiguous", repeat=1, poison=(), second: dict | None = None, manner="") -> Answer:
         """Results in the contract's form: one array, or a tuple, the state last.
 
         With `second`, other values for the same arguments, `again` ends with the results for those and for the first
         ones once more, computed in the same buffers.
         """
-        request = self._request(call, view=view, repeat=repeat, poison=tuple(poison))
+        request = self._request(call, view=view, repeat=repeat, poison=tuple(poison), manner=manner)
         if second is not None:
             other = self._request(second)
             request.second = dict(zip(other.names, other.positional, strict=True)) | other.keywords
@@ -95,10 +95,10 @@ class Candidate:
         answer.again = [self._back(r, nested) for r in answer.again]
         return answer
 
-    def gradient(self, call: dict, dy, dstate, *, view="contiguous") -> Answer:
-        """Gradients by argument name."""
+    def gradient(self, call: dict, dy, dstate, *, view="contiguous", manner="") -> Answer:
+        """Gradients by argument name; `manner` is one of `invoke`'s, for a framework that differentiates by itself."""
         dy = self.layout.results_in(dy) if self.layout else dy
-        request = self._request(call, view=view)
+        request = self._request(call, view=view, manner=manner)
         request.cotangents = (dy, dstate)
         answer = self._ask(request)
         if isinstance(answer.result, dict) and self.layout:
@@ -148,13 +148,13 @@ def given(operator: str, call: dict, *, framework: str = "numpy", device: str | 
     return {n: put(moved.argument_in(n, v, call) if moved else v) for n, v in call.items()}
 
 
-def gradient_of(operator: str, function: Callable, call: dict, dy, dstate=None, *, framework="numpy", device=None, layout=None, vjp=None, view="contiguous") -> dict:
+def gradient_of(operator: str, function: Callable, call: dict, dy, dstate=None, *, framework="numpy", device=None, layout=None, vjp=None, view="contiguous", manner="") -> dict:
     """A candidate's gradients by argument, as arrays of NumPy: its framework's, or those that `vjp` returns."""
     from refimpl.catalogue import operator as find
 
     subject = Candidate(find(operator), function, framework=framework, device=device, layout=layout, vjp=vjp)
     subject.fixed = {n: v for n, v in call.items() if not subject.support.takes(n)}
-    answer = subject.gradient(call, dy, dstate, view=view)
+    answer = subject.gradient(call, dy, dstate, view=view, manner=manner)
     if answer.status != "OK":
         raise RuntimeError(f"{answer.status}: {answer.message}")
     return answer.result

@@ -264,7 +264,7 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
         if not op.lengths:
             for rows, combo in itertools.product((65, 300), few):
                 yield from case("shapes", {"batch": (rows,)}, combo)
-    yield from _without_heads(op, seed, combos, domain)
+    yield from without_heads(op, seed, combos, domain)
     yield from _broadcast(op, seed, middle, rich, domain)
     for hard in op.hard:
         yield from case("hard", {}, plain, hard=hard)
@@ -332,7 +332,7 @@ def letters(op: Op) -> list[str]:
     return [n for n, v in default_sizes(op).items() if type(v) is int and n not in op.lengths]
 
 
-def _without_heads(op: Op, seed: int, combos: list[dict], domain: Domain) -> Iterator[Case]:
+def without_heads(op: Op, seed: int, combos: list[dict], domain: Domain) -> Iterator[Case]:
     """One head, without the axis that would say so: two-dimensional inputs."""
     axes = {axis.rstrip("?") for array in op.contract.arrays for shape in array.shapes for axis in shape.axes if axis.endswith("?")}
     heads = {letter: 1 for letter in axes & default_sizes(op).keys()}

@@ -3,6 +3,7 @@
 Frameworks are imported when asked for, and only then.
 """
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,16 @@ class Numpy:
         """Put other values into an array's memory."""
         x[...] = value
 
-    def gradient(self, function, positional: list, keywords: dict, names: list, cotangents) -> dict:
+    def gradient(self, function, positional: list, keywords: dict, names: list, cotangents, alone: str = "", other: tuple | None = None, twice: bool = False) -> dict:
+        """Gradients by argument, or of the argument `alone` only.
+
+        `other`, a call, is made between the function's and its backward pass; `twice` gives what a second such pass does.
+        """
         raise TypeError("NumPy functions have no gradient of their own: pass candidate_vjp")
+
+    def inference(self) -> contextlib.AbstractContextManager:
+        """The framework's mode without gradients."""
+        return contextlib.nullcontext()
 
     def synchronize(self) -> None:
         pass
@@ -111,7 +120,7 @@ class Torch(Numpy):
     def numpy(self, y: Any) -> np.ndarray:
         return self.to_numpy(y) if isinstance(y, self.torch.Tensor) else super().numpy(y)
 
-    def gradient(self, function, positional: list, keywords: dict, names: list, cotangents) -> dict:
+    def gradient(self, function, positional: list, keywords: dict, names: list, cotangents, alone: str = "", other: tuple | None = None, twice: bool = False) -> dict:
         torch = self.torch
 
         def leaf(x):
@@ -120,14 +129,23 @@ class Torch(Numpy):
                 return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
             return x.requires_grad_() if isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex()) else x
 
-        positional, keywords = [leaf(x) for x in positional], {n: leaf(x) for n, x in keywords.items()}
+        def leaves_of(positional, keywords):
+            return [leaf(x) if alone in ("", n) else x for n, x in zip(names, positional, strict=True)], {
+                n: leaf(x) if alone in ("", n) else x for n, x in keywords.items()
+            }
+
+        positional, keywords = leaves_of(positional, keywords)
         outputs = flat(function(*positional, **keywords))
+        if other is not None:
+            positional_between, keywords_between = leaves_of(*other)
+            function(*positional_between, **keywords_between)
         given = dict(zip(names, positional, strict=True)) | keywords
         leaves = [x for x in flat(list(given.values())) if isinstance(x, torch.Tensor) and x.requires_grad]
         pairs = [(o, c) for o, c in zip(outputs, flat(cotangents), strict=False) if o.requires_grad and c is not None]
         grads = [None] * len(leaves)  # of results that depend on nothing: zeros
         if pairs:
-            grads = torch.autograd.grad([o for o, _ in pairs], leaves, [c.to(o.dtype) for o, c in pairs], allow_unused=True)
+            for again in (True, False) if twice else (False,):
+                grads = torch.autograd.grad([o for o, _ in pairs], leaves, [c.to(o.dtype) for o, c in pairs], allow_unused=True, retain_graph=again)
         grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
         found = {id(x): g for x, g in zip(leaves, grads, strict=True)}
 
@@ -137,6 +155,9 @@ class Torch(Numpy):
             return found.get(id(x))
 
         return {n: g for n, x in given.items() if (g := pick(x)) is not None and not (isinstance(g, tuple) and all(v is None for v in g))}
+
+    def inference(self) -> contextlib.AbstractContextManager:
+        return self.torch.no_grad()
 
     def synchronize(self) -> None:
         if str(self.device).startswith("cuda"):
@@ -162,11 +183,11 @@ class Jax(Numpy):
     def overwrite(self, x: Any, value: np.ndarray) -> None:
         """JAX's arrays cannot be changed: the first values stay."""
 
-    def gradient(self, function, positional: list, keywords: dict, names: list, cotangents) -> dict:
+    def gradient(self, function, positional: list, keywords: dict, names: list, cotangents, alone: str = "", other: tuple | None = None, twice: bool = False) -> dict:
         jax = self.jax
         given = dict(zip(names, positional, strict=True)) | {n: v for n, v in keywords.items() if _has_arrays(v, jax.Array)}
         options = {n: v for n, v in keywords.items() if n not in given}
-        smooth = {n: v for n, v in given.items() if all(jax.numpy.issubdtype(x.dtype, jax.numpy.inexact) for x in flat(v))}
+        smooth = {n: v for n, v in given.items() if all(jax.numpy.issubdtype(x.dtype, jax.numpy.inexact) for x in flat(v)) and alone in ("", n)}
         rest = {n: v for n, v in given.items() if n not in smooth}
 
         def call(arguments):
@@ -174,6 +195,8 @@ class Jax(Numpy):
             return flat(function(*[arguments[n] for n in names], **{n: v for n, v in arguments.items() if n not in names}, **options))
 
         outputs, pull = jax.vjp(call, smooth)
+        if other is not None:
+            function(*other[0], **other[1])
         seeds = flat(cotangents) + [None] * len(outputs)
         seeds = [jax.numpy.zeros_like(o) if c is None else c.astype(o.dtype) for o, c in zip(outputs, seeds, strict=False)]
         (grads,) = pull([jax.numpy.conj(s) for s in seeds])

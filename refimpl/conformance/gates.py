@@ -47,8 +47,10 @@ class Finding:
     bad: np.ndarray | None = None
 
 
-def exact(name: str, got, right: np.ndarray, to: Precision, wanted: np.dtype, state: bool, secondary: bool, mixed: bool = False) -> Finding | None:
-    """G0: kind of thing, shape, dtype (`wanted`), non-finite places.
+def exact(
+    name: str, got, right: np.ndarray, limit: np.ndarray, to: Precision, wanted: np.dtype, state: bool, secondary: bool, mixed: bool = False
+) -> Finding | None:
+    """G0: kind of thing, shape, dtype (`wanted`), non-finite places: infinite may be what is within its `limit` of the range's end.
 
     In a half precision, results beside the first (`secondary`) may be in float32; of eight bits, all results may be in
     bfloat16, float16 or float32; and where the other arrays are complex, which no half type is (`mixed`), the real result
@@ -70,10 +72,11 @@ def exact(name: str, got, right: np.ndarray, to: Precision, wanted: np.dtype, st
     with np.errstate(all="ignore"):
         g, r = got.astype(right.dtype), right
         edge = (abs(r) > 0.99 * to.largest) & np.isfinite(r) if not state else np.zeros(r.shape, bool)
+        beyond = edge | ((abs(r) + limit > 0.99 * to.largest) & np.isfinite(r) & (not state))
     for label, test in (("NaN", np.isnan), ("+inf", np.isposinf), ("-inf", np.isneginf)):
         if right.dtype.kind == "c" and label != "NaN":
             continue
-        wrong = (test(g) != test(r)) & ~edge
+        wrong = (test(g) != test(r)) & ~(edge if label == "NaN" else beyond)
         if np.any(wrong):
             index = tuple(int(i) for i in np.argwhere(wrong)[0])
             has = "has" if test(g)[index] else "lacks"

@@ -14,10 +14,15 @@ import numpy as np
 
 from refimpl.conformance.frameworks import Numpy
 
+INFERENCE = "inference"  # where a framework has a mode without gradients, with kernels that training does not run
+BETWEEN = "another call before the backward pass"
+TWICE = "the second backward pass of one graph"
+ALONE = "alone: "  # and the name of the one argument that has a gradient
+
 
 @dataclass
 class Request:
-    """A call as it is made: arrays of NumPy, in order and by keyword."""
+    """A call as it is made: arrays of NumPy, in order and by keyword; `manner` is how it is asked for."""
 
     positional: list
     keywords: dict
@@ -25,7 +30,7 @@ class Request:
     view: str = "contiguous"
     poison: tuple[int, ...] = ()
     cotangents: Any = None
-    vjp: bool = False
+    manner: str = ""
     repeat: int = 1
     second: dict | None = None
     finish: bool = False
@@ -99,7 +104,7 @@ class Invoker:
         self._poison(request.poison)
         runs, raw = [], None
         for _ in range(request.repeat):
-            raw = self._differentiate(request, positional, keywords, cotangents) if request.cotangents is not None else self.function(*positional, **keywords)
+            raw = self._differentiate(request, positional, keywords, cotangents) if request.cotangents is not None else self._compute(request, positional, keywords)
             runs.append(self._out(raw))  # at once: waiting for the whole device first would hide that the caller's stream does not wait
             self.arrays.synchronize()
         if request.second is not None:
@@ -128,9 +133,18 @@ class Invoker:
         elif isinstance(value, np.ndarray):
             self.arrays.overwrite(x, value)
 
+    def _compute(self, request: Request, positional, keywords):
+        with self.arrays.inference() if request.manner == INFERENCE else contextlib.nullcontext():
+            return self.function(*positional, **keywords)
+
     def _differentiate(self, request: Request, positional, keywords, cotangents):
         if self.vjp is None:
-            return self.arrays.gradient(self.function, positional, keywords, request.names, cotangents)
+            other = None
+            if request.manner == BETWEEN:
+                other = [self._in(_rolled(x), request.view) for x in request.positional], {n: self._in(_rolled(x), request.view) for n, x in request.keywords.items()}
+            alone = request.manner.removeprefix(ALONE) if request.manner.startswith(ALONE) else ""
+            twice = request.manner == TWICE
+            return self.arrays.gradient(self.function, positional, keywords, request.names, cotangents, alone, other, twice)
         outputs, dstate = cotangents
         options = {n: v for n, v in keywords.items() if n != "return_state"}
         return self.vjp(outputs, *positional, **options, **({} if dstate is None else {"dstate": dstate}))
@@ -214,6 +228,13 @@ def _leaves(tree) -> list:
     if isinstance(tree, tuple | list):
         return [leaf for branch in tree for leaf in _leaves(branch)]
     return [] if tree is None else [tree]
+
+
+def _rolled(x):
+    """Other values of the same size and kind: the same ones, each a place further."""
+    if isinstance(x, tuple):
+        return type(x)(*map(_rolled, x)) if hasattr(x, "_fields") else tuple(map(_rolled, x))
+    return np.roll(x, 1) if isinstance(x, np.ndarray) and x.dtype.kind not in "biu" else x
 
 
 def _same_bits(a, b) -> bool:

@@ -36,6 +36,8 @@ def reshaped(op: Op, call: dict[str, Any]) -> Iterator[tuple[str, str, dict[str,
             one = put(value[(slice(0, 1),) * len(batch)])
             if shared(op, one):
                 yield array.argument, f"one {array.name} for the whole batch", one
+        if not layout[array.argument] and value.ndim and shared(op, fewer := put(value[0])):
+            yield array.argument, f"{array.name} with an axis fewer", fewer
 
 
 def shared(op: Op, call: dict[str, Any]) -> list[str]:

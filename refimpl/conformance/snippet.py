@@ -20,6 +20,7 @@ def snippet(op: Op, candidate: str, call: dict, required: list[str], passed: lis
         source = "there"
         lines += ["from refimpl.conformance.candidate import given", f"there = given({op.name!r}, call, {way})"]
     arguments = ", ".join([*(f'{source}["{n}"]' for n in required), *(f'{n}={source}["{n}"]' for n in passed)])
+    lines += ["import torch"] if candidate.startswith("torch.") else []
     lines += [f"got = {candidate}({arguments})  # {output} is wrong", f"expected = refimpl.{op.name}(**call)"]
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from refimpl.conformance.cases import default_sizes
+from refimpl.conformance.invoke import TWICE
 from refimpl.conformance.report import Report
 from refimpl.conformance.shapes import shared
 from refimpl.op import Op
@@ -18,6 +19,7 @@ from refimpl.op import Op
 COMPLEX = "complex arrays"
 STRIDED = " inputs"
 OF_ONE_SIDE = "gradients of "  # one optional array where another is not given
+OF_ONE_ALONE = "the gradient of one argument alone"
 _USUAL: dict[Callable, tuple[dict, frozenset]] = {}
 
 
@@ -69,7 +71,7 @@ def excuse(report: Report) -> None:
     """Turn failures that share a trait into "not applicable": one of which no call works, or that may be refused now and then."""
     for trait in dict.fromkeys(t for c in report.failures for t in c.traits):
         having = [c for c in report.cases if trait in c.traits and c.status != "NOT_APPLICABLE"]
-        if not trait.startswith(OF_ONE_SIDE):
+        if not trait.startswith((OF_ONE_SIDE, OF_ONE_ALONE, TWICE)):
             having = [c for c in having if not (c.klass == "gradients" and c.status == "PASS")]
         if trait.endswith((" = 0", STRIDED)):
             having = [c for c in having if c.status != "PASS"]

@@ -92,7 +92,7 @@ class Trial:
         for name, exact in right.items():
             state = name.startswith("state")
             wanted = gates.result_dtype(exact, compute, out, state)
-            finding = gates.exact(name, got[name], exact, to, wanted, state, secondary=name != first, mixed=mixed)
+            finding = gates.exact(name, got[name], exact, limits[name], to, wanted, state, secondary=name != first, mixed=mixed)
             if finding is not None:
                 return finding
         outputs = [y.astype(np.float32) for n, y in got.items() if not n.startswith("state") and y.dtype.kind not in "c"]
@@ -123,7 +123,7 @@ class Trial:
                 self.slopes.setdefault((to.name, name), []).append((gates.slope(g, r), others.spread))
         return None
 
-    def failure(self, case: Case, to: Precision, finding: Finding, call: dict, cotangents: tuple | None = None) -> Result:
+    def failure(self, case: Case, to: Precision, finding: Finding, call: dict, cotangents: tuple | None = None, manner: str = "") -> Result:
         """A finding as the report shows it: the place, the pattern in words, Python that reproduces it."""
         pattern = describe(finding.bad, self._axes(finding.output, call)) if finding.bad is not None else ""
         recall = f"{self.op.name!r}, {case.id!r}, dtype={to.name!r}, level={self.level!r}, seed={self.seed}"
@@ -132,12 +132,13 @@ class Trial:
         if repr(self.domain) != "Domain()":
             recall += f", domain={self.domain!r}"
         name = plain_name(self.report.candidate) or "candidate"
-        how = {n: self.report.settings.get(n) for n in ("framework", "device", "layout")} | {"view": case.view}
-        plain = {"framework": "numpy", "device": None, "layout": None, "view": "contiguous"}
+        how = {n: self.report.settings.get(n) for n in ("framework", "device", "layout")} | {"view": case.view, "manner": manner if cotangents else ""}
+        plain = {"framework": "numpy", "device": None, "layout": None, "view": "contiguous", "manner": ""}
         way = ", ".join(f"{n}={v!r}" for n, v in how.items() if v != plain[n])
         output, listed = finding.output or "the result", bool(case.recipe)
         if cotangents is None:
-            text = snippet(self.op, name, call, self.required, self.subject.passed(call), recall, output, way)
+            function = f"torch.no_grad()({name})" if manner and how["framework"] == "torch" else name
+            text = snippet(self.op, function, call, self.required, self.subject.passed(call), recall, output, way)
         else:
             text, listed = gradient_snippet(self.op, name, self.subject.vjp, call, cotangents, recall, output, way), True
         if "import recall" in text and (not listed or "<l" in recall):  # in no list of cases, or in one that only a lambda draws

@@ -10,14 +10,27 @@ from typing import Any
 import numpy as np
 
 from refimpl.conformance import gates, truth
-from refimpl.conformance.cases import VIEWS, Case, Support, affordable, at_random, covering, default_sizes, described, parameters, wide
+from refimpl.conformance.cases import (
+    VIEWS,
+    Case,
+    Support,
+    affordable,
+    at_random,
+    covering,
+    default_sizes,
+    described,
+    parameters,
+    wide,
+    without_heads,
+)
 from refimpl.conformance.domain import Domain
 from refimpl.conformance.gates import Finding
+from refimpl.conformance.invoke import ALONE, BETWEEN, TWICE
 from refimpl.conformance.likeness import Evidence
-from refimpl.conformance.precision import Precision, precision
+from refimpl.conformance.precision import Precision, precision, rounded
 from refimpl.conformance.report import Report, Result
 from refimpl.conformance.shapes import reshaped, shared
-from refimpl.conformance.traits import COMPLEX, OF_ONE_SIDE, traits
+from refimpl.conformance.traits import COMPLEX, OF_ONE_ALONE, OF_ONE_SIDE, traits
 from refimpl.conformance.trial import GRADIENT_OF, Drawn, Trial, trouble
 from refimpl.op import Op
 
@@ -49,25 +62,29 @@ def _plans(trial: Trial) -> list[tuple[dict, dict, str, str]]:
     """
     op, combos, middle = trial.op, trial.combos(5), _middle(trial)
     returned = {"return_state": True} if "return_state" in trial.factors() else {}
-    full = combos[0] | returned
-    few = [combo | returned for combo in covering(combos)]
+    plain, few = combos[0] | returned, [combo | returned for combo in covering(combos)]
+    rich, turn = few[0], itertools.cycle(combo | returned for combo in combos)
     plans: list[tuple[dict, dict, str, str]] = []
-    for i, T in enumerate(_LENGTHS.get(trial.level, _LENGTHS["standard"]) if op.lengths else (0,)):
-        sizes = dict.fromkeys(op.lengths, T)
-        plans += [(sizes, full, "", ""), (sizes, combos[i % len(combos)], "", "")]
+    for T in _LENGTHS.get(trial.level, _LENGTHS["standard"]) if op.lengths else (0,):
+        plans += [(dict.fromkeys(op.lengths, T), combo, "", "") for combo in (few if T == 0 else (rich, next(turn)))]
+    if len(op.lengths) > 1:  # decoding, and a few queries
+        plans += [({**middle, op.lengths[0]: n, op.lengths[1]: m}, combo, "", "") for n, m in ((1, 19), (1, 70), (5, 70)) for combo in few]
     batch = {"batch": (2,)} if "batch" in default_sizes(op) else {}
     plans += [(middle | batch, combo, "", "") for combo in combos]
-    plans += [({**middle, **sizes}, combos[i % len(combos)] | full, "", "") for i, sizes in enumerate(op.sizes)]
+    plans += [({**middle, **sizes}, combo, "", "") for sizes in op.sizes for combo in (rich, next(turn))]
     if not op.lengths and batch:  # sums over many rows, which kernels do in blocks
         plans += [({"batch": (rows,)}, combo, "", "") for rows in (17, 65, 300) for combo in few]
-    plans += [(middle, full, "", kind) for kind in ("needle", "zero but state")]
+    plans += [(middle, rich, "", kind) for kind in ("needle", "zero but state")]
     plans += [(middle | batch, combo, "", kind) for kind in ("strided", "transposed", "repeated") for combo in few]
+    plans += [(middle | {"batch": (1,)}, combo, "", "") for combo in few if batch]
+    plans += [(middle, combo, "", kind) for kind in (BETWEEN, TWICE, ALONE) for combo in few]
     if trial.level != "quick":
-        plans += [(middle, full, hard, "") for hard in op.hard]
+        cheap = affordable(op, {**default_sizes(op), **middle}, trial.level, 50 * _CALLS, rich)
+        plans += [(middle, combo, hard, "") for combo in (plain, rich, *(combos[1:4] if cheap else ())) for hard in op.hard]
         plans += [({**dict.fromkeys(op.lengths, 300), **batch}, combo, "", "") for combo in few if op.lengths]
         plans += [({**dict.fromkeys(op.lengths, 5), "batch": (33,)}, combo, "", "") for combo in few if batch]
         turn = itertools.cycle(few)
-        for sizes in wide(op, (16, 33, 34, 64, 66, 130)):
+        for sizes in wide(op, (16, 33, 34, 64, 66, 130, 300, 1100)):
             plans.append(({**dict.fromkeys(op.lengths, 5), **sizes}, next(turn), "", ""))
         rng = np.random.default_rng([trial.seed, 19])
         chosen = trial.factors()
@@ -82,15 +99,21 @@ def _reshaped(trial: Trial, to: Precision, sizes: dict, combos: list[dict]) -> I
     seen: set[str] = set()
     free = trial.domain.batch is None and trial.domain.batch_rank is None
     for number, combo in enumerate(combos if "batch" in default_sizes(trial.op) else ()):
-        drawn = trial.draw(np.random.default_rng([trial.seed, number, 23]), {**sizes, "batch": (2,)}, combo, to)
+        batch = (2, 3) if free and number % 2 else (2,)
+        drawn = trial.draw(np.random.default_rng([trial.seed, number, 23]), {**sizes, "batch": batch}, combo, to)
         if drawn is None:
             continue
         for name, label, call in reshaped(trial.op, drawn.call):
             value = call[name][0] if isinstance(call[name], tuple) else call[name]
-            if label in seen or value.dtype.kind in "iub" or not (free or "whole batch" not in label):
+            label_here = f"{label}{len(batch)}"
+            if label_here in seen or value.dtype.kind in "iub" or not (free or "whole batch" not in label):
                 continue
-            seen.add(label)
+            seen.add(label_here)
             yield Drawn(call, truth.truth(trial.op, call, to), drawn.sizes), label
+    for case in without_heads(trial.op, trial.seed, combos, trial.domain):
+        one = rounded(trial.op.contract, case.call, to)
+        if one is not None:
+            yield Drawn(one, truth.truth(trial.op, one, to), case.sizes), "one head without its axis"
 
 
 def recall_gradient(
@@ -121,6 +144,8 @@ def recall_gradient(
 
 
 def _gradient(trial: Trial, to: Precision, number: int, sizes: dict, combo: dict, hard: str, kind: str) -> None:
+    if kind in (BETWEEN, TWICE, ALONE) and trial.subject.vjp:  # a function of cotangents and arguments, asked for all of them
+        return
     drawn = _drawn(trial, to, number, sizes, combo, hard)
     if drawn is not None:
         _judge(trial, to, number, drawn, hard, kind)
@@ -130,11 +155,11 @@ def _drawn(trial: Trial, to: Precision, number: int, sizes: dict, combo: dict, h
     return trial.draw(np.random.default_rng([trial.seed, number, 17]), sizes, combo, to, hard)
 
 
-def _one_sided(op: Op, call: dict) -> list[str]:
-    """Which optional arrays are given where others are not: a framework may have no gradient of a bias without a weight, and raises."""
+def _one_sided(op: Op, call: dict, gradient: dict) -> list[str]:
+    """Which optional arrays are differentiated where others are not given: a framework may have no gradient of a bias without a weight, and raises."""
     optional = parameters(op)[1]
     given, absent = ([n for n in optional if (call.get(n) is None) is missing] for missing in (False, True))
-    return [f"{OF_ONE_SIDE}{g} with no {a}" for g in given for a in absent]
+    return [f"{OF_ONE_SIDE}{g} with no {a}" for g in given if g in gradient for a in absent]
 
 
 def _judge(trial: Trial, to: Precision, number: int, drawn: Drawn, label: str, kind: str) -> None:
@@ -142,16 +167,28 @@ def _judge(trial: Trial, to: Precision, number: int, drawn: Drawn, label: str, k
     call = drawn.call
     name = ", ".join(filter(None, [label, kind, described(trial.op, drawn.sizes, call), f"#{number}"]))
     view = kind if kind in VIEWS else "contiguous"
-    case = Case(trial.op.name, "gradients", name, call, drawn.sizes, view=view)
     dy, dstate = _cotangents(trial, drawn, number, kind)
     gradient = truth.gradient_truth(trial.op, call, dy, dstate, to)
-    right = truth.flat(gradient)
-    if not right or not all(np.all(np.isfinite(v)) for v in right.values()):
+    if not gradient or not all(np.all(np.isfinite(v)) for v in truth.flat(gradient).values()):
         return
+    limits = functools.cache(lambda: truth.flat(truth.gradient_tolerance(trial.op, call, dy, dstate, to, gradient, drawn.right)))
+    if kind != ALONE:
+        case = Case(trial.op.name, "gradients", name, call, drawn.sizes, view=view)
+        _ask(trial, to, case, (dy, dstate), gradient, limits, kind if kind in (BETWEEN, TWICE) else "")
+        return
+    for argument, g in gradient.items():
+        case = Case(trial.op.name, "gradients", name.replace(ALONE, ALONE + argument), call, drawn.sizes)
+        _ask(trial, to, case, (dy, dstate), {argument: g}, limits, ALONE + argument)
+
+
+def _ask(trial: Trial, to: Precision, case: Case, cotangents: tuple, gradient: dict, tolerance: Callable[[], dict], manner: str) -> None:
+    """The candidate's gradient, asked for in a manner, against the right one."""
+    call, view, right = case.call, case.view, truth.flat(gradient)
     start = time.perf_counter()
-    answer = trial.subject.gradient(call, dy, dstate, view=view)
+    answer = trial.subject.gradient(call, *cotangents, view=view, manner=manner)
     seconds = time.perf_counter() - start
-    marks = (*traits(trial.op, call, view), *_one_sided(trial.op, call))
+    marks = [*traits(trial.op, call, view), *_one_sided(trial.op, call, gradient)]
+    marks += [OF_ONE_ALONE] if manner.startswith(ALONE) else [TWICE] if manner == TWICE else []
     failed = trouble(answer)
     if failed is not None:
         raised = failed[0] == "ERROR"
@@ -161,15 +198,15 @@ def _judge(trial: Trial, to: Precision, number: int, drawn: Drawn, label: str, k
         right = _differentiated(trial, got, right)
         if not right:
             return
-        limits = truth.flat(truth.gradient_tolerance(trial.op, call, dy, dstate, to, gradient, drawn.right))
+        limits = {n: x for n, x in tolerance().items() if n in right}
         finding = _gate(got, right, limits, call, to)
         if set(right) <= set(got):
-            trial.keep(Evidence(call, to, {n: got[n] for n in right}, right, limits, (dy, dstate), failed=finding is not None, case=case.id))
+            trial.keep(Evidence(call, to, {n: got[n] for n in right}, right, limits, cotangents, failed=finding is not None, case=case.id))
         result = Result(case.id, case.klass, to.name, "PASS")
         if finding is not None:
-            result = trial.drawn(trial.failure(case, to, finding, call, (dy, dstate)), finding, got, right, limits, call)
+            result = trial.drawn(trial.failure(case, to, finding, call, cotangents, manner), finding, got, right, limits, call)
             result.excusable = COMPLEX in marks or ("shape" in finding.message and bool(shared(trial.op, call)))
-    result.seconds, result.traits = seconds, marks
+    result.seconds, result.traits = seconds, tuple(marks)
     trial.report.cases.append(result)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from refimpl.conformance import gates, truth
 from refimpl.conformance.cases import Case, cases, default_sizes, repeated
 from refimpl.conformance.domain import ALIKE
-from refimpl.conformance.invoke import Answer
+from refimpl.conformance.invoke import INFERENCE, Answer
 from refimpl.conformance.likeness import Evidence
 from refimpl.conformance.narrow import friendly, narrow
 from refimpl.conformance.pictures import ulps
@@ -71,7 +71,7 @@ def _case(trial: Trial, case: Case, to: Precision) -> None:
     if case.klass == "integers" and not truth.certain(trial.op, call, to, right):
         return
     start = time.perf_counter()
-    answer = trial.subject.call(call, view=case.view, poison=[v.nbytes for v in right.values()])
+    answer = trial.subject.call(call, view=case.view, poison=[v.nbytes for v in right.values()], manner=_manner(case))
     seconds = time.perf_counter() - start
     result = _judged(trial, case, call, to, right, answer)
     result.seconds, result.traits = seconds, traits(trial.op, call, case.view)
@@ -79,6 +79,11 @@ def _case(trial: Trial, case: Case, to: Precision) -> None:
     if result.status not in ("PASS", "NOT_APPLICABLE"):
         result.excusable = _excusable(trial, result, call, to, right, answer)
     trial.report.cases.append(result)
+
+
+def _manner(case: Case) -> str:
+    """Random calls are made without gradients: there, every option meets kernels for inference."""
+    return INFERENCE if case.klass == "random" else ""
 
 
 def _together(trial: Trial, to: Precision) -> None:
@@ -103,7 +108,7 @@ def _judged(trial: Trial, case: Case, call: dict, to: Precision, right: dict, an
         trial.keep(Evidence(call, to, got, right, limits, failed=finding is not None, case=case.id))
     if finding is not None:
         trial.failed_cases.append((case, to, finding))
-        result = trial.drawn(trial.failure(case, to, finding, call), finding, got, right, limits)
+        result = trial.drawn(trial.failure(case, to, finding, call, manner=_manner(case)), finding, got, right, limits)
         result.ulps = _spread(got, right, to)
         return result
     for name, exact in right.items():

@@ -112,7 +112,7 @@ def _split(x, groups):
 
 def _sample(rng, *, c=12, groups=3, batch=(7,)):
     least = 1 if np.prod(batch, dtype=int) > 1 else 2  # torch refuses to normalise one number of one token
-    c = max(least, c // groups) * groups
+    c = max(least, c // groups) * groups if c >= groups else 4 * groups  # two are ill-conditioned: ±1 whatever they are
     return {
         "x": 2 * rng.standard_normal((*batch, c)) + rng.standard_normal((*batch, groups)).repeat(c // groups, axis=-1),
         "groups": groups,

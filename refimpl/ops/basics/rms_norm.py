@@ -161,10 +161,10 @@ def _sample(rng, *, c=9, batch=(7,)):
     }
 
 
-def _with(change):
+def _with(x=lambda rng, x: x, gate=lambda rng, gate: gate):
     def draw(rng, **sizes):
         call = _sample(rng, **sizes)
-        return call | {"x": change(rng, call["x"])}
+        return call | {"x": x(rng, call["x"]), "gate": gate(rng, call["gate"])}
 
     return draw
 
@@ -218,6 +218,7 @@ OPS = (
             "large": _with(lambda rng, x: x * 2.0**40),
             "one needle": _with(lambda rng, x: np.where(np.arange(x.shape[-1]) == 0, 200.0, x / 1000)),  # squares overflow in float16 beyond 256
             "far from 0": _with(lambda rng, x: x + 100),
+            "gates nearly shut": _with(gate=lambda rng, gate: gate - 5),
         },
         error_bound=error_bound,
         references=("zhang2019, equation 4", "dao2024mamba2, section 7"),

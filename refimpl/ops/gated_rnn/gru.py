@@ -324,7 +324,7 @@ OPS = (
             "everything is kept": _with(b=_gates(None, 1e3, None)),
             "nothing is kept": _with(b=_gates(None, -1e3, None)),
             "nothing is read": _with(b=_gates(-1e3, None, None)),
-            "a state far from 0": _with(state=lambda rng, h: 1e4 * h, b=_gates(None, 10.0, None)),
+            "a state far from 0": _with(state=lambda rng, h: 1e4 * h, b=_gates(None, 6.0, None)),
             "zeros": _with(x=lambda rng, x: 0 * x, state=lambda rng, h: 0 * h, b=lambda rng, b: 0 * b, b_recurrent=lambda rng, b: 0 * b),
             "no initial state": _with(state=lambda rng, h: None),
             "no bias": _with(b=lambda rng, b: None, b_recurrent=lambda rng, b: None),

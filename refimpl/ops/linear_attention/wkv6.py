@@ -297,6 +297,7 @@ OPS = (
             "decays slightly above 1": _with(w=lambda rng, w: -w * 2.0**-10),
             "decays of 0": _with(w=lambda rng, w: np.where(rng.random(w.shape) < 0.3, -1e3, w)),
             "no decay": _with(w=lambda rng, w: 0 * w),
+            "little is left": _with(w=lambda rng, w: w - 5),
             "all but forgotten": _with(w=lambda rng, w: w - 20),
             "large and small channels": _with(k=lambda rng, k: k * 2.0 ** (10 * np.arange(k.shape[-1])), u=lambda rng, u: u * 2.0**-10),
             "large bonuses": _with(u=lambda rng, u: u * 1e3),

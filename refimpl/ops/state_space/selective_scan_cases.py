@@ -67,7 +67,7 @@ HARD = {
     ),
     "steps nearly shut": _with(options={"delta_softplus": True}, delta=lambda rng, d: d - 14),
     "one input, then strong decay": _with(u=_first, delta=lambda rng, d: 0 * d + 1, A=lambda rng, A: A - 22, state=lambda rng, s: 0 * s),
-    "gate in both tails": _with(z=lambda rng, z: np.where(rng.random(z.shape) < 0.5, rng.choice([-1e3, -30.0, 50.0, 1e3], z.shape), z)),
+    "gate in both tails": _with(z=lambda rng, z: np.where(rng.random(z.shape) < 0.5, rng.choice([-1e3, -30.0, -8.0, 50.0, 1e3], z.shape), z)),
     "one needle": _with(u=_needle, state=lambda rng, s: 0 * s),
     "cancelling states": _with(
         A=lambda rng, A: np.broadcast_to(A[:, :1], A.shape), B=lambda rng, B: np.broadcast_to(B[..., :1], B.shape), C=_alternating
