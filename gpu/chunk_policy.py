@@ -29,7 +29,7 @@ CHUNKED = {  # by what decays, and whether it is the gradient: what is faster th
 }
 LEAST = {False: 250_000_000, True: 100_000_000}  # numbers of all states, times steps, from which launches no longer dominate
 LEAST_TENSOR = {False: 0, True: 20_000_000}  # the same for the kernel on tensor cores, which is one launch, its gradient five
-# Operators, and whether the gradient, that take it only when asked to: its last version has not been under the kit on a device.
+# Operators, and whether the gradient, that take it only when asked to: its last version was under the kit on the host, not yet on a device.
 ASKED = (("mlstm", True),)
 LONGEST = 128  # steps of a chunk
 WIDEST = 128  # features of a key that the kernel on tensor cores holds
