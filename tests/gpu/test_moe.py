@@ -259,8 +259,9 @@ int main() {
 @pytest.mark.parametrize("counts", [[300, 0, 1, 1025, 0], [0, 0], [257]])
 def test_every_tile_is_taken_once(counts, band, tmp_path, host_compiler):
     """All tiles that hold rows and columns of the result, by whichever block; pairs of blocks stand side by side as they share."""
-    text, shared = ((launch.FOLDER / f).read_text(encoding="utf-8") for f in ("kernel_grouped_hopper.cu", "block_hopper.cuh"))
-    code = text[text.index("using i64") : text.index("template <int ACTIVATION>")] + shared[shared.index("__device__ inline void which") :]
+    text, shared = ((launch.FOLDER / f).read_text(encoding="utf-8") for f in ("kernel_grouped_hopper.cu", "block_attention.cuh"))
+    shared = shared[shared.index("__device__ inline void which") :]
+    code = text[text.index("using i64") : text.index("template <int ACTIVATION>")] + shared[: shared.index("\n}\n") + 3]
     code += text[text.index("// The tiles of one block") : text.index("// 64 rows x 2 N columns")]
     columns, height = 700, 390
     sizes = {"groups": len(counts), "size": 256, "rows": height, "columns": columns, "inner": 64, "terms": 1, "band": band}
