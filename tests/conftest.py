@@ -16,7 +16,7 @@ import pytest
 
 ASKED_FOR = {
     "slow": "takes long; pytest --run slow, or make test",
-    "thorough": "the kit's whole table; pytest tests/meta --run thorough, about half an hour",
+    "thorough": "the kit's whole table; pytest tests/meta --run thorough, an hour or two",
     "peers": "needs public implementations; make test-peers",
     "gpu": "needs a CUDA device; pytest --run gpu",
 }

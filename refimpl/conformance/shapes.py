@@ -38,6 +38,12 @@ def reshaped(op: Op, call: dict[str, Any]) -> Iterator[tuple[str, str, dict[str,
                 yield array.argument, f"one {array.name} for the whole batch", one
         if not layout[array.argument] and value.ndim and shared(op, fewer := put(value[0])):
             yield array.argument, f"{array.name} with an axis fewer", fewer
+    state = call.get("state")
+    if state is not None and all(own == batch for own in _batches_of_state(op, call)):
+        first = [v[(slice(0, 1),) * len(batch)] for v in (state if isinstance(state, tuple) else (state,))]
+        one = {**call, "state": _like(state, first)}
+        if shared(op, one):
+            yield "state", "one state for the whole batch", one
 
 
 def shared(op: Op, call: dict[str, Any]) -> list[str]:
@@ -46,7 +52,25 @@ def shared(op: Op, call: dict[str, Any]) -> list[str]:
     layout = op.contract.layout(**arrays)
     _, batch = op.contract.sizes(**arrays)
     entries = [(a, v) for a, v, _ in op.contract.entries(call) if isinstance(v, np.ndarray)]
-    return [a.name for a, v in entries if (own := _own_batch(a, v, layout[a.argument])) is not None and own != batch]
+    found = [a.name for a, v in entries if (own := _own_batch(a, v, layout[a.argument])) is not None and own != batch]
+    return [*found, "state"] if any(own != batch for own in _batches_of_state(op, call)) else found
+
+
+def _batches_of_state(op: Op, call: dict[str, Any]) -> list[tuple[int, ...]]:
+    """The batch axes of every part of the state that a call is given."""
+    state = call.get("state")
+    if state is None:
+        return []
+    layout = op.contract.layout(**_inputs(op, call), state=state)
+    parts = state if isinstance(state, tuple) else (state,)
+    axes = [layout[s.name] for s in op.contract.states if s.name in layout]
+    return [v.shape[: v.ndim - len(a)] for v, a in zip(parts, axes, strict=False)]
+
+
+def _like(state, parts: list[np.ndarray]):
+    if not isinstance(state, tuple):
+        return parts[0]
+    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
 
 
 def _inputs(op: Op, call: dict[str, Any]) -> dict[str, Any]:

@@ -95,8 +95,8 @@ def _plans(trial: Trial) -> list[tuple[dict, dict, str, str]]:
 
 
 def _reshaped(trial: Trial, to: Precision, sizes: dict, combos: list[dict]) -> Iterator[tuple[Drawn, str]]:
-    """Calls with one array in another of its shapes, or one for the whole batch: the gradient is a sum."""
-    seen: set[str] = set()
+    """Calls with one array in another of its shapes, one for the whole batch, or without the axis of heads: the gradient is a sum."""
+    seen: set[tuple[str, int]] = set()
     free = trial.domain.batch is None and trial.domain.batch_rank is None
     for number, combo in enumerate(combos if "batch" in default_sizes(trial.op) else ()):
         batch = (2, 3) if free and number % 2 else (2,)
@@ -105,10 +105,10 @@ def _reshaped(trial: Trial, to: Precision, sizes: dict, combos: list[dict]) -> I
             continue
         for name, label, call in reshaped(trial.op, drawn.call):
             value = call[name][0] if isinstance(call[name], tuple) else call[name]
-            label_here = f"{label}{len(batch)}"
-            if label_here in seen or value.dtype.kind in "iub" or not (free or "whole batch" not in label):
+            key = label, len(batch)
+            if key in seen or value.dtype.kind in "iub" or not (free or "whole batch" not in label):
                 continue
-            seen.add(label_here)
+            seen.add(key)
             yield Drawn(call, truth.truth(trial.op, call, to), drawn.sizes), label
     for case in without_heads(trial.op, trial.seed, combos, trial.domain):
         one = rounded(trial.op.contract, case.call, to)
