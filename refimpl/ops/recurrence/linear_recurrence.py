@@ -190,8 +190,8 @@ def linear_recurrence_convolution(a, b, *, state=None, reverse=False, return_sta
     15 T c log2 T operations or so, log T deep. The transform is padded to 2T, or the end would wrap onto the
     beginning. Its rounding error is relative to the largest output of a channel, not to each.
     """
-    if a.ndim > 1 and not np.all(a == a[..., :1, :]):
-        raise ValueError("linear_recurrence: the form 'convolution' needs an a that is constant in time")
+    if a.ndim > 1 and a.shape[-2] > 1:
+        raise ValueError(f"linear_recurrence: the form 'convolution' needs an a that is constant in time, of shape (c,) or (..., 1, c), got {a.shape}")
     a, b, h = _prepare(a, b, state, reverse)
     T = b.shape[-2]
     if T == 0:
