@@ -51,3 +51,8 @@ def aligned(x, axis: int, width: int) -> bool:
         return False
     others = (s for i, (s, n) in enumerate(zip(x.strides, x.shape, strict=True)) if i != axis % x.ndim and n > 1)
     return (x.strides[axis] == size or x.shape[axis] == 1 == width) and all(s % (width * size) == 0 for s in others)
+
+
+def or_null(x):
+    """An array as a kernel takes it; a null pointer for none."""
+    return np.uint64(0) if x is None else x

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import cupy as cp
 import numpy as np
+from refimpl.gpu.arrays import or_null
 from refimpl.gpu.chunk_policy import WIDEST
-from refimpl.gpu.chunk_tensor import _eights, _or_null, _ready, _width
+from refimpl.gpu.chunk_tensor import eights, ready, width_of
 from refimpl.gpu.launch import Kernel
 
 from refimpl.core.numerics import times_exp
@@ -55,8 +56,8 @@ def read(q, k, v, w, state=None, *, scale=1.0) -> Result:
         Before the first step, in float32; of the heads of v.
     """
     d, e = q.shape[3], v.shape[3]
-    q, k, v, w = (_ready(_eights(x, 1)) for x in (q, k, v, w))
-    state = None if state is None else cp.ascontiguousarray(_eights(state, 2))
+    q, k, v, w = (ready(eights(x, 1)) for x in (q, k, v, w))
+    state = None if state is None else cp.ascontiguousarray(eights(state, 2))
     y, last = _start(False, q, k, v, w, state, scale=scale)
     return Result(y[..., :e], last[..., :d, :e])
 
@@ -79,18 +80,18 @@ def read_vjp(dy, q, k, v, w, state=None, dlast=None, *, scale=1.0) -> Gradients:
     """
     d, e = q.shape[3], v.shape[3]
     (G, H), T = dy.shape[:2], q.shape[2]
-    dy, q, k, v, w = (_ready(_eights(x, 1)) for x in (dy, q, k, v, w))
+    dy, q, k, v, w = (ready(eights(x, 1)) for x in (dy, q, k, v, w))
     dlast = None if dlast is None else dlast / np.float32(scale)  # so that the scale is one of everything that is read
     own, wide = max(x.shape[1] for x in (k, v, w)), (q.shape[3], v.shape[3])
-    state = None if state is None else cp.ascontiguousarray(cp.broadcast_to(_eights(state, 2), (G, own, *wide)))
-    dlast = None if dlast is None else cp.ascontiguousarray(cp.broadcast_to(_eights(dlast, 2), (G, H, *wide)))
+    state = None if state is None else cp.ascontiguousarray(cp.broadcast_to(eights(state, 2), (G, own, *wide)))
+    dlast = None if dlast is None else cp.ascontiguousarray(cp.broadcast_to(eights(dlast, 2), (G, H, *wide)))
     chunks = -(-T // KEPT)
     states, adjoints = (cp.empty((G, heads, chunks, *wide[::-1]), q.dtype) for heads in (own, H))
     _start(True, k, k, v, w, state, states=states, silent=True)
     dv, first = _start(True, k, q, dy, w, dlast, scale=scale, states=adjoints, back=True)
     dq, dk, dw = (cp.empty((G, H, T, q.shape[3]), q.dtype) for _ in range(3))
     heads = (np.int32(x) for x in (H, q.shape[1], k.shape[1], v.shape[1], w.shape[1], own))
-    width = _width(q.shape[3])
+    width = width_of(q.shape[3])
     shared = 2 * KEPT * (3 * width + 2 * VALUES + KEPT) + 4 * VALUES * width
     arguments = (q, k, v, w, dy, states, adjoints, dq, dk, dw, np.int64(T), *map(np.int32, wide), *heads, np.float32(scale))
     _gradient(width)((G * H * chunks,), (256,), arguments, shared)
@@ -102,10 +103,10 @@ def _start(gradient, q, k, v, w, state=None, *, scale=1.0, states=None, back=Fal
     """One launch of ``memory_channels`` on arrays as it takes them."""
     G, T, d, e = len(q), *q.shape[2:], v.shape[3]
     H = max(x.shape[1] for x in (q, k, v, w))
-    width = _width(d)
+    width = width_of(d)
     y = None if silent else cp.empty((G, H, T, e), v.dtype)
     last = cp.empty((G, H if gradient else v.shape[1], d, e), np.float32)
-    pointers = (_or_null(x) for x in (q, k, v, w, state, y, last, states))
+    pointers = (or_null(x) for x in (q, k, v, w, state, y, last, states))
     sizes = (np.int32(x) for x in (d, e, H, q.shape[1], k.shape[1], v.shape[1], w.shape[1]))
     stage = 2 * STEPS * (2 * width + VALUES + STEPS) + 4 * width
     shared = STAGES * stage + GROUPS * _TILES * 8 * width * 2

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import cupy as cp
 import numpy as np
+from refimpl.gpu.arrays import or_null
 from refimpl.gpu.chunk_policy import WIDEST
 from refimpl.gpu.launch import Kernel
 
@@ -71,9 +72,9 @@ def read(
     z : array, shape (G, H, T, e), optional
     """
     d, e = q.shape[3], v.shape[3]
-    q, k, v, z = (None if x is None else _ready(_eights(x, 1)) for x in (q, k, v, z))
-    state = None if state is None else _ready(_eights(state, 2))
-    norm = None if norm is None else _ready(_eights(norm, 1))
+    q, k, v, z = (None if x is None else ready(eights(x, 1)) for x in (q, k, v, z))
+    state = None if state is None else ready(eights(state, 2))
+    norm = None if norm is None else ready(eights(norm, 1))
     kind = NORMALISED if normalised else PLAIN
     y, last, last_norm = _start(kind, q, k, v, w, gain, state, norm, lower, skip, z, scale=scale, eps=eps)
     return Result(y[..., :e], last[..., :d, :e], last_norm[..., :d] if normalised else None)
@@ -94,9 +95,9 @@ class Witness(NamedTuple):
 
 def witness(dy, q, k, v, w=None, gain=None, state=None, norm=None) -> Witness:
     """The memory through a whole sequence, as `read` takes it, for the sake of its gradient; dy (G, H, T, e) in bfloat16."""
-    dy, q, k, v = (_ready(_eights(x, 1)) for x in (dy, q, k, v))
-    state = None if state is None else _ready(_eights(state, 2))
-    norm = None if norm is None else _ready(_eights(norm, 1))
+    dy, q, k, v = (ready(eights(x, 1)) for x in (dy, q, k, v))
+    state = None if state is None else ready(eights(state, 2))
+    norm = None if norm is None else ready(eights(norm, 1))
     return _start(WITNESS, q, k, v, w, gain, state, norm, z=dy)
 
 
@@ -128,17 +129,17 @@ def read_vjp(
     """
     d, e = q.shape[3], v.shape[3]
     (G, H), T = dy.shape[:2], q.shape[2]
-    dy, q, k, v = (_ready(_eights(x, 1)) for x in (dy, q, k, v))
-    state, dlast = (None if x is None else _ready(cp.broadcast_to(_eights(x, 2), (G, H, q.shape[3], v.shape[3]))) for x in (state, dlast))
-    dnorm = None if dnorm is None else _ready(cp.broadcast_to(_eights(dnorm, 1), (G, H, q.shape[3])))
+    dy, q, k, v = (ready(eights(x, 1)) for x in (dy, q, k, v))
+    state, dlast = (None if x is None else ready(cp.broadcast_to(eights(x, 2), (G, H, q.shape[3], v.shape[3]))) for x in (state, dlast))
+    dnorm = None if dnorm is None else ready(cp.broadcast_to(eights(dnorm, 1), (G, H, q.shape[3])))
     w, gain, skip, of_query, of_n = (None if x is None else cp.ascontiguousarray(x) for x in (w, gain, skip, of_query, of_n))
-    normalised, width = seen is not None, _width(d)
+    normalised, width = seen is not None, width_of(d)
     chunks = -(-T // CHUNK)
     decays = next((x.shape[1] for x in (w, gain) if x is not None), 1)
     told, found = (cp.empty((G * H * chunks, size), np.float32) for size in (_TOLD, _FOUND))
     told, found = told.view(np.uint8), found.view(np.uint8)
     count, warps = (np.int64(T), np.int64(len(told)), np.int32(chunks)), (-(-len(told) * 32 // THREADS),)
-    arguments = (*map(_or_null, (w, gain, of_query, of_n)), told, *count, np.int32(H), np.int32(decays), np.float32(scale))
+    arguments = (*map(or_null, (w, gain, of_query, of_n)), told, *count, np.int32(H), np.int32(decays), np.float32(scale))
     _TELL(warps, (THREADS,), arguments)
     states, norms = (seen.states, seen.norms) if normalised else _walk(k, v, told, state, H)[:2]
     adjoints, of_norms, first, first_norm = _walk(q, dy, told, dlast, H, norm=dnorm, normalised=normalised, back=True)
@@ -151,9 +152,9 @@ def read_vjp(
     arrays = (q, k, v, dy, told, states, adjoints, norms, of_norms, skip, dq, dk, dv, found)
     sizes = (np.int32(x) for x in (q.shape[3], v.shape[3], H, q.shape[1], k.shape[1], v.shape[1], together))
     shared = 2 * (2 * CHUNK * width + 2 * (2 * CHUNK * TILE + 2 * width * TILE) + 2 * CHUNK * CHUNK + CHUNK * TILE)
-    arguments = (*map(_or_null, arrays), np.int64(T), *sizes, np.float32(scale))
+    arguments = (*map(or_null, arrays), np.int64(T), *sizes, np.float32(scale))
     _gradient(width, normalised)((G * of_keys * chunks,), (2 * THREADS,), arguments, shared)
-    arguments = (told, found, dw, dgain, _or_null(dskip), *count, np.float32(scale))
+    arguments = (told, found, dw, dgain, or_null(dskip), *count, np.float32(scale))
     _DECAYS(warps, (THREADS,), arguments)
     first_norm = first_norm[..., :d] if normalised else None
     return Gradients(
@@ -164,13 +165,13 @@ def read_vjp(
 def _walk(keys, values, told, state, heads, *, norm=None, normalised=False, back=False):
     """States before each chunk, or backwards after it, (G, H, chunks, d, e) in bfloat16, and n; and what comes out at the end."""
     G, T, d, e = len(keys), *keys.shape[2:], values.shape[3]
-    chunks, width = -(-T // CHUNK), _width(d)
+    chunks, width = -(-T // CHUNK), width_of(d)
     states, last = cp.empty((G, heads, chunks, d, e), keys.dtype), cp.empty((G, heads, d, e), np.float32) if back else None
     norms, last_norm = (cp.empty((G, heads, *more, d), np.float32) if normalised else None for more in ((chunks,), ()))
     arrays = (keys, values, told, state, norm, states, norms, last, last_norm)
     sizes = (np.int32(x) for x in (d, e, heads, keys.shape[1], values.shape[1], back))
     shared = 2 * _STAGES * CHUNK * (width + TILE) + THREADS // 32 * 16 * 128
-    _states(width, normalised)((G * heads, -(-e // TILE)), (THREADS,), (*map(_or_null, arrays), np.int64(T), *sizes), shared)
+    _states(width, normalised)((G * heads, -(-e // TILE)), (THREADS,), (*map(or_null, arrays), np.int64(T), *sizes), shared)
     return states, norms, last, last_norm
 
 
@@ -179,7 +180,7 @@ def sum_heads(x):
     G, H, T, f = x.shape
     if H == 1:
         return x[:, 0]
-    x = _ready(_eights(x, 1))
+    x = ready(eights(x, 1))
     y = cp.empty((G, T, x.shape[3]), np.float32)
     _SUM_HEADS((-(-y.size // (8 * THREADS)),), (THREADS,), (x, y, np.int64(G), np.int32(H), np.int64(T * x.shape[3])))
     return y[..., :f]
@@ -191,7 +192,7 @@ def _start(kind, q, k, v, w=None, gain=None, state=None, norm=None, lower=None, 
     H = max(x.shape[1] for x in (q, k, v) if x is not None)
     w, gain, lower, skip = (None if x is None else cp.ascontiguousarray(x) for x in (w, gain, lower, skip))
     decays = next((x.shape[1] for x in (w, gain) if x is not None), 1)
-    width, chunks, tiles, wide = _width(d), -(-T // CHUNK), -(-e // TILE), np.float32
+    width, chunks, tiles, wide = width_of(d), -(-T // CHUNK), -(-e // TILE), np.float32
     y = last = last_norm = states = norms = overlap = against = None
     if kind == WITNESS:
         states, norms = cp.empty((G, H, chunks, d, e), v.dtype), cp.empty((G, H, chunks, d), wide)
@@ -202,18 +203,19 @@ def _start(kind, q, k, v, w=None, gain=None, state=None, norm=None, lower=None, 
     arrays = (q, k, v, w, gain, state, norm, lower, skip, z, y, last, last_norm, states, norms, overlap, against)
     sizes = (np.int32(x) for x in (d, e, H, q.shape[1], k.shape[1], v.shape[1], decays))
     shared = 2 * (4 * CHUNK * width + 2 * CHUNK * TILE) + 2 * width * TILE + 4 * (2 * _SUMS + width)
-    arguments = (*map(_or_null, arrays), np.int64(T), *sizes, np.float32(scale), np.float32(eps))
+    arguments = (*map(or_null, arrays), np.int64(T), *sizes, np.float32(scale), np.float32(eps))
     _memory(width, kind)((G * H, tiles), (THREADS,), arguments, shared)
     if kind == WITNESS:
         return Witness(overlap, against[0] if tiles == 1 else against.sum(axis=0), states, norms)
     return y, last, last_norm
 
 
-def _width(d: int) -> int:
+def width_of(d: int) -> int:
+    """The features for which kernels are compiled that d of them fit into."""
     return TILE if d <= TILE else WIDEST
 
 
-def _eights(x, axes: int):
+def eights(x, axes: int):
     """Zeros after the last of the features (of the last axes), so that rows are whole runs of 16 bytes."""
     more = [(0, -size % 8 if i >= x.ndim - axes else 0) for i, size in enumerate(x.shape)]
     if not any(after for _, after in more):
@@ -224,7 +226,7 @@ def _eights(x, axes: int):
     return full.view(x.dtype)
 
 
-def _ready(x):
+def ready(x):
     """Contiguous, and starting at a multiple of 16 bytes."""
     x = cp.ascontiguousarray(x)
     return x if _address(x) % 16 == 0 else x.copy()
@@ -232,7 +234,3 @@ def _ready(x):
 
 def _address(x) -> int:
     return x.data.ptr
-
-
-def _or_null(x):
-    return np.uint64(0) if x is None else x

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import cupy as cp
 import numpy as np
+from refimpl.gpu.arrays import or_null
 from refimpl.gpu.launch import STACK, Kernel, multiprocessors, shared_memory
 
 WIDEST = 1024  # features of a key that the kernels hold
@@ -78,7 +79,7 @@ def read(q, k, v, w=None, a=None, b=None, state=None, *, sequences, before=False
     shares = _shares(sequences, q, k, v)
     sizes = (np.int64(T), np.int32(d), np.int32(e), *shares, np.int32(w is not None and w.ndim == 3), np.int32(tile), np.int32(every))
     kernel = _forward(q.dtype.name, width, a is not None, before)
-    pointers = (q, k, v, *map(_or_null, (w, a, b, state)), o, last, _or_null(kept))
+    pointers = (q, k, v, *map(or_null, (w, a, b, state)), o, last, or_null(kept))
     kernel((sequences, -(-e // across)), (threads,), (*pointers, *sizes), tile * step)
     return o, last, kept
 
@@ -101,7 +102,7 @@ def read_vjp(do, q, k, v, w=None, a=None, b=None, *, kept, dlast=None, sequences
     scratch = cp.empty((grid[0] * parts, every, rows * columns * warps * 32), q.dtype)
     nothing = np.uint64(0)
     more = partial[3:] if low_rank else (nothing, nothing)
-    pointers = (q, k, v, *map(_or_null, (w, a, b)), kept, do, _or_null(dlast), *partial[:2], dv, partial[2], *more, dstate, scratch)
+    pointers = (q, k, v, *map(or_null, (w, a, b)), kept, do, or_null(dlast), *partial[:2], dv, partial[2], *more, dstate, scratch)
     sizes = (np.int64(sequences), np.int64(T), np.int32(d), np.int32(e), *_shares(sequences, q, k, v))
     sizes = (*sizes, np.int32(w is not None and w.ndim == 3), np.int32(every))
     kernel = _backward(q.dtype.name, width, low_rank, before)
@@ -130,7 +131,3 @@ def _width(d: int) -> int:
 
 def _shares(sequences, *arrays):
     return tuple(np.int32(sequences // len(x)) for x in arrays)
-
-
-def _or_null(x):
-    return np.uint64(0) if x is None else x

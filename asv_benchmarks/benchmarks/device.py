@@ -68,6 +68,11 @@ class Methods(Mirror):
 
     params = ([f"{op}:{method}" for op in ("ssd", "mlstm", "linear_attention") for method in ("fused", "chunkwise", "tensor")], *Mirror.params[1:])
 
+    def setup(self, form, backend, dtype, T):
+        if form.endswith(":tensor") and dtype != "bfloat16":
+            raise NotImplementedError(f"{form} computes in bfloat16 only: in {dtype} it would be timed as chunks")
+        super().setup(form, backend, dtype, T)
+
 
 def device():
     """CuPy, where it is installed and has a device to run on.

@@ -158,6 +158,18 @@ def conforms(op: str, folder: str) -> None:
     print(f"kit {op} tensor: {verdict} ({time.time() - start:.0f} s)\n{text if verdict != 'conforms' else ''}"[:3000], flush=True)
 
 
+def under_the_kit(ops, folder: Path, seconds: float) -> None:
+    """`conforms` of every operator, in processes beside each other, each for so long at most."""
+    started = [multiprocessing.get_context("spawn").Process(target=conforms, args=(op, str(folder))) for op in ops]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(seconds)
+        if process.is_alive():
+            process.kill()
+            print("kit: not done in time", flush=True)
+
+
 def tensor(results: Results, folder: Path) -> None:
     """The kernel on tensor cores: against the definition in float64 at many lengths, under the kit, and timed, whole and by itself."""
     from refimpl.gpu import chunk_tensor
@@ -169,7 +181,6 @@ def tensor(results: Results, folder: Path) -> None:
             want = f(**{name: wide(x).astype(cp.float64) for name, x in call.items()}, method="fused")
             errors = [difference(f(**call, method=method), want) for method in ("tensor", "chunkwise", "fused")]
             print(f"agree {op} T={T}: tensor, chunkwise, fused {errors}", flush=True)
-    started = [multiprocessing.get_context("spawn").Process(target=conforms, args=(op, str(folder))) for op in small]
     read, seen = chunk_tensor.read, []
     for op, work, make, floor, target, peer in ROWS[:3]:
         call, f = make(BF16), getattr(refimpl.gpu, op)
@@ -196,13 +207,7 @@ def tensor(results: Results, folder: Path) -> None:
         results.add(op, f"{work}, bfloat16, gradient", "", 2.2 * floor, times, peer=peer)
         del arguments, more, one, again
         cp.get_default_memory_pool().free_all_blocks()
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(100)
-        if process.is_alive():
-            process.kill()
-            print("kit: not done in time", flush=True)
+    under_the_kit(small, folder, seconds=100)
 
 
 def parts(x):
@@ -269,14 +274,7 @@ def gradients(results: Results, folder: Path) -> None:
         except Exception:
             print(f"time {op} {work}: {traceback.format_exc()}"[-1500:], flush=True)
         cp.get_default_memory_pool().free_all_blocks()
-    started = [multiprocessing.get_context("spawn").Process(target=conforms, args=(op, str(folder))) for op in small]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(150)
-        if process.is_alive():
-            process.kill()
-            print("kit: not done in time", flush=True)
+    under_the_kit(small, folder, seconds=150)
 
 
 def channels(results: Results) -> None:

@@ -3,6 +3,7 @@
 import cupy as cp
 import numpy as np
 from refimpl.gpu import mirror
+from refimpl.gpu.arrays import or_null
 from refimpl.gpu.launch import Kernel, shared_memory
 from refimpl.gpu.matrix_memory import flat
 from refimpl.gpu.precision import widened
@@ -81,7 +82,7 @@ class _Call:
         saved = [cp.empty((self.count, self.T, n * d), self.kind) for n in (4, 1, 1, 1)] if keep else [None] * 4
         if self.count and d:
             transposed = cp.ascontiguousarray(self.R.transpose(1, 3, 0, 2))  # (H, j, gate, i)
-            pointers = (*self.inputs, transposed, *map(_or_null, (self.bias, *self.state)), h, *last, *map(_or_null, saved))
+            pointers = (*self.inputs, transposed, *map(or_null, (self.bias, *self.state)), h, *last, *map(or_null, saved))
             self._launch(_FORWARD, pointers)
         return h, chapter.State(*last), saved
 
@@ -93,7 +94,7 @@ class _Call:
         d_state = [cp.ascontiguousarray(x) for x in d_state]
         if self.count and self.d:
             c, n, _, m = self.state
-            self._launch(_BACKWARD, (self.R, *map(_or_null, (c, n, m)), h, *saved, dy, da, *d_state))
+            self._launch(_BACKWARD, (self.R, *map(or_null, (c, n, m)), h, *saved, dy, da, *d_state))
         return da, d_state
 
     def _launch(self, kernels, pointers):
@@ -105,7 +106,3 @@ class _Call:
         threads = 4 * D if D else min(1024, -(-4 * d // 32) * 32)
         sizes = (np.int64(self.T), np.int32(self.R.shape[1]), np.int32(d), self.exponential, np.int32(staged))
         kernels[self.kind.name, D]((self.count,), (threads,), (*pointers, *sizes), (words + (4 * d * d if staged else 0)) * size)
-
-
-def _or_null(x):
-    return np.uint64(0) if x is None else x

@@ -199,7 +199,8 @@ class Jax(Numpy):
             function(*other[0], **other[1])
         seeds = flat(cotangents) + [None] * len(outputs)
         seeds = [jax.numpy.zeros_like(o) if c is None else c.astype(o.dtype) for o, c in zip(outputs, seeds, strict=False)]
-        (grads,) = pull([jax.numpy.conj(s) for s in seeds])
+        for _ in range(2 if twice else 1):
+            (grads,) = pull([jax.numpy.conj(s) for s in seeds])
         return {n: jax.tree.map(jax.numpy.conj, g) for n, g in grads.items()}  # JAX's cotangents are the conjugates of ours
 
 

@@ -1,6 +1,9 @@
-"""What the mirror's tests share: how far the kit lets gradients be from the truth."""
+"""What the mirror's tests share: how far the kit lets gradients be from the truth, and kernels compiled for the host."""
 
+import ctypes
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -32,3 +35,17 @@ def host_compiler():
     if found is None:
         pytest.skip("not run: no g++")
     return found
+
+
+@pytest.fixture(scope="session")
+def host_library(host_compiler):
+    """``host_library(source)``: a file that includes ``cuda_on_host.h``, as a library; headers beside it come before those of ``gpu/cuda``."""
+    from refimpl.gpu import launch
+
+    def build(source: Path) -> ctypes.CDLL:
+        library, folders = source.with_suffix(".so"), (source.parent, Path(__file__).parent / "host", launch.FOLDER)
+        flags = ["-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-w", "-shared", "-fPIC", *(f"-I{folder}" for folder in folders)]
+        subprocess.run([host_compiler, *flags, str(source), "-o", str(library)], check=True)
+        return ctypes.CDLL(str(library))
+
+    return build

@@ -117,20 +117,16 @@ def test_gradient(case, dtype, five, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scores_far_below_zero_and_a_tile_that_is_not_full(dtype, monkeypatch):
+def test_scores_far_below_zero_and_a_tile_that_is_not_full(dtype, monkeypatch, farthest):
     """e^-lse is infinite here: whoever lets keys beyond the last weigh that, and multiplies it by their zeros, gets NaN."""
     monkeypatch.setattr(attention, "FIVE_PRODUCTS", 0)
     rng = np.random.default_rng(4)
     call, _ = _draw((1, 2, 1, 130, 140, 128, 128, {}), dtype, rng)
     call["q"], call["k"] = (4 + call["q"] / 8).astype(_type(dtype)), (-4 + call["k"] / 8).astype(_type(dtype))  # scores of about -180
     dy = call["q"]
-    want = refimpl.OPS["attention"].gradient(_wide(dy), **{name: _wide(x) for name, x in call.items()})
-    got = mirror.attention_vjp(cp.asarray(dy), **_on_device(call))
-    for name, w in want.items():
-        g = got[name].get().astype(np.float64)
-        assert np.all(np.isfinite(g)), name
-        times = 60 if dtype in ("float16", "bfloat16") else 1e4  # float32's scores of 180 are themselves rounded
-        assert np.linalg.norm(g - w) <= times * ROUNDOFF[dtype] * np.linalg.norm(w), name
+    got = {name: g.get() for name, g in mirror.attention_vjp(cp.asarray(dy), **_on_device(call)).items()}
+    assert all(np.all(np.isfinite(g.astype(np.float64))) for g in got.values())
+    assert farthest("attention", call, dy, None, got, dtype) <= 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

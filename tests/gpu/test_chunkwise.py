@@ -8,7 +8,6 @@ of cuBLAS arrive at a few lines of NumPy with cuBLAS's meaning.
 import ctypes
 import importlib.util
 import shutil
-import subprocess
 from pathlib import Path
 
 import ml_dtypes
@@ -17,7 +16,6 @@ import pytest
 
 import refimpl
 
-HERE = Path(__file__).parent
 MISSING = importlib.util.find_spec("cupy") is None
 pytestmark = pytest.mark.skipif(MISSING, reason="not run: cupy not installed; pip install 'refimpl[compile]'")
 if not MISSING:
@@ -93,9 +91,9 @@ def gates_vjp(F, i, first, m, d_old, d_new, d_read, d_last):
 
 
 class Library:
-    """Kernels of one file, compiled for the host; called as `launch.Kernel` is."""
+    """Kernels of one file, compiled for the host by `build`, the fixture ``host_library``; called as `launch.Kernel` is."""
 
-    def __init__(self, folder: Path, kernels, mistake: tuple[str, str] | None = None) -> None:
+    def __init__(self, build, folder: Path, kernels, mistake: tuple[str, str] | None = None) -> None:
         self.number = {kernel.name: i for i, kernel in enumerate(kernels)}
         source, code = folder / "kernels.cpp", kernels[0].source.replace("extern __shared__", "extern")
         if mistake is not None:
@@ -109,20 +107,7 @@ class Library:
         )
         calls += 'extern "C" void lag(unsigned long long seed) { host::uneven = seed; }\n'
         source.write_text(f'#include "cuda_on_host.h"\n{code}\n{calls}')
-        command = [
-            "g++",
-            "-std=c++17",
-            "-O1",
-            "-U_FORTIFY_SOURCE",
-            "-w",
-            "-shared",
-            "-fPIC",
-            f"-I{HERE / 'host'}",
-            f"-I{launch.FOLDER}",
-            str(source),
-        ]
-        subprocess.run([*command, "-o", str(folder / "kernels.so")], check=True)
-        self.library = ctypes.CDLL(str(folder / "kernels.so"))
+        self.library = build(source)
 
     def __call__(self, kernel, grid, block, args, shared=0):
         if 0 in grid:
@@ -215,8 +200,8 @@ def multiply(ta, tb, m, n, k, A, B, C, types, lds, compute):
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory, host_compiler):
-    return Library(tmp_path_factory.mktemp("kernels"), chunk_kernels.KERNELS)
+def library(tmp_path_factory, host_library):
+    return Library(host_library, tmp_path_factory.mktemp("kernels"), chunk_kernels.KERNELS)
 
 
 @pytest.fixture
@@ -321,19 +306,19 @@ def in_one_kernel(name: str):
     return contract.form(function, half=True), contract.gradient(vjp, half=True)
 
 
-def tensor_kernels(folder: Path, mistake=None, wrong_file=None):
+def tensor_kernels(build, folder: Path, mistake=None, wrong_file=None):
     """All files' kernels on the host; `mistake` is planted in one of them."""
     kernels = (*chunk_tensor.KERNELS, *chunk_tensor.KERNELS_VJP, *chunk_tensor.KERNELS_NORMALISED_VJP, *mlstm.KERNELS_GATES)
     kernels, libraries = (*kernels, *channel_tensor.KERNELS, *channel_tensor.KERNELS_VJP), {}
     for file in {k.file: 0 for k in kernels}:
         (folder / file).mkdir()
-        libraries[file] = Library(folder / file, [k for k in kernels if k.file == file], mistake if file == wrong_file else None)
+        libraries[file] = Library(build, folder / file, [k for k in kernels if k.file == file], mistake if file == wrong_file else None)
     return lambda kernel, *arguments: libraries[kernel.file](kernel, *arguments)
 
 
 @pytest.fixture(scope="session")
-def memory_library(tmp_path_factory, host_compiler):
-    return tensor_kernels(tmp_path_factory.mktemp("memory"))
+def memory_library(tmp_path_factory, host_library):
+    return tensor_kernels(host_library, tmp_path_factory.mktemp("memory"))
 
 
 @pytest.fixture
@@ -581,8 +566,8 @@ def test_what_was_measured_chooses_the_method():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_stabilised_gates_of_the_host_are_the_kernels(dtype, rng, tmp_path, monkeypatch, host_compiler):
-    library = Library(tmp_path, [k for k in mlstm.KERNELS if "gates" in k.name])
+def test_the_stabilised_gates_of_the_host_are_the_kernels(dtype, rng, tmp_path, monkeypatch, host_library):
+    library = Library(host_library, tmp_path, [k for k in mlstm.KERNELS if "gates" in k.name])
     monkeypatch.setattr(launch.Kernel, "__call__", lambda kernel, grid, block, args, shared=0: library(kernel, grid, block, args, shared))
     monkeypatch.setattr(mlstm, "cp", np)
     for T in (0, 1, 255, 256, 300, 1023, 1024, 2100):
@@ -601,7 +586,7 @@ def test_the_stabilised_gates_of_the_host_are_the_kernels(dtype, rng, tmp_path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPS)
-def test_the_mirrors_functions_take_both_methods(name, rng, tmp_path, library, device, monkeypatch, farthest):
+def test_the_mirrors_functions_take_both_methods(name, rng, tmp_path, library, device, monkeypatch, farthest, host_library):
     """`refimpl.gpu`'s own functions on the host, through the contract: the default of so small a call is the fused recurrence, and both are right."""
     chapter = {"ssd": ssd, "mlstm": mlstm, "linear_attention": linear_attention}[name]
     small = ("matrix_memory<double, 8, 4, 2", "matrix_memory_vjp<double, 1, 8")
@@ -610,7 +595,7 @@ def test_the_mirrors_functions_take_both_methods(name, rng, tmp_path, library, d
         instances = [k for k in chapter.KERNELS if k.file == file and (k.name.startswith(small) or "mlstm_gates" in k.name)]
         if instances:
             (tmp_path / file).mkdir()
-            wanted[file] = Library(tmp_path / file, instances)
+            wanted[file] = Library(host_library, tmp_path / file, instances)
     used = []
 
     def call(kernel, grid, block, args, shared=0):
@@ -640,10 +625,10 @@ def test_the_mirrors_functions_take_both_methods(name, rng, tmp_path, library, d
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", [None, ("            meet(OWN + group, GROUP);\n            float m[4]", "            float m[4]")])
-def test_warps_that_lag_behind_change_nothing(mistake, tmp_path, rng, monkeypatch, host_compiler):
+def test_warps_that_lag_behind_change_nothing(mistake, tmp_path, rng, monkeypatch, host_library):
     """Warps of different tasks, which meet at barriers by number: whichever of them are late, the result is the same to the bit."""
     kernels = [k for k in (*channel_tensor.KERNELS, *channel_tensor.KERNELS_VJP) if "_channels<64" in k.name]
-    library = Library(tmp_path, kernels, mistake)
+    library = Library(host_library, tmp_path, kernels, mistake)
     run_on_host(monkeypatch, library)
     q, k, v, w = (rng.standard_normal((1, 1, 200, 40)).astype(ml_dtypes.bfloat16) for _ in range(4))
     w = (-abs(w.astype(np.float32))).astype(ml_dtypes.bfloat16)
@@ -660,9 +645,9 @@ def test_warps_that_lag_behind_change_nothing(mistake, tmp_path, rng, monkeypatc
 @pytest.mark.parametrize(
     "mistake", [None, ("copies_wait<0>();\n        meet_all();\n        fetch();", "copies_wait<0>();\n        fetch();")]
 )
-def test_warps_that_lag_behind_do_not_change_a_gradient(mistake, tmp_path, rng, monkeypatch, host_compiler):
+def test_warps_that_lag_behind_do_not_change_a_gradient(mistake, tmp_path, rng, monkeypatch, host_library):
     """Heads that share queries and keys, so that what one head leaves is read while the next is at work."""
-    library = Library(tmp_path, [k for k in chunk_tensor.KERNELS_VJP if "<128" not in k.name], mistake)
+    library = Library(host_library, tmp_path, [k for k in chunk_tensor.KERNELS_VJP if "<128" not in k.name], mistake)
     run_on_host(monkeypatch, library)
     shapes = ((1, 4, 130, 72), (1, 1, 130, 40), (1, 1, 130, 40), (1, 4, 130, 72))
     dy, q, k, v = (rng.standard_normal(shape).astype(ml_dtypes.bfloat16) for shape in shapes)
@@ -723,7 +708,7 @@ TENSOR_MISTAKES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", TENSOR_MISTAKES)
-def test_a_mistake_on_tensor_cores_is_seen(mistake, tmp_path, rng, monkeypatch, farthest, host_compiler):
+def test_a_mistake_on_tensor_cores_is_seen(mistake, tmp_path, rng, monkeypatch, farthest, host_library):
     """A file's text is changed, or in a copy of the folder that of a header."""
     file, edit = TENSOR_MISTAKES[mistake]
     if file.endswith(".cuh"):
@@ -734,7 +719,7 @@ def test_a_mistake_on_tensor_cores_is_seen(mistake, tmp_path, rng, monkeypatch, 
         (folder / file).write_text(text.replace(*edit), encoding="utf-8")
         monkeypatch.setattr(launch, "FOLDER", folder)
         edit, file = None, None
-    run_on_host(monkeypatch, tensor_kernels(tmp_path, edit, file))
+    run_on_host(monkeypatch, tensor_kernels(host_library, tmp_path, edit, file))
     with np.errstate(all="ignore"):
         assert any(not error <= 1 for name in OPS for error in off_tensor_cores(name, rng, farthest))
 
@@ -756,9 +741,9 @@ MISTAKES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_a_kernel_is_seen(mistake, tmp_path, rng, monkeypatch, device, farthest):
+def test_a_mistake_in_a_kernel_is_seen(mistake, tmp_path, rng, monkeypatch, device, farthest, host_library):
     """The proof can fail: for each mistake planted in the kernels' text one operator at least goes wrong."""
-    wrong = Library(tmp_path, [k for k in chunk_kernels.KERNELS if "double" in k.name], MISTAKES[mistake])
+    wrong = Library(host_library, tmp_path, [k for k in chunk_kernels.KERNELS if "double" in k.name], MISTAKES[mistake])
     monkeypatch.setattr(launch.Kernel, "__call__", lambda kernel, grid, block, args, shared=0: wrong(kernel, grid, block, args, shared))
     with np.errstate(all="ignore"):
         seen = [name for name in OPS if not _as_the_chapter(name, device, rng, farthest)]

@@ -80,11 +80,11 @@ def adding(function, batched: bool):
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory, host_compiler):
+def kernels(tmp_path_factory, host_library):
     chunks, found = _other("test_chunkwise"), {}
     for file in ("kernel_experts.cu", "kernel_places.cu", "kernel_grouped_outer.cu"):
         instances = [k for k in moe.KERNELS if k.file == file and "__half" not in k.name]
-        found[file] = chunks.Library(tmp_path_factory.mktemp("kernels"), instances)
+        found[file] = chunks.Library(host_library, tmp_path_factory.mktemp("kernels"), instances)
     return chunks, found
 
 
@@ -181,11 +181,11 @@ MISTAKES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_a_kernel_is_seen(mistake, kernels, on_host, rng, farthest, monkeypatch, tmp_path):
+def test_a_mistake_in_a_kernel_is_seen(mistake, kernels, on_host, rng, farthest, monkeypatch, tmp_path, host_library):
     """The proof can fail: what is planted in the kernels' text makes a result wrong, or writes where nothing is."""
     file, *change = MISTAKES[mistake]
     instances = [k for k in moe.KERNELS if k.file == file and ("<" not in k.name or "<float" in k.name)]
-    monkeypatch.setitem(kernels[1], file, kernels[0].Library(tmp_path, instances, tuple(change)))
+    monkeypatch.setitem(kernels[1], file, kernels[0].Library(host_library, tmp_path, instances, tuple(change)))
     with np.errstate(all="ignore"):
         for case in ("a capacity, entries", "several tiles"):
             try:

@@ -4,8 +4,6 @@ Matrix instructions, copies in the background and barriers by number are those o
 """
 
 import ctypes
-import subprocess
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +15,7 @@ from refimpl.ops.state_space.selective_scan import error_bound
 pytest.importorskip("cupy", reason="not run: refimpl.gpu needs cupy, even without a device")
 launch = pytest.importorskip("refimpl.gpu.launch")
 
-HERE, HALF = Path(__file__).parent, ml_dtypes.bfloat16
+HALF = ml_dtypes.bfloat16
 STRIP = 16
 # instance: what a block keeps in shared memory, how many of it; strips and threads of a block
 INSTANCES = {
@@ -35,7 +33,7 @@ INSTANCES = {
 class OnHost:
     """One instance: called with its arguments, arrays as pointers."""
 
-    def __init__(self, folder, compiler, name, mistake=None):
+    def __init__(self, build, folder, name, mistake=None):
         file, instance, shared, times, self.strips, self.threads = INSTANCES[name]
         code = {
             part: (launch.FOLDER / part).read_text(encoding="utf-8") for part in (file, "block_selective.cuh", "block_selective_strip.cuh")
@@ -51,20 +49,7 @@ class OnHost:
         )
         source = folder / f"{name}.cpp"
         source.write_text(f'#include "cuda_on_host.h"\n#include "{file}"\n{calls}', encoding="utf-8")
-        command = [
-            compiler,
-            "-std=c++17",
-            "-O1",
-            "-U_FORTIFY_SOURCE",
-            "-w",
-            "-shared",
-            "-fPIC",
-            f"-I{folder}",
-            f"-I{HERE / 'host'}",
-            f"-I{launch.FOLDER}",
-        ]
-        subprocess.run([*command, str(source), "-o", str(source.with_suffix(".so"))], check=True)
-        self.library = ctypes.CDLL(str(source.with_suffix(".so")))
+        self.library = build(source)
 
     def __call__(self, N, c, G, arguments, lag):
         pointers = (np.array([0 if a is None else a.ctypes.data], np.uint64) if a is None or a.ndim else a.reshape(1) for a in arguments)
@@ -73,8 +58,8 @@ class OnHost:
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory, host_compiler):
-    return {name: OnHost(tmp_path_factory.mktemp(name), host_compiler, name) for name in INSTANCES}
+def kernels(tmp_path_factory, host_library):
+    return {name: OnHost(host_library, tmp_path_factory.mktemp(name), name) for name in INSTANCES}
 
 
 def draw(seed, N, T, c, *, without=(), groups=()):
@@ -192,12 +177,12 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: f"{m[0]}: {m[1].strip()[:40]}")
-def test_a_mistake_is_seen(mistake, tmp_path, host_compiler):
+def test_a_mistake_is_seen(mistake, tmp_path, host_library):
     name, right, wrong = mistake
     call = draw(0, 1, 150, 16)
     exact = {name: x.astype(np.float64) for name, x in call.items()} | {"delta_softplus": True, "return_state": True}
     want = refimpl.selective_scan(**exact)
-    kernel = OnHost(tmp_path, host_compiler, name, (right, wrong))
+    kernel = OnHost(host_library, tmp_path, name, (right, wrong))
     errors = []
     for lag in (0, 1, 2, 3):
         got = forward(kernel, call, True, lag)

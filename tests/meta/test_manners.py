@@ -58,7 +58,7 @@ def recurrence(wrong):
     "wrong, where",
     [("", ""), ("workspace", "another call"), ("twice", "the second backward"), ("alone", "alone: state"), ("inference", "random[")],
 )
-def test_a_manner_in_which_nothing_else_is_asked(wrong, where):
+def test_a_mistake_that_one_manner_of_asking_shows(wrong, where):
     report = refimpl.check("linear_recurrence", recurrence(wrong), framework="torch", dtypes=["float32"], level="quick", gradients=True)
     assert report.verdict == ("wrong" if wrong else "conforms"), str(report)
     assert all(where in failure.id for failure in report.failures)
