@@ -151,7 +151,7 @@ attention_tiled(const Call c, const T* q, const T* k, const T* v, const unsigned
                 const A* slice = next();
                 multiply_slice(s, slice + KEYS * S, slice, tx, ty);
             }
-            const bool edge = !inside(c, row, ROWS, key, KEYS);
+            const bool edge = row + ROWS > c.n || !inside(c, row, ROWS, key, KEYS);  // rows beyond the last have no bias to read
             A larger[R];
             const A scale = (A)c.scale;
             if (c.softcap > 0) {
