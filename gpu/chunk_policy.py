@@ -29,8 +29,6 @@ CHUNKED = {  # by what decays, and whether it is the gradient: what is faster th
 }
 LEAST = {False: 250_000_000, True: 100_000_000}  # numbers of all states, times steps, from which launches no longer dominate
 LEAST_TENSOR = {False: 0, True: 20_000_000}  # the same for the kernel on tensor cores, which is one launch, its gradient five
-# Operators, and whether the gradient, that take it only when asked to: its last version was under the kit on the host, not yet on a device.
-ASKED = (("mlstm", True),)
 LONGEST = 128  # steps of a chunk
 WIDEST = 128  # features of a key that the kernel on tensor cores holds
 NEVER = ("float64",)  # not timed in chunks
@@ -87,7 +85,7 @@ def chosen(
     if method is not None:
         return Choice(method, chunk)
     work = math.prod(heads) * T * d * e
-    if tensor and work >= LEAST_TENSOR[gradient] and (operator, gradient) not in ASKED:
+    if tensor and work >= LEAST_TENSOR[gradient]:
         return Choice("tensor")
     if work < LEAST[gradient] or dtype.name in NEVER:
         return Choice("fused")

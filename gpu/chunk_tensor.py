@@ -21,6 +21,7 @@ _SUMS = 200  # floats of a chunk's decays
 _STAGES = 3  # chunks under way in ``memory_states``
 _TOLD, _FOUND = 452, 664  # floats of ``Told`` and ``Found``
 PLAIN, NORMALISED, WITNESS = range(3)
+ALONE, TOGETHER, WITH_NORM = range(3)
 
 
 def _memory(width: int, kind: int) -> Kernel:
@@ -31,17 +32,22 @@ def _states(width: int, normalised: bool) -> Kernel:
     return Kernel("kernel_memory_gradient.cu", f"memory_states<{width}, {str(normalised).lower()}>")
 
 
-def _gradient(width: int, normalised: bool) -> Kernel:
-    return Kernel("kernel_memory_gradient.cu", f"memory_gradient<{width}, {str(normalised).lower()}>", spills=True, stack=256)
+def _gradient(width: int, kind: int) -> Kernel:
+    return Kernel("kernel_memory_gradient.cu", f"memory_gradient<{width}, {kind}>", spills=True, stack=256)
 
 
 _TELL, _DECAYS, _SUM_HEADS = (Kernel("kernel_memory_gradient.cu", name) for name in ("memory_told", "memory_decays", "sum_heads"))
 KERNELS = tuple(_memory(width, kind) for width in (TILE, WIDEST) for kind in (PLAIN, NORMALISED))
-KERNELS_VJP = (*(f(width, False) for f in (_states, _gradient) for width in (TILE, WIDEST)), _TELL, _DECAYS, _SUM_HEADS)
+KERNELS_VJP = (
+    *(f(width, kind) for f, kind in ((_states, False), (_gradient, ALONE), (_gradient, TOGETHER)) for width in (TILE, WIDEST)),
+    _TELL,
+    _DECAYS,
+    _SUM_HEADS,
+)
 KERNELS_NORMALISED_VJP = (
     _TELL,
     _DECAYS,
-    *(f(width, how) for width in (TILE, WIDEST) for f, how in ((_memory, WITNESS), (_states, True), (_gradient, True))),
+    *(f(width, how) for width in (TILE, WIDEST) for f, how in ((_memory, WITNESS), (_states, True), (_gradient, WITH_NORM))),
 )
 
 
@@ -150,10 +156,11 @@ def read_vjp(
     dw, dgain = (cp.empty((G, H, T), np.float32) for _ in range(2))
     dskip = None if skip is None else cp.empty((G, H, chunks), np.float32)
     arrays = (q, k, v, dy, told, states, adjoints, norms, of_norms, skip, dq, dk, dv, found)
-    sizes = (np.int32(x) for x in (q.shape[3], v.shape[3], H, q.shape[1], k.shape[1], v.shape[1], together))
+    sizes = (np.int32(x) for x in (q.shape[3], v.shape[3], H, q.shape[1], k.shape[1], v.shape[1]))
     shared = 2 * (2 * CHUNK * width + 2 * (2 * CHUNK * TILE + 2 * width * TILE) + 2 * CHUNK * CHUNK + CHUNK * TILE)
     arguments = (*map(or_null, arrays), np.int64(T), *sizes, np.float32(scale))
-    _gradient(width, normalised)((G * of_keys * chunks,), (2 * THREADS,), arguments, shared)
+    kind = WITH_NORM if normalised else TOGETHER if together else ALONE
+    _gradient(width, kind)((G * of_keys * chunks,), (2 * THREADS,), arguments, shared)
     arguments = (told, found, dw, dgain, or_null(dskip), *count, np.float32(scale))
     _DECAYS(warps, (THREADS,), arguments)
     first_norm = first_norm[..., :d] if normalised else None

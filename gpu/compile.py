@@ -37,6 +37,7 @@ def together(instances: Sequence[Kernel], architecture: str) -> list[dict]:
     options = ProgramOptions(
         arch=architecture, std="c++17", include_path=[*own, *include], ftz=True, ptxas_options=["-v"],
         extra_device_vectorization="--extra-device-vectorization" in flags or None,
+        define_macro=[o[2:] for o in flags if o.startswith("-D")] or None,
     )  # fmt: skip
     logs = _Log()
     try:

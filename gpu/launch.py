@@ -1,6 +1,7 @@
 """CUDA C++ kernels: which there are, how they are compiled, and what is said when a launch fails."""
 
 import functools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,13 @@ class Kernel:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The compiler's, other than the architecture (CuPy adds ``-ftz=true``: subnormals become 0)."""
-        return ("-std=c++17", f"-I{FOLDER}", "--extra-device-vectorization")
+        """The compiler's, other than the architecture (CuPy adds ``-ftz=true``: subnormals become 0).
+
+        With ``REFIMPL_EVERY_LANE_ARRIVES`` in the environment barriers are such that racecheck follows them (``barriers.cuh``), and
+        reports tell lines of source.
+        """
+        seen = ("-DEVERY_LANE_ARRIVES", "-lineinfo") if os.environ.get("REFIMPL_EVERY_LANE_ARRIVES") else ()
+        return ("-std=c++17", f"-I{FOLDER}", "--extra-device-vectorization", *seen)
 
     @property
     def architectures(self) -> tuple[str, ...]:

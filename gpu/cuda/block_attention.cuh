@@ -1,5 +1,6 @@
 // What all attention kernels share: a call's sizes, who may attend to whom, numbers of 16 bits, copies into shared memory.
 #pragma once
+#include "barriers.cuh"
 
 // ---- numbers ---------------------------------------------------------------------------------------------------------
 // 16-bit numbers are stored, never computed with: they become float on the way in and are rounded once on the way out.
@@ -114,7 +115,6 @@ __device__ inline A score(const Call& c, A raw, bool edge, int i, int j, const u
 }
 
 // ---- shared memory ---------------------------------------------------------------------------------------------------
-__device__ inline unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 
 // 16 bytes, in the background; zeros where there is nothing to copy.
 __device__ inline void copy16(void* to, const void* from, bool there) {

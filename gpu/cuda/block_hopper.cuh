@@ -14,27 +14,10 @@
 
 struct alignas(64) TensorMap { unsigned char bytes[128]; };  // a CUtensorMap, made by the driver on the host
 
-// ---- barriers: a phase ends when so many threads arrived and so many bytes came ------------------------------------
-struct Barrier { unsigned long long word; };
-
-__device__ inline void barrier_init(Barrier* b, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
-}
+// This thread arrives, and so many bytes are to come before the phase ends.
 __device__ inline void barrier_expect(Barrier* b, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
 }
-__device__ inline void barrier_arrive(Barrier* b) {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
-}
-__device__ inline void barrier_wait(Barrier* b, int phase) {
-    asm volatile(
-        "{\n.reg .pred done;\nagain:\n"
-        "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-        "@!done bra again;\n}" ::"r"(shared_address(b)), "r"(phase) : "memory");
-}
-// Barriers of the machine, by number: `threads` of the block meet, some of them without waiting.
-__device__ inline void meet(int number, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
-__device__ inline void pass(int number, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
 
 // ---- the copy engine -------------------------------------------------------------------------------------------------
 // One box of a tensor (column, row, head, batch): its bytes count at the barrier; outside the tensor there are zeros.

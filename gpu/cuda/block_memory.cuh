@@ -11,6 +11,12 @@ template <int ROWS> __device__ __forceinline__ char* at(char* tile, int r, int p
     return tile + (p / 8 * ROWS + r) * 128 + ((p % 8 ^ r % 8) << 4);
 }
 
+// Where a lane's row of the first 16 x 16 numbers of a tile lies, from the tile's start on: for a left operand, or a right one that is turned;
+// and for a right operand, or a left one turned. 16 columns more are ^ 32, 16 rows more + BLOCK, 64 columns more + PANEL.
+constexpr int BLOCK = 16 * 128, PANEL = L * 128;
+__device__ __forceinline__ int across(int lane) { return lane % 16 * 128 + ((lane / 16 ^ lane % 8) << 4); }
+__device__ __forceinline__ int along(int lane) { return (lane / 16 * 8 + lane % 8) * 128 + ((lane / 8 % 2 ^ lane % 8) << 4); }
+
 // 64 x WIDTH numbers from `column` on of rows of `width`, of which the first `rows` are there; zeros outside.
 // A whole tile is copied without asking for each piece.
 template <int WIDTH, int COUNT = THREADS>

@@ -11,24 +11,31 @@
 #pragma once
 #include <cuda_bf16.h>
 
+#include "barriers.cuh"
+
 using i64 = long long;
 
-__device__ __forceinline__ unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+// A place in shared memory as a number. Where tiles start at multiples of 128 bytes, piece p of a row lies at that of piece 0 ^ 16 p: an
+// instruction for a place, and none for one so many rows away, which is part of the instruction that reads.
+using Place = unsigned;
+__device__ __forceinline__ Place place(const void* p) { return shared_address(p); }
 
 // Four 8 x 8 matrices whose rows start where lanes 0-7, 8-15, 16-23, 24-31 say: lane l gets (g, 2t), (g, 2t + 1) of each.
-__device__ __forceinline__ void load_tiles(unsigned (&x)[4], const void* row) {
+__device__ __forceinline__ void load_tiles(unsigned (&x)[4], Place row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 }
+__device__ __forceinline__ void load_tiles(unsigned (&x)[4], const void* row) { load_tiles(x, place(row)); }
 // The same, each matrix transposed.
-__device__ __forceinline__ void load_tiles_turned(unsigned (&x)[4], const void* row) {
+__device__ __forceinline__ void load_tiles_turned(unsigned (&x)[4], Place row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 }
+__device__ __forceinline__ void load_tiles_turned(unsigned (&x)[4], const void* row) { load_tiles_turned(x, place(row)); }
 // result += left right, in float32
 __device__ __forceinline__ void multiply_tiles(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -70,6 +77,3 @@ __device__ __forceinline__ int fresh(int x) {
 
 // All threads of the block, wherever they are in the program.
 __device__ __forceinline__ void meet_all() { asm volatile("bar.sync 0;" ::: "memory"); }
-// Barriers by number, from 1: `threads` of the block come by, those that pass without waiting.
-__device__ __forceinline__ void meet(int number, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
-__device__ __forceinline__ void pass(int number, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory"); }

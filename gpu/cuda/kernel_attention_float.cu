@@ -19,27 +19,9 @@ constexpr int STRIDE = 132;            // from feature to feature, of Q and K: 4
 constexpr int QUAD = 72;               // from 4 keys to 4 keys of P: 4 x 16 rows and 8 more, for the same reason
 constexpr int HALF = KEYS / 2;
 
-// ---- barriers that count arrivals, as sm_80 has them already -----------------------------------------------------------
-struct Barrier { unsigned long long word; };
-
-__device__ inline void barrier_init(Barrier* b, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
-}
-__device__ inline void barrier_arrive(Barrier* b) {
-    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(b)) : "memory");
-}
 // Arrives when this thread's copies so far have.
 __device__ inline void barrier_arrive_after_copies(Barrier* b) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(b)) : "memory");
-}
-__device__ inline void barrier_wait(Barrier* b, int phase) {
-#if __CUDA_ARCH__ >= 900
-#define TEST "mbarrier.try_wait.parity"
-#else
-#define TEST "mbarrier.test_wait.parity"
-#endif
-    asm volatile("{\n.reg .pred done;\nagain:\n" TEST ".shared.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(shared_address(b)), "r"(phase)
-                 : "memory");
 }
 
 // ---- copies: addresses go from copy to copy, since working them out anew would cost as many instructions as the copies ----------
@@ -162,7 +144,7 @@ attention_float(const Call c, const float* q, const float* k, const float* v, co
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, right = lane / 2, left = lane % 2;
     const int mine = 16 * warp + 4 * left;  // this thread's rows: mine ... mine + 3, mine + 8 ... mine + 11
     if (threadIdx.x == 0)
-        for (int s = 0; s < RING; s++) barrier_init(full + s, 256), barrier_init(free + s, 8);
+        for (int s = 0; s < RING; s++) barrier_init(full + s, 256), barrier_init_for_warps(free + s, 8);
     __syncthreads();
 
     // Slices are copied AHEAD of their use; each side goes round the ring on its own.
@@ -204,8 +186,7 @@ attention_float(const Call c, const float* q, const float* k, const float* v, co
         return buffers + use.stage * BUFFER;
     };
     auto release = [&]() {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(free + use.stage);
+        barrier_arrive_as_warp(free + use.stage);
         advance(use);
     };
 

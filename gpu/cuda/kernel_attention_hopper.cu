@@ -43,13 +43,14 @@ attention_forward(const __grid_constant__ Call c, const __grid_constant__ Tensor
     };
     const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
 
+    will_come(1, W, 256);
     if (threadIdx.x == 0) {
-        barrier_init(q_full, 1), barrier_init(q_free, 4 * W);  // one arrival a warp
+        barrier_init(q_full, 1), barrier_init_for_warps(q_free, 4 * W);
         for (int s = 0; s < STAGES; s++) {
             barrier_init(k_full + s, 1), barrier_init(v_full + s, 1);
-            barrier_init(k_free + s, 4 * W), barrier_init(v_free + s, 4 * W);
+            barrier_init_for_warps(k_free + s, 4 * W), barrier_init_for_warps(v_free + s, 4 * W);
         }
-        for (int s = 0; s < 2; s++) barrier_init(item_full + s, 1), barrier_init(item_free + s, 4 * W);
+        for (int s = 0; s < 2; s++) barrier_init(item_full + s, 1), barrier_init_for_warps(item_free + s, 4 * W);
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
     }
     __syncthreads();
@@ -90,8 +91,7 @@ attention_forward(const __grid_constant__ Call c, const __grid_constant__ Tensor
         for (int turn = 0;; turn++) {
             barrier_wait(item_full + turn % 2, turn / 2 % 2);
             const int item = places[turn % 2];
-            __syncwarp();
-            if (lane == 0) barrier_arrive(item_free + turn % 2);
+            barrier_arrive_as_warp(item_free + turn % 2);
             if (item >= items) break;
             take(item);
             const int row_0 = row + 64 * me, mine = row_0 + thread / 32 * 16 + lane / 4;  // this thread: rows mine, mine + 8
@@ -180,10 +180,6 @@ attention_forward(const __grid_constant__ Call c, const __grid_constant__ Tensor
 #pragma unroll
                 for (int x = 0; x < KEYS / 4; x++) p[x] = pack<T>(s[2 * x], s[2 * x + 1]);
             };
-            auto release = [&](Barrier* free) {
-                __syncwarp();
-                if (lane == 0) barrier_arrive(free);
-            };
 
             if (count > 0) {
                 float keep[2];
@@ -193,7 +189,7 @@ attention_forward(const __grid_constant__ Call c, const __grid_constant__ Tensor
                 multiply_keys(round % STAGES);
                 products_wait<0>();
                 hold(s);
-                release(k_free + round % STAGES);
+                barrier_arrive_as_warp(k_free + round % STAGES);
                 softmax((until - 1) * KEYS, keep);
                 round_weights();
                 for (int t = 1; t < count; t++) {
@@ -207,19 +203,19 @@ attention_forward(const __grid_constant__ Call c, const __grid_constant__ Tensor
                     pass(1 + (me + 1) % W, 256);  // the next one's
                     products_wait<1>();
                     hold(s);
-                    release(k_free + stage);
+                    barrier_arrive_as_warp(k_free + stage);
                     softmax((until - 1 - t) * KEYS, keep);
                     if (total[0] + total[1] < -1.0f) __trap();  // never; it keeps all of the softmax above the wait for P V
                     products_wait<0>();
                     hold(acc);
-                    release(v_free + before);
+                    barrier_arrive_as_warp(v_free + before);
                     if (__any_sync(0xffffffff, keep[0] != 1.0f || keep[1] != 1.0f)) {
 #pragma unroll
                         for (int x = 0; x < D / 2; x++) acc[x] *= keep[x % 4 / 2];
                     }
                     round_weights();
                 }
-                release(q_free);
+                barrier_arrive_as_warp(q_free);
                 round += count;
                 const int last = (round - 1) % STAGES;
                 barrier_wait(v_full + last, (round - 1) / STAGES % 2);
@@ -227,7 +223,7 @@ attention_forward(const __grid_constant__ Call c, const __grid_constant__ Tensor
                 multiply_values(last);
                 products_wait<0>();
                 hold(acc);
-                release(v_free + last);
+                barrier_arrive_as_warp(v_free + last);
             }
             float factor[2];
 #pragma unroll

@@ -63,9 +63,10 @@ attention_gradient_keys(const __grid_constant__ Call c, const __grid_constant__ 
     const int each = max(0, until - from), count = each * group;
     const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
 
+    will_come(1, 2, 256);
     if (threadIdx.x == 0) {
         barrier_init(own_full, 1);
-        for (int s = 0; s < STAGES; s++) barrier_init(full + s, 1), barrier_init(free + s, 8);
+        for (int s = 0; s < STAGES; s++) barrier_init(full + s, 1), barrier_init_for_warps(free + s, 8);
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
     }
     __syncthreads();
@@ -148,8 +149,7 @@ attention_gradient_keys(const __grid_constant__ Call c, const __grid_constant__ 
                 hold(dp);
                 hold(dk_acc);
                 hold(dv_acc);
-                __syncwarp();
-                if (lane == 0) barrier_arrive(free + stage);
+                barrier_arrive_as_warp(free + stage);
             };
             for (int t = 0; t + 1 < count; t++) step(t, Yes());
             step(count - 1, No());
@@ -181,9 +181,10 @@ attention_gradient_queries(const __grid_constant__ Call c, const __grid_constant
     const int count = max(0, until - from);
     const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
 
+    will_come(1, 2, 256);
     if (threadIdx.x == 0) {
         barrier_init(own_full, 1);
-        for (int s = 0; s < STAGES; s++) barrier_init(full + s, 1), barrier_init(free + s, 8);
+        for (int s = 0; s < STAGES; s++) barrier_init(full + s, 1), barrier_init_for_warps(free + s, 8);
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
     }
     __syncthreads();
@@ -258,8 +259,7 @@ attention_gradient_queries(const __grid_constant__ Call c, const __grid_constant
                 hold(s);
                 hold(dp);
                 hold(acc);
-                __syncwarp();
-                if (lane == 0) barrier_arrive(free + stage);
+                barrier_arrive_as_warp(free + stage);
             };
             for (int t = 0; t + 1 < count; t++) step(t, Yes());
             step(count - 1, No());

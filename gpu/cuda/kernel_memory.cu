@@ -44,6 +44,7 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
               int v_heads, int w_heads, float scale, float eps) {
     constexpr bool NORMALISED = KIND != PLAIN;
     constexpr int ROWS = L * D * 2, VALUES = L * E * 2, STAGE = 2 * ROWS + VALUES;
+    will_come(1, 1, THREADS);
     extern __shared__ double memory[];
     char* const shared = reinterpret_cast<char*>(memory);
     char* const copy = shared + 2 * STAGE;  // of S

@@ -83,6 +83,7 @@ memory_channels(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                 int w_heads, float scale, int backwards) {
     const bool back = GRADIENT && backwards, reads = !GRADIENT || y;
     constexpr int TILE = 8 * D * 2, ROOM = Stage<D>::BYTES;
+    will_come(FULL, 2 * STAGES, READING), will_come(OWN, GROUPS, GROUP);
     extern __shared__ double memory[];
     char* const shared = reinterpret_cast<char*>(memory);
 

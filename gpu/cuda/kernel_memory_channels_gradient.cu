@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 memory_channels_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat16* v, const __nv_bfloat16* w, const __nv_bfloat16* dy,
                          const __nv_bfloat16* states, const __nv_bfloat16* adjoints, __nv_bfloat16* dq, __nv_bfloat16* dk, __nv_bfloat16* dw,
                          i64 T, int d, int e, int heads, int q_heads, int k_heads, int v_heads, int w_heads, int s_heads, float scale) {
+    will_come(1, 1, THREADS);
     extern __shared__ double memory[];
     __shared__ float2 diagonal[L / 2];  // P_tt
     constexpr int ROWS = L * D * 2, OF_VALUES = L * VALUES * 2;

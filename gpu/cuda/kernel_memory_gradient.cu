@@ -22,25 +22,28 @@ constexpr int STAGES = 3;  // of memory_states
 constexpr int OUT = 16 * 128;  // bytes of a warp's 16 rows on their way out
 
 // 16 rows of 8 N numbers that a warp has as tiles of results, to `rows` rows of a matrix, in whole runs of 16 bytes.
-template <int N> __device__ __forceinline__ char* in_room(char* room, int r, int p) {
-    return room + r * (16 * N) + ((N == 8 ? p ^ r % 8 : p ^ r / 2 % 4) << 4);
-}
+// Piece p of row r stands in place p ^ r % 8, of 4 pieces in place p ^ r / 2 % 4.
 template <int N>
 __device__ __forceinline__ void store_rows(char* room, const float (&tiles)[N][4], __nv_bfloat16* to, i64 rows, int width, int column) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t4 = lane % 4;
+    constexpr int ROW = 16 * N, STEP = 32 / N;  // bytes of a row, rows that a warp writes at once
+    const int lane = fresh(threadIdx.x) % 32, g = lane / 4, r = lane / N, p = lane % N;
+    const int own = g * ROW + ((N == 8 ? g : g / 2) << 4) + 4 * (lane % 4), out = r * ROW + ((N == 8 ? p ^ r : p ^ r / 2) << 4);
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < N; ++j) {
 #pragma unroll
         for (int x = 0; x < 2; ++x)
-            *reinterpret_cast<unsigned*>(in_room<N>(room, g + 8 * x, j) + 4 * t4) = pack(tiles[j][2 * x], tiles[j][2 * x + 1]);
+            *reinterpret_cast<unsigned*>(room + (own ^ 16 * j) + 8 * x * ROW) = pack(tiles[j][2 * x], tiles[j][2 * x + 1]);
     }
     __syncwarp();
+    if (column + 8 * p < width) {
+        to += i64(r) * width + column + 8 * p;
 #pragma unroll
-    for (int i = 0; i < N / 2; ++i) {
-        const int r = (32 * i + lane) / N, p = (32 * i + lane) % N;
-        if (r < rows && column + 8 * p < width)
-            *reinterpret_cast<uint4*>(to + i64(r) * width + column + 8 * p) = *reinterpret_cast<const uint4*>(in_room<N>(room, r, p));
+        for (int i = 0; i < N / 2; ++i) {
+            const int place = N == 8 ? out ^ i % 2 * 64 : out;
+            if (r + STEP * i < rows) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(room + place + i * STEP * ROW);
+            to += STEP * width;
+        }
     }
 }
 
@@ -90,7 +93,7 @@ memory_states(const __nv_bfloat16* keys, const __nv_bfloat16* values, const Told
               __nv_bfloat16* states, float* norms, float* last, float* last_norm, i64 T, int d, int e, int heads, int key_heads, int value_heads,
               int backwards) {
     constexpr int ROWS = L * D * 2, VALUES = L * E * 2, STAGE = ROWS + VALUES, COLUMNS = E * D / 128, TILES = COLUMNS / 8;
-    extern __shared__ double memory[];
+    extern __shared__ __align__(128) double memory[];
     char* const shared = reinterpret_cast<char*>(memory);
     __shared__ Told told[STAGES];
     const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0), lane = threadIdx.x % 32, g = lane / 4, t4 = lane % 4;
@@ -142,8 +145,8 @@ memory_states(const __nv_bfloat16* keys, const __nv_bfloat16* values, const Told
                 if (t4 == 0 && blockIdx.y == 0 && own == 0 && row + g + 8 * x < d) norms[kept + g + 8 * x] = whole;
             }
         }
-        char* const K = shared + c % STAGES * STAGE;
-        char* const V = K + ROWS;
+        const Place K = (place(shared) + c % STAGES * STAGE + row / 64 * PANEL + along(lane)) ^ row % 64 * 2;
+        const Place V = (place(shared) + c % STAGES * STAGE + ROWS + across(lane)) ^ own * 2;
         const Told& head = told[c % STAGES];
         const float fade[2] = {head.all[0], head.all[0]};
         times(S, fade);
@@ -151,7 +154,7 @@ memory_states(const __nv_bfloat16* keys, const __nv_bfloat16* values, const Told
 #pragma unroll
         for (int block = 0; block < L / 16; ++block) {
             unsigned a[4];
-            load_tiles_turned(a, at<L>(K, 16 * block + lane / 16 * 8 + lane % 8, row / 8 + lane / 8 % 2));
+            load_tiles_turned(a, K + block * BLOCK);
 #pragma unroll
             for (int x = 0; x < 2; ++x) {
                 const int s = 16 * block + 8 * x + 2 * t4;
@@ -167,7 +170,7 @@ memory_states(const __nv_bfloat16* keys, const __nv_bfloat16* values, const Told
 #pragma unroll
             for (int j = 0; j < TILES / 2; ++j) {
                 unsigned b[4];
-                load_tiles_turned(b, at<L>(V, 16 * block + lane % 16, own / 8 + 2 * j + lane / 16));
+                load_tiles_turned(b, (V ^ 32 * j) + block * BLOCK);
                 multiply_tiles(S[2 * j], a, b[0], b[1]);
                 multiply_tiles(S[2 * j + 1], a, b[2], b[3]);
             }
@@ -264,47 +267,45 @@ __device__ __forceinline__ float over_rows_of_four(const float (&x)[4]) {
     return c + __shfl_xor_sync(0xffffffffu, c, 4);
 }
 
-// What a warp's share of the rows of S and R is worth together.
-template <int D> __device__ __forceinline__ float product_of_states(const char* S, const char* R, int warp) {
-    float sums[2] = {0.0f, 0.0f};
+// What a warp's share of S and R is worth together: of 16 of its rows at a time, the diagonals of products of the upper and the lower eight.
+template <int D> __device__ __forceinline__ float product_of_states(Place S, Place R, int warp) {
+    const int lane = fresh(threadIdx.x) % 32, g = lane / 4, t4 = lane % 4;
+    float x[2][4] = {};
 #pragma unroll
     for (int i = 0; i < D / 64; ++i) {
-        const int place = ((warp * (D / 64) + i) * 32 + fresh(threadIdx.x) % 32) * 16;
-        const uint4 s = *reinterpret_cast<const uint4*>(S + place), r = *reinterpret_cast<const uint4*>(R + place);
-        const unsigned of_s[4] = {s.x, s.y, s.z, s.w}, of_r[4] = {r.x, r.y, r.z, r.w};
-#pragma unroll
-        for (int x = 0; x < 4; ++x) {
-            sums[0] += low(of_s[x]) * low(of_r[x]);
-            sums[1] += high(of_s[x]) * high(of_r[x]);
-        }
+        const int tile = warp * (D / 64) + i;
+        unsigned a[4], b[4];
+        load_tiles(a, (S + tile / 4 * BLOCK + across(lane)) ^ tile % 4 * 32);
+        load_tiles(b, (R + tile / 4 * BLOCK + along(lane)) ^ tile % 4 * 32);
+        multiply_tiles(x[0], a, b[0], b[1]);
+        multiply_tiles(x[1], a, b[2], b[3]);
     }
-    return sums[0] + sums[1];
+    return g / 2 == t4 ? (g % 2 ? x[0][1] + x[1][3] : x[0][0] + x[1][2]) : 0.0f;
 }
 
-// N / 2 times 16 columns of a state (64 of whose numbers a row has), from row `first` on, times 16 rows of 64 numbers, `a`; their products with
-// the same columns of rows of X are added to `dot`, and themselves, faded, to `sum`.
-template <int D, int N>
-__device__ __forceinline__ void through(float (&sum)[N][4], float (&dot)[2], const unsigned (&a)[E / 16][4], char* state, int first, char* X,
-                                        int group, const float (&faded)[2]) {
-    const int lane = fresh(threadIdx.x) % 32;
+// 8 N columns of a state (64 of whose numbers a row has), of which `state` is the first's place, times 16 rows of 64 numbers, `a`; their
+// products with the same columns of rows of q or k, which lie at `own`, are added to `dot`, and themselves, faded, to `sum`.
+template <int N>
+__device__ __forceinline__ void through(float (&sum)[N][4], float (&dot)[2], const unsigned (&a)[E / 16][4], Place state, Place own,
+                                        const float (&faded)[2]) {
 #pragma unroll
     for (int j = 0; j < N / 2; ++j) {
         float x[2][4] = {};
-        unsigned own[4];
+        unsigned at_own[4];
 #pragma unroll
         for (int i = 0; i < E / 16; ++i) {
             unsigned b[4];
-            load_tiles(b, at<D>(state, first + 16 * j + lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2));
+            load_tiles(b, (state ^ 32 * i) + j * BLOCK);
             multiply_tiles(x[0], a[i], b[0], b[1]);
             multiply_tiles(x[1], a[i], b[2], b[3]);
         }
-        load_tiles(own, at<L>(X, 16 * group + lane % 16, first / 8 + 2 * j + lane / 16));
+        load_tiles(at_own, own ^ 32 * j);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                dot[r] = fmaf(x[i][2 * r], low(own[2 * i + r]), dot[r]);
-                dot[r] = fmaf(x[i][2 * r + 1], high(own[2 * i + r]), dot[r]);
+                dot[r] = fmaf(x[i][2 * r], low(at_own[2 * i + r]), dot[r]);
+                dot[r] = fmaf(x[i][2 * r + 1], high(at_own[2 * i + r]), dot[r]);
             }
 #pragma unroll
             for (int y = 0; y < 4; ++y) sum[2 * j + i][y] = fmaf(x[i][y], faded[y / 2], sum[2 * j + i][y]);
@@ -333,34 +334,38 @@ __device__ __forceinline__ void through_norm(float (&sum)[N][4], float (&dot)[2]
 
 // q, k, v as above; dy (G, heads, T, e); what `memory_told` told; S, R (G heads, chunks, d, e), of n too, ns and rs (G heads, chunks, d);
 // skip (G, heads). dq and dk (G, heads or 1, T, d), dv (G, heads, T, e); found (G heads, chunks).
-// Grid: G chunks if `together`, where heads share q and k, else G heads chunks.
-template <int D, bool NORMALISED>
+// Grid: G chunks if heads are TOGETHER, which share q and k, else G heads chunks.
+constexpr int ALONE = 0, TOGETHER = 1, WITH_NORM = 2;
+template <int D, int KIND>
 __global__ void __launch_bounds__(CROWD, 1)
 memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat16* v, const __nv_bfloat16* dy, const Told* all_told,
                 const __nv_bfloat16* states, const __nv_bfloat16* adjoints, const float* ns, const float* rs, const float* skip, __nv_bfloat16* dq,
                 __nv_bfloat16* dk, __nv_bfloat16* dv, Found* all_found, i64 T, int d, int e, int heads, int q_heads, int k_heads, int v_heads,
-                int together, float scale) {
+                float scale) {
+    constexpr bool SHARED = KIND == TOGETHER, NORMALISED = KIND == WITH_NORM;
     constexpr int ROWS = L * D * 2, VALUES = L * E * 2, STATE = D * E * 2, STAGE = 2 * VALUES + 2 * STATE, PAIRS = L * L * 2;
-    extern __shared__ double memory[];
+    extern __shared__ __align__(128) double memory[];
     __shared__ Told told[3];
     __shared__ Found found[2];
     char* const Q = reinterpret_cast<char*>(memory);
     char* const K = Q + ROWS;
+    const Place at_Q = place(Q), at_K = at_Q + ROWS, at_stages = at_K + ROWS, at_M = at_stages + 2 * STAGE;
     char* const stages = K + ROWS;
     char* const M_s = stages + 2 * STAGE;  // of two heads
     char* const dv_s = M_s + 2 * PAIRS;
     const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0), lane = threadIdx.x % 32, g = lane / 4, t4 = lane % 4;
     const int chunks = int((T + L - 1) / L), c = blockIdx.x % chunks;
-    const int tiles = (e + E - 1) / E, each = together && !NORMALISED ? heads : 1, items = each * tiles;
-    const i64 unit = blockIdx.x / chunks, G = together ? unit : unit / heads, t0 = i64(c) * L;
-    const int first_head = together ? 0 : int(unit % heads);
+    const int tiles = (e + E - 1) / E, each = SHARED ? heads : 1, items = each * tiles;
+    const i64 unit = blockIdx.x / chunks, G = SHARED ? unit : unit / heads, t0 = i64(c) * L;
+    const int first_head = SHARED ? 0 : int(unit % heads);
     const auto of_head = [&](int number) { return G * heads + first_head + number; };
 
-    // Where the tiles of the next item lie.
-    const i64 head_values = T * e, head_states = i64(chunks) * d * e;
-    i64 at_v = (v_heads > 1 ? of_head(0) : G) * head_values + t0 * e, at_y = of_head(0) * head_values + t0 * e;
-    i64 at_state = (of_head(0) * chunks + c) * d * e;
-    int next_head = 0, next_tile = 0, next_stage = 0;
+    // A thread's own piece of the next item's tiles: 8 numbers of a row of v and dy, of one or two of S and R.
+    const i64 head_values = T * e, head_states = i64(chunks) * d * e, own_values = (t0 + threadIdx.x / 8) * e + threadIdx.x % 8 * 8;
+    const __nv_bfloat16* next_v = v + (v_heads > 1 ? of_head(0) : G) * head_values + own_values;
+    const __nv_bfloat16* next_y = dy + of_head(0) * head_values + own_values;
+    const i64 own_state = ((of_head(0) * chunks + c) * d + threadIdx.x / 8) * e + threadIdx.x % 8 * 8;
+    const __nv_bfloat16 *next_S = states + own_state, *next_R = adjoints + own_state;
     const auto tell = [&](int number) {
         constexpr int PIECES = sizeof(Told) / 16;
         if (number < each && threadIdx.x < PIECES) {
@@ -368,31 +373,42 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
             copy16(reinterpret_cast<char*>(&told[number % 3]) + 16 * threadIdx.x, from + 16 * threadIdx.x);
         }
     };
-    const auto fetch = [&]() {  // the next item, if there is one
-        if (next_head < each) {
-            const int thread = fresh(threadIdx.x), r = thread / 8, own = r * e + thread % 8 * 8;
-            char* const to = stages + next_stage * STAGE + r * 128 + ((thread ^ r) % 8 << 4);
-            const bool in_row = next_tile * E + thread % 8 * 8 < e, there = in_row && t0 + r < T;
-            copy16(to, v + at_v + own, there);
-            copy16(to + VALUES, dy + at_y + own, there);
+    const auto fetch = [&](int item, int number, int tile) {  // the next item, if there is one
+        if (item < items) {
+            const int thread = fresh(threadIdx.x), r = thread / 8;
+            char* const to = stages + item % 2 * STAGE + r * 128 + ((thread ^ r) % 8 << 4);
+            if (t0 + L <= T && d == D && tile * E + E <= e) {
+                copy16(to, next_v);
+                copy16(to + VALUES, next_y);
 #pragma unroll
-            for (int i = 0; i < D; i += L) {
-                copy16(to + 2 * VALUES + i * 128, states + at_state + i * e + own, in_row && r + i < d);
-                copy16(to + 2 * VALUES + STATE + i * 128, adjoints + at_state + i * e + own, in_row && r + i < d);
+                for (int i = 0; i < D; i += L) {
+                    copy16(to + 2 * VALUES + i * 128, next_S + i * e);
+                    copy16(to + 2 * VALUES + STATE + i * 128, next_R + i * e);
+                }
+            } else {
+                const bool in_row = tile * E + thread % 8 * 8 < e, there = in_row && t0 + r < T;
+                copy16(to, next_v, there);
+                copy16(to + VALUES, next_y, there);
+#pragma unroll
+                for (int i = 0; i < D; i += L) {
+                    copy16(to + 2 * VALUES + i * 128, next_S + i * e, in_row && r + i < d);
+                    copy16(to + 2 * VALUES + STATE + i * 128, next_R + i * e, in_row && r + i < d);
+                }
             }
-            if (next_tile == 0) tell(next_head + 1);
-            next_stage ^= 1, ++next_tile, at_v += E, at_y += E, at_state += E;
-            if (next_tile == tiles) {
-                next_tile = 0, ++next_head;
-                at_v += (v_heads > 1 ? head_values : 0) - tiles * E, at_y += head_values - tiles * E, at_state += head_states - tiles * E;
-            }
+            if (tile == 0) tell(number + 1);
+            const bool to_head = tile + 1 == tiles;
+            const i64 back = i64(tiles - 1) * E;
+            next_v += to_head ? (v_heads > 1 ? head_values : 0) - back : E;
+            next_y += to_head ? head_values - back : E;
+            next_S += to_head ? head_states - back : E, next_R += to_head ? head_states - back : E;
         }
         copies_end();
     };
-    const auto turn = [&]() {  // an item is there, the next one is asked for
+    const auto turn = [&](int item, int number, int tile) {  // an item is there, the next one is asked for
         copies_wait<0>();
         meet_all();
-        fetch();
+        const bool to_head = tile + 1 == tiles;
+        fetch(item + 1, number + to_head, to_head ? 0 : tile + 1);
     };
     const auto hand_on = [&](int number) {  // what was found
         constexpr int PIECES = sizeof(Found) / 16;
@@ -403,27 +419,31 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
     stage<D, CROWD>(Q, q + ((G * q_heads + (q_heads > 1 ? first_head : 0)) * T + t0) * d, T - t0, d, 0);
     stage<D, CROWD>(K, k + ((G * k_heads + (k_heads > 1 ? first_head : 0)) * T + t0) * d, T - t0, d, 0);
     tell(0);
-    fetch();
+    fetch(0, 0, 0);
     for (int i = threadIdx.x; i < 8 * L; i += CROWD) found[i / (4 * L)].column[i / L % 4][i % L] = 0.0f;  // past a group's triangle
-    turn();
+    turn(0, 0, 0);
     const int group = warp % 4, half = warp / 4 % 2, row = 16 * group + g, first = half * (D / 2);
     char* const P_s = stages + items % 2 * STAGE;  // once all items have been read
+    const Place at_P = at_stages + items % 2 * STAGE;
+    // The place of a half's columns of q and k.
+    const auto of_half = [half](Place x) { return D == 128 ? x + half * PANEL : x ^ half * 64; };
     float sum[D / 16][4] = {};  // half the columns of dq or dk
 
     if (warp < 8) {
         // Of the blocks of 16 keys that are not later than its queries a warp has every second one.
-        float P[4][4] = {};
+        float P[4][4] = {}, dP[4][4], read[2], product, diagonal;
         unsigned pairs[4][2], by[4][2];  // rounded: two neighbours in one
 #pragma unroll
         for (int own = 0; own < 2; ++own) {
             const int block = 2 * own + half;
             if (block <= group) {
+                const Place rows = at_Q + group * BLOCK + across(lane), columns = at_K + block * BLOCK + along(lane);
                 float x[2][4] = {};
 #pragma unroll
                 for (int i = 0; i < D / 16; ++i) {
                     unsigned a[4], b[4];
-                    load_tiles(a, at<L>(Q, 16 * group + lane % 16, 2 * i + lane / 16));
-                    load_tiles(b, at<L>(K, 16 * block + lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2));
+                    load_tiles(a, (rows ^ i % 4 * 32) + i / 4 * PANEL);
+                    load_tiles(b, (columns ^ i % 4 * 32) + i / 4 * PANEL);
                     multiply_tiles(x[0], a, b[0], b[1]);
                     multiply_tiles(x[1], a, b[2], b[3]);
                 }
@@ -436,6 +456,7 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
             const Told& head = told[number % 3];
             const float at_row[2] = {head.sums[row], head.sums[row + 8]}, rest[2] = {head.rows[row], head.rows[row + 8]};
             char* const M = M_s + number % 2 * PAIRS;
+            const int own = (row * 128 + 4 * t4 + (g << 4)) ^ half * 32;
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const int block = j / 2 * 2 + half, s = 16 * block + j % 2 * 8 + 2 * t4;
@@ -452,53 +473,63 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                         }
                         by[j][x] = pack(faded[0], faded[1]);
                         const float m[2] = {low(pairs[j][x]) * faded[0] * (scale * gain.x), high(pairs[j][x]) * faded[1] * (scale * gain.y)};
-                        *reinterpret_cast<unsigned*>(at<L>(M, row + 8 * x, 2 * block + j % 2) + 4 * t4) = pack(m[0], m[1]);
+                        *reinterpret_cast<unsigned*>(M + (own ^ (j / 2 * 64 + j % 2 * 16)) + x * (BLOCK / 2)) = pack(m[0], m[1]);
                     }
                 }
             }
         };
         fade(0);
         meet_all();
-        for (int number = 0, item = 0; number < each; ++number) {
-            if (number > 0) turn(), hand_on(number - 1);
+        for (int item = 0, number = 0, tile = 0; item < items; ++item) {
+            if (item > 0) turn(item, number, tile);
+            if (tile == 0) {
+                if (number > 0) hand_on(number - 1);
+                read[0] = read[1] = product = diagonal = 0.0f;
+            }
+            if (SHARED || tile == 0) {  // where heads are together each of their tiles is worth something by itself
+#pragma unroll
+                for (int x = 0; x < 16; ++x) dP[x / 4][x % 4] = 0.0f;
+            }
             const Told& head = told[number % 3];
             Found& of = found[number % 2];
-            const float since[2] = {head.since[row], head.since[row + 8]};
-            float dP[4][4] = {}, read[2] = {0.0f, 0.0f}, product = 0.0f;
-            for (int tile = 0; tile < tiles; ++tile, ++item) {
-                if (tile > 0) turn();
-                char* const V = stages + item % 2 * STAGE;
-                char* const Y = V + VALUES;
-                char* const S = Y + VALUES;
-                const int lane = fresh(threadIdx.x) % 32;
+            const bool to_head = tile + 1 == tiles;
+            {
+                const Place V = at_stages + item % 2 * STAGE, Y = V + VALUES, S = Y + VALUES;
+                const int lane = fresh(threadIdx.x) % 32, row = 16 * group + lane / 4, to_right = along(lane), to_left = across(lane);
+                const Place rows = Y + group * BLOCK + to_left, columns = V + half * BLOCK + to_right;
+                const float since[2] = {head.since[row], head.since[row + 8]};
                 unsigned y[E / 16][4];
 #pragma unroll
-                for (int i = 0; i < E / 16; ++i) load_tiles(y[i], at<L>(Y, 16 * group + lane % 16, 2 * i + lane / 16));
+                for (int i = 0; i < E / 16; ++i) load_tiles(y[i], rows ^ 32 * i);
+                through(sum, read, y, S + half * (STATE / 2) + to_right, of_half(at_Q + group * BLOCK + to_left), since);
 #pragma unroll
                 for (int own = 0; own < 2; ++own) {
-                    const int block = 2 * own + half;
-                    if (block <= group) {
+                    if (2 * own + half <= group) {
 #pragma unroll
                         for (int i = 0; i < E / 16; ++i) {
                             unsigned b[4];
-                            load_tiles(b, at<L>(V, 16 * block + lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2));
+                            load_tiles(b, (columns ^ 32 * i) + 2 * own * BLOCK);
                             multiply_tiles(dP[2 * own], y[i], b[0], b[1]);
                             multiply_tiles(dP[2 * own + 1], y[i], b[2], b[3]);
                         }
                     }
                 }
-                through<D>(sum, read, y, S, first, Q, group, since);
                 product += product_of_states<D>(S, S + STATE, warp);
             }
+            if (!SHARED && !to_head) {
+                ++tile;
+                continue;
+            }
+            const int lane = fresh(threadIdx.x) % 32, g = lane / 4, t4 = lane % 4, row = 16 * group + g;
+            const float since[2] = {head.since[row], head.since[row + 8]};
             const float of_rows[2] = {NORMALISED ? head.of_n[row] : 0.0f, NORMALISED ? head.of_n[row + 8] : 0.0f};
             if (NORMALISED) {
                 const i64 at_norm = (of_head(number) * chunks + c) * d;
                 through_norm(sum, read, of_rows, ns + at_norm, first, d, Q, row, since);
                 for (int i = 16 * warp + lane; i < min(d, 16 * (warp + 1)); i += 32) product += ns[at_norm + i] * rs[at_norm + i];
             }
-            const int lane = fresh(threadIdx.x) % 32, g = lane / 4, t4 = lane % 4, row = 16 * group + g;
-            // What the head's own pairs are worth, z. `corner`: of r within this group's steps, sums over s < r <= t.
-            float diagonal = 0.0f, corner[2][4] = {};
+            // What the pairs are worth, z. `corner`: of r within this group's steps, sums over s < r <= t.
+            float corner[2][4] = {};
 #pragma unroll
             for (int mine = 0; mine < 2; ++mine) {
                 const int block = 2 * mine + half;
@@ -510,8 +541,8 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                     unsigned z[4];
                     float columns[4];
 #pragma unroll
-                    for (int tile = 0; tile < 2; ++tile) {
-                        const int j = 2 * mine + tile, s = 16 * block + 8 * tile + 2 * t4;
+                    for (int part = 0; part < 2; ++part) {
+                        const int j = 2 * mine + part, s = 16 * block + 8 * part + 2 * t4;
                         const float2 gain = *reinterpret_cast<const float2*>(head.gains + s);
                         const float factor[2] = {gain.x * scale, gain.y * scale};
 #pragma unroll
@@ -524,17 +555,18 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                         }
 #pragma unroll
                         for (int x = 0; x < 2; ++x) {
-                            columns[2 * tile + x] = dP[j][x] + dP[j][x + 2];
-                            z[2 * tile + x] = pack(dP[j][2 * x] * factor[0], dP[j][2 * x + 1] * factor[1]);
+                            columns[2 * part + x] = dP[j][x] + dP[j][x + 2];
+                            z[2 * part + x] = pack(dP[j][2 * x] * factor[0], dP[j][2 * x + 1] * factor[1]);
                         }
                     }
                     const float whole_column = over_rows_of_four(columns);
-                    if (lane % 8 < 4) of.column[group][16 * block + lane / 16 * 8 + 2 * t4 + lane / 8 % 2] = whole_column;
+                    float& to_column = of.column[group][16 * block + lane / 16 * 8 + 2 * t4 + lane / 8 % 2];
+                    if (lane % 8 < 4) to_column = whole_column + (SHARED && tile > 0 ? to_column : 0.0f);
 #pragma unroll
-                    for (int tile = 0; tile < 2; ++tile) {  // times ones where s < r
-                        const int r = 16 * group + 8 * tile + g, s = 16 * block + 2 * t4;
+                    for (int part = 0; part < 2; ++part) {  // times ones where s < r
+                        const int r = 16 * group + 8 * part + g, s = 16 * block + 2 * t4;
                         const auto ones = [r](int s) { return (s < r ? 0x3f80u : 0u) | (s + 1 < r ? 0x3f800000u : 0u); };
-                        multiply_tiles(corner[tile], z, ones(s), ones(s + 8));
+                        multiply_tiles(corner[part], z, ones(s), ones(s + 8));
                     }
                 }
             }
@@ -545,7 +577,12 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                 later[x] = (g >= r ? corner[x / 2][x % 2] : 0.0f) + (g + 8 >= r ? corner[x / 2][x % 2 + 2] : 0.0f);
             }
             const float whole_corner = over_rows_of_four(later);
-            if (lane % 8 < 4) of.corner[warp][lane / 16 * 8 + 2 * t4 + lane / 8 % 2] = whole_corner;
+            float& to_corner = of.corner[warp][lane / 16 * 8 + 2 * t4 + lane / 8 % 2];
+            if (lane % 8 < 4) to_corner = whole_corner + (SHARED && tile > 0 ? to_corner : 0.0f);
+            if (!to_head) {
+                ++tile;
+                continue;
+            }
 #pragma unroll
             for (int x = 0; x < 2; ++x) {
                 const float whole_read = over_columns(read[x]) * since[x];
@@ -554,7 +591,8 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
             product = over_rows(over_columns(product)) * head.all[0];
             if (skip) diagonal = over_rows(over_columns(diagonal));
             if (lane == 0) of.kept[warp] = product, of.diagonal[warp] = diagonal;
-            if (number + 1 < each) fade(number + 1);
+            tile = 0;
+            if (++number < each) fade(number);
         }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -568,11 +606,11 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
         for (int block = 0; block < L / 16; ++block) {
             if (block <= group) {
                 unsigned a[4];
-                load_tiles(a, at<L>(P_s, 16 * group + lane % 16, 2 * block + lane / 16));
+                load_tiles(a, (at_P + group * BLOCK + across(lane)) ^ 32 * block);
 #pragma unroll
                 for (int i = 0; i < D / 32; ++i) {
                     unsigned b[4];
-                    load_tiles_turned(b, at<L>(K, 16 * block + lane % 16, first / 8 + 2 * i + lane / 16));
+                    load_tiles_turned(b, (of_half(at_K + across(lane)) ^ 32 * i) + block * BLOCK);
                     multiply_tiles(sum[2 * i], a, b[0], b[1]);
                     multiply_tiles(sum[2 * i + 1], a, b[2], b[3]);
                 }
@@ -580,34 +618,31 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
         }
     } else {
         meet_all();
-        for (int number = 0, item = 0; number < each; ++number) {
-            if (number > 0) turn();
+        float written[2], product;
+        for (int item = 0, number = 0, tile = 0; item < items; ++item) {
+            if (item > 0) turn(item, number, tile);
+            if (tile == 0) written[0] = written[1] = product = 0.0f;
             const Told& head = told[number % 3];
-            Found& of = found[number % 2];
-            const float skipped = skip ? skip[of_head(number)] : 0.0f;
+            const int lane = fresh(threadIdx.x) % 32, g = lane / 4, t4 = lane % 4, row = 16 * group + g;
             const float left[2] = {head.left[row], head.left[row + 8]};  // of a key at the end of the chunk, without its gain
             const float faded[2] = {left[0] * head.gains[row], left[1] * head.gains[row + 8]};
-            char* const M = M_s + number % 2 * PAIRS;
-            float written[2] = {0.0f, 0.0f}, product = 0.0f;
-            for (int tile = 0; tile < tiles; ++tile, ++item) {
-                if (tile > 0) turn();
-                char* const V = stages + item % 2 * STAGE;
-                char* const Y = V + VALUES;
-                char* const R = Y + VALUES + STATE;
-                const int lane = fresh(threadIdx.x) % 32, g = lane / 4, t4 = lane % 4, row = 16 * group + g;
+            {
+                const Place V = at_stages + item % 2 * STAGE, Y = V + VALUES, R = Y + VALUES + STATE;
+                const int to_right = along(lane), to_left = across(lane);
+                const Place keys = at_K + group * BLOCK + to_left, rows = V + group * BLOCK + to_left;
                 unsigned values[E / 16][4];
 #pragma unroll
-                for (int i = 0; i < E / 16; ++i) load_tiles(values[i], at<L>(V, 16 * group + lane % 16, 2 * i + lane / 16));
-                through<D>(sum, written, values, R, first, K, group, faded);
+                for (int i = 0; i < E / 16; ++i) load_tiles(values[i], rows ^ 32 * i);
+                through(sum, written, values, R + half * (STATE / 2) + to_right, of_half(keys), faded);
                 float o[E / 16][4] = {};  // half the columns of dv
 #pragma unroll
                 for (int i = 0; i < D / 16; ++i) {
                     unsigned a[4];
-                    load_tiles(a, at<L>(K, 16 * group + lane % 16, 2 * i + lane / 16));
+                    load_tiles(a, (keys ^ i % 4 * 32) + i / 4 * PANEL);
 #pragma unroll
                     for (int j = 0; j < E / 32; ++j) {
                         unsigned b[4];
-                        load_tiles_turned(b, at<D>(R, 16 * i + lane % 16, 4 * half + 2 * j + lane / 16));
+                        load_tiles_turned(b, ((R + to_left) ^ (half * 64 + 32 * j)) + i * BLOCK);
                         multiply_tiles(o[2 * j], a, b[0], b[1]);
                         multiply_tiles(o[2 * j + 1], a, b[2], b[3]);
                     }
@@ -617,22 +652,25 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                 for (int block = 0; block < L / 16; ++block) {
                     if (block >= group) {
                         unsigned a[4];
-                        load_tiles_turned(a, at<L>(M, 16 * block + lane / 16 * 8 + lane % 8, 2 * group + lane / 8 % 2));
+                        load_tiles_turned(a, ((at_M + number % 2 * PAIRS + to_right) ^ 32 * group) + block * BLOCK);
 #pragma unroll
                         for (int j = 0; j < E / 32; ++j) {
                             unsigned b[4];
-                            load_tiles_turned(b, at<L>(Y, 16 * block + lane % 16, 4 * half + 2 * j + lane / 16));
+                            load_tiles_turned(b, ((Y + to_left) ^ (half * 64 + 32 * j)) + block * BLOCK);
                             multiply_tiles(o[2 * j], a, b[0], b[1]);
                             multiply_tiles(o[2 * j + 1], a, b[2], b[3]);
                         }
                     }
                 }
                 if (skip) {
+                    const float skipped = skip[of_head(number)];
+                    const int at_own = (row * 128 + 4 * t4 + (g << 4)) ^ half * 64;
+                    const char* const dy_s = stages + item % 2 * STAGE + VALUES;
 #pragma unroll
                     for (int j = 0; j < E / 16; ++j) {
 #pragma unroll
                         for (int x = 0; x < 2; ++x) {
-                            const unsigned own = *reinterpret_cast<const unsigned*>(at<L>(Y, row + 8 * x, 4 * half + j) + 4 * t4);
+                            const unsigned own = *reinterpret_cast<const unsigned*>(dy_s + (at_own ^ 16 * j) + x * (BLOCK / 2));
                             o[j][2 * x] += skipped * low(own), o[j][2 * x + 1] += skipped * high(own);
                         }
                     }
@@ -641,6 +679,7 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                 store_rows(dv_s + (warp - 8) * (OUT / 2), o, dv + (of_head(number) * T + t) * e, T - t, e, tile * E + 32 * half);
                 product += product_of_states<D>(R - STATE, R, warp);
             }
+            if (++tile < tiles) continue;
             if (NORMALISED) {
                 const i64 at_norm = (of_head(number) * chunks + c) * d;
                 const float one[2] = {1.0f, 1.0f};
@@ -649,21 +688,22 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
 #pragma unroll
             for (int x = 0; x < 2; ++x) {
                 const float whole = over_columns(written[x]) * left[x];
-                if (t4 == 0) of.to_state[half][row + 8 * x] = whole;
+                if (t4 == 0) found[number % 2].to_state[half][row + 8 * x] = whole;
             }
             product = over_rows(over_columns(product)) * head.all[0];
-            if (lane == 0) of.kept[warp] = product;
+            if (lane == 0) found[number % 2].kept[warp] = product;
+            tile = 0, ++number;
         }
         meet_all();
 #pragma unroll
         for (int block = 0; block < L / 16; ++block) {
             if (block >= group) {
                 unsigned a[4];
-                load_tiles_turned(a, at<L>(P_s, 16 * block + lane / 16 * 8 + lane % 8, 2 * group + lane / 8 % 2));
+                load_tiles_turned(a, ((at_P + along(lane)) ^ 32 * group) + block * BLOCK);
 #pragma unroll
                 for (int i = 0; i < D / 32; ++i) {
                     unsigned b[4];
-                    load_tiles_turned(b, at<L>(Q, 16 * block + lane % 16, first / 8 + 2 * i + lane / 16));
+                    load_tiles_turned(b, (of_half(at_Q + across(lane)) ^ 32 * i) + block * BLOCK);
                     multiply_tiles(sum[2 * i], a, b[0], b[1]);
                     multiply_tiles(sum[2 * i + 1], a, b[2], b[3]);
                 }

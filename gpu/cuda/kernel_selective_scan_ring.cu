@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(64 * TEAMS, 1) selective_scan_ring(
     i64 B_batch, unsigned B_row, i64 B_group, const S* C, i64 C_batch, unsigned C_row, i64 C_group, const S* A, const S* D, const S* bias,
     const float* state, float* last, S* y, int T, int c, int G, int softplused) {
     static_assert(TEAMS >= 2 && TEAMS <= 8, "two barriers a team, of sixteen");
+    will_come(0, TEAMS, 64), will_come(TEAMS, TEAMS, 128);
     extern __shared__ double memory[];
     Ring<S, TEAMS>& ring = *reinterpret_cast<Ring<S, TEAMS>*>(memory);
     const Place at(blockIdx.x, c, G, 1, PIECE);

@@ -26,6 +26,7 @@ __global__ void __launch_bounds__(32 * TEAM * TEAMS, BLOCKS) selective_scan_stri
     const float* state, float* last, S* y, int T, int c, int G, int softplused) {
     extern __shared__ double memory[];
     enum { MEMBERS = 32 * TEAM, TILES = 2 / TEAM, TIMES = 4 / TEAM, COLUMNS = 8 / TEAM };
+    will_come(0, TEAMS, MEMBERS);
     const int team = threadIdx.x / MEMBERS, member = threadIdx.x % MEMBERS, half = member / 32, lane = member % 32;
     Strip<S, TEAM>& shared = reinterpret_cast<Strip<S, TEAM>*>(memory)[team];
     const Place at(blockIdx.x, c, G, 1, TEAMS * PIECE);

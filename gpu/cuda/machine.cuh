@@ -1,5 +1,6 @@
 // What the selective scan needs of the machine and C++ has no word for.
 #pragma once
+#include "barriers.cuh"
 
 __device__ __forceinline__ float power_of_2(float x) {
     float y;
@@ -22,7 +23,3 @@ __device__ __forceinline__ int kept(int x) {
     asm volatile("" : "+r"(x));
     return x;
 }
-// Until `threads` threads, whole warps, have come to barrier `number` of sixteen, some of them to pass without waiting. What they wrote
-// before is seen after.
-__device__ __forceinline__ void meet(int number, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
-__device__ __forceinline__ void pass(int number, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory"); }

@@ -64,7 +64,6 @@ def mlstm_vjp(dy, q, k, v, i, f, *, forget="sigmoid", eps=0.0, state=None, dstat
     """Gradient of `mlstm` on CuPy arrays, as `refimpl.mlstm_vjp`, through the stabiliser.
 
     Keeps one state in eight, or in chunks one of each; on tensor cores one of 64 and its cotangent, in bfloat16.
-    On tensor cores only where ``method="tensor"`` asks for it (`chunk_policy.ASKED`).
     """
     how = _chosen(method, chunk_length, q, v, gradient=True)
     if how.method == "chunkwise":
@@ -189,8 +188,8 @@ class Chunkwise:
     """A call in chunks, in the arithmetic of `steps`; `gates` and `gates_vjp` are this module's, or do the same on the host."""
 
     def __init__(self, steps, gates, gates_vjp, q, k, v, i, f, forget, eps, state, chunk, gradient=False):
-        # where n·q nearly cancels, gradients come near the end of float16's range, and 11 digits would take them beyond
-        precision = np.float32 if gradient and q.dtype == np.float16 else q.dtype
+        # where n·q nearly cancels, gradients of 8 digits are noise, and of 11 come near the end of float16's range and would leave it
+        precision = np.float32 if gradient and q.dtype.itemsize == 2 else q.dtype
         self.steps, self.gates_vjp, self.forget, self.eps = steps(precision), gates_vjp, forget, eps
         steps, xp = self.steps, self.steps.xp
         q, k, v = (cast(x, steps.operand) for x in (q, k, v))

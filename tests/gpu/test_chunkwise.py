@@ -559,8 +559,7 @@ def test_what_was_measured_chooses_the_method():
     ]  # fmt: skip
     assert chosen("head", False, heads=1) == chosen("head", False, dtype="float64") == chosen("head", True, method="fused") == "fused"
     assert chosen("head", False, dtype="bfloat16") == chosen("head", False, dtype="bfloat16", d=128) == "tensor"
-    assert chosen("head", True, dtype="bfloat16") == chosen("head", True, dtype="bfloat16", operator="mlstm", method="tensor") == "tensor"
-    assert chosen("head", True, dtype="bfloat16", operator="mlstm") == "chunkwise"
+    assert chosen("head", True, dtype="bfloat16") == chosen("head", True, dtype="bfloat16", operator="mlstm") == "tensor"
     assert chosen("head", False, dtype="bfloat16", d=129) == chosen("delta", False, dtype="bfloat16", method="tensor") == "chunkwise"
     assert chosen("channel", False, dtype="bfloat16") == chosen("channel", True, dtype="bfloat16") == "tensor"
 
