@@ -187,7 +187,8 @@ class Jax(Numpy):
         jax = self.jax
         given = dict(zip(names, positional, strict=True)) | {n: v for n, v in keywords.items() if _has_arrays(v, jax.Array)}
         options = {n: v for n, v in keywords.items() if n not in given}
-        smooth = {n: v for n, v in given.items() if all(jax.numpy.issubdtype(x.dtype, jax.numpy.inexact) for x in flat(v)) and alone in ("", n)}
+        inexact = lambda x: isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)
+        smooth = {n: v for n, v in given.items() if all(map(inexact, flat(v))) and alone in ("", n)}
         rest = {n: v for n, v in given.items() if n not in smooth}
 
         def call(arguments):

@@ -1,4 +1,4 @@
-"""Gradients of one argument alone, twice, with another call between; and inference: a framework's own ways of asking."""
+"""Gradients of one argument alone, twice, with another call between, beside a number; and inference: a framework's own ways of asking."""
 
 import pytest
 
@@ -62,3 +62,17 @@ def test_a_mistake_that_one_manner_of_asking_shows(wrong, where):
     report = refimpl.check("linear_recurrence", recurrence(wrong), framework="torch", dtypes=["float32"], level="quick", gradients=True)
     assert report.verdict == ("wrong" if wrong else "conforms"), str(report)
     assert all(where in failure.id for failure in report.failures)
+
+
+def test_a_number_among_the_arrays_has_no_gradient_in_jax():
+    jnp = pytest.importorskip("jax.numpy")
+
+    def group_norm(x, groups, weight=None, bias=None, *, eps=1e-5):
+        y = x.reshape(*x.shape[:-1], groups, -1)
+        y = y - y.mean(-1, keepdims=True)
+        y = (y / jnp.sqrt((y * y).mean(-1, keepdims=True) + eps)).reshape(x.shape)
+        y = y if weight is None else y * weight
+        return y if bias is None else y + bias
+
+    report = refimpl.check("group_norm", group_norm, framework="jax", dtypes=["float32"], level="quick", gradients=True)
+    assert report.verdict == "conforms", str(report)
