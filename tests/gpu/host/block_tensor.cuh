@@ -2,6 +2,8 @@
 #pragma once
 #include <cassert>
 
+#include "barriers.cuh"
+
 using i64 = long long;
 
 inline unsigned pack(float low, float high) { return __float2bfloat16_rn(low).bits | unsigned(__float2bfloat16_rn(high).bits) << 16; }
@@ -9,6 +11,9 @@ inline float low(unsigned x) { return __uint_as_float(x << 16); }
 inline float high(unsigned x) { return __uint_as_float(x & 0xffff0000u); }
 inline float exp2_fast(float x) { return exp2f(x); }
 inline int fresh(int x) { return x; }
+
+using Place = std::uintptr_t;
+inline Place place(const void* p) { return Place(p); }
 
 inline const unsigned short* row_of(const host::Shown* all, int lane) { return host::of_lane<const unsigned short*>(all, lane); }
 inline void load_tiles(unsigned (&x)[4], const void* row) {
@@ -44,6 +49,8 @@ inline void multiply_tiles(float (&d)[4], const unsigned (&a)[4], unsigned b0, u
         d[x] = float(d[x] + sum);
     }
 }
+inline void load_tiles(unsigned (&x)[4], Place row) { load_tiles(x, reinterpret_cast<const void*>(row)); }
+inline void load_tiles_turned(unsigned (&x)[4], Place row) { load_tiles_turned(x, reinterpret_cast<const void*>(row)); }
 
 // Copies arrive when they are waited for, not before.
 struct Copy {
@@ -69,9 +76,3 @@ template <int LEFT> void copies_wait() {
 }
 
 inline void meet_all() { host::meet_block(); }
-inline void meet(int number, int threads) {
-    host::come(host::block_meetings[number], [threads] { return unsigned(threads); });
-}
-inline void pass(int number, int threads) {
-    host::come(host::block_meetings[number], [threads] { return unsigned(threads); }, false);
-}
