@@ -2,55 +2,104 @@
 
 memcheck finds accesses outside of an array, racecheck shared memory that is read while another thread writes it, initcheck reads
 of memory that nobody wrote, synccheck barriers that not all threads reach. The tool slows a kernel down a hundredfold, so cases are small.
+
+racecheck follows neither one lane that arrives for its warp nor a barrier that some pass without waiting, so it is given builds in which
+every lane arrives for itself (``gpu/cuda/barriers.cuh``). That it sees what is left out of these builds is tried too: with each mistake
+of `PLANTED` it must report something.
 """
 
 import json
+import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 IN_CHUNKS = ("linear_attention", "ssd", "mlstm")
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-OPS = {  # sizes, and arguments that are left out
+TOOLS = ("racecheck", "memcheck", "initcheck", "synccheck")
+LIMIT = 100  # seconds of one run
+PLAIN = {"mask": None, "bias": None}
+HEADS = {"Hq": 2, "Hkv": 1}
+FEW = {"multiprocessors": lambda: 2}  # what takes the whole of a device with more
+
+
+class Case(NamedTuple):
+    """Sizes of a sample and arguments that are left out (None); options; what constants of the operator's module are."""
+
+    sizes: dict
+    options: dict = {}
+    constants: dict = {}
+
+
+CASES = {
     "long_conv": (
-        *({"T": 9, "K": 6}, {"T": 100, "K": 100, "batch": (3,)}, {"T": 700, "K": 700, "c": 2}),
-        {"T": 16500, "K": 16500, "c": 1},  # two segments
+        *(Case({"T": 9, "K": 6}), Case({"T": 100, "K": 100, "batch": (3,)}), Case({"T": 700, "K": 700, "c": 2})),
+        Case({"T": 16500, "K": 16500, "c": 1}),  # two segments
     ),
     "linear_attention": (
-        *({"T": 37}, {"T": 20, "d": 40, "e": 20}, {"T": 20, "per_channel": True}),
-        *({"T": 150, "d": 100, "e": 72, "beta": None}, {"T": 150, "d": 100, "e": 72, "per_channel": True, "beta": None}),
+        *(Case({"T": 37}), Case({"T": 20, "d": 40, "e": 20}), Case({"T": 20, "per_channel": True})),
+        Case({"T": 150, "d": 100, "e": 72, "beta": None, **HEADS}),
+        Case({"T": 150, "d": 100, "e": 72, "per_channel": True, "beta": None, **HEADS}),
+        Case({"T": 150, "d": 64, "e": 136, "per_channel": True, "beta": None, **HEADS}),
     ),
-    "ssd": ({"T": 37}, {"T": 20, "p": 20, "n": 70}),
-    "mlstm": ({"T": 37}, {"T": 300}),
-    "slstm": ({"T": 20}, {"T": 5, "d": 40}, {"T": 4, "d": 90}),
-    "wkv": ({"T": 37},),
-    "wkv6": ({"T": 37},),
-    "wkv7": ({"T": 37},),
-    "route": ({}, {"E": 64, "k": 6}),
-    "moe": ({}, {"T": 70, "d": 16, "f": 8}),
-    "linear_recurrence": ({"T": 37}, {"T": 5000}),
+    "ssd": (Case({"T": 37}), Case({"T": 20, "p": 20, "n": 70}), Case({"T": 150, "H": 2, "G": 1, "p": 64, "n": 64})),
+    "mlstm": (Case({"T": 37}), Case({"T": 300})),
+    "slstm": (Case({"T": 20}), Case({"T": 5, "d": 40}), Case({"T": 4, "d": 90})),
+    "wkv": (Case({"T": 37}),),
+    "wkv6": (Case({"T": 37}),),
+    "wkv7": (Case({"T": 37}),),
+    "route": (Case({}, {"k": 2}), Case({"E": 64}, {"k": 6})),
+    "moe": (Case({}, {"k": 2}), Case({"T": 70, "d": 16, "f": 8}, {"k": 2})),
+    "linear_recurrence": (Case({"T": 37}), Case({"T": 5000})),
     "selective_scan": (
-        *({"T": 37}, {"T": 500}),
-        *(
-            {"T": 37, "c": 80, "n": 16},
-            {"T": 120, "c": 1088, "n": 16},
-            {"T": 20, "c": 4352, "n": 16},
-        ),  # strips of 16 channels, a ring, two warps each
+        *(Case({"T": 37}), Case({"T": 500})),
+        Case({"T": 37, "c": 80, "n": 16}),  # strips of 16 channels in the gradient
+        Case({"T": 250, "c": 32, "n": 16}, {}, FEW),  # a ring, twice around
+        Case({"T": 70, "c": 144, "n": 16}, {}, FEW),  # two warps a strip
     ),
-    "causal_conv1d": ({"T": 37},),
-    "rg_lru": ({"T": 37},),
-    "discretize": ({},),
-    "attention": ({}, {"n": 130, "m": 130, "d": 64, "e": 64}, {"n": 200, "m": 300, "d": 128, "e": 128, "mask": None, "bias": None}),
+    "causal_conv1d": (Case({"T": 37}),),
+    "rg_lru": (Case({"T": 37}),),
+    "discretize": (Case({}, {"method": "zoh"}),),
+    "attention": (
+        Case({}),
+        Case({"n": 70, "m": 270, "d": 64, "e": 64, **HEADS}, {}, FEW),
+        Case({"n": 200, "m": 300, "d": 64, "e": 64, **HEADS, **PLAIN}, {"causal": True}, FEW),  # some blocks take several tiles
+        Case({"n": 200, "m": 300, "d": 128, "e": 128, **HEADS, **PLAIN}, {}, FEW),
+        Case({"n": 200, "m": 300, "d": 128, "e": 128, **HEADS, **PLAIN}, {"causal": True}, {"FIVE_PRODUCTS": 0}),
+        Case({"n": 130, "m": 260, "d": 128, "e": 128, **HEADS, **PLAIN}, {"softcap": 5.0}, FEW),
+        Case({"n": 3, "m": 600, "d": 128, "e": 128, **HEADS, **PLAIN}),  # decoding
+    ),
 }
+PLANTED = (  # operator, its case; file, what is there and what instead: a wait that is left out
+    ("attention", 3, "kernel_attention_float.cu", "if (used_before) barrier_wait(free + copy.stage, copy.phase ^ 1);", ""),
+    ("attention", 3, "kernel_attention_hopper_gradient.cu", "barrier_wait(free + s, t / STAGES % 2 ^ 1);", ""),
+    ("attention", 4, "kernel_attention_hopper_ordered.cu", "barrier_wait(free + s, t / PLACES % 2 ^ 1);", ""),
+    ("selective_scan", 3, "kernel_selective_scan_ring.cu", "meet(TEAMS + team, 128);", ""),
+    ("selective_scan", 3, "kernel_selective_scan_ring.cu", "meet(team, 64);\n        fetch", "fetch"),
+    ("linear_attention", 4, "kernel_memory_channels.cu", "meet(FULL + b % STAGES, READING);", ""),
+    (
+        "linear_attention",
+        4,
+        "kernel_memory_channels.cu",
+        "meet(b < STAGES ? OWN + group : EMPTY + b % STAGES, b < STAGES ? GROUP : READING);",
+        "",
+    ),
+    ("linear_attention", 3, "kernel_memory.cu", "if (c > 0) meet(1, THREADS);", ""),
+)
 
 
-def run_once(op: str) -> None:
-    """One operator and its gradient, in float32 and, where arrays allow, in bfloat16."""
+def run_once(op: str, numbers: list[int], mistake: int | None) -> None:
+    """Cases of one operator and its gradient, in float32 and, where arrays allow, in bfloat16."""
+    import importlib
+    import unittest.mock
+
     import cupy as cp
     import ml_dtypes
     import numpy as np
     import refimpl.gpu
+    from refimpl.gpu import launch
 
     import refimpl
 
@@ -60,66 +109,85 @@ def run_once(op: str) -> None:
         floating = isinstance(value, np.ndarray) and value.dtype.kind == "f"
         return cp.asarray(value.astype(dtype)) if floating else cp.asarray(value) if isinstance(value, np.ndarray) else value
 
+    if mistake is not None:
+        right, (*_, file, old, new) = launch.Kernel.source.fget, PLANTED[mistake]
+        assert old in (launch.FOLDER / file).read_text(encoding="utf-8"), f"{file} has changed"
+        launch.Kernel.source = property(lambda kernel: right(kernel).replace(old, new) if kernel.file == file else right(kernel))
     cp.cuda.set_allocator(None)  # every array an allocation of its own, with ends that the tool sees
     f, vjp = getattr(refimpl.gpu, op), getattr(refimpl.gpu, f"{op}_vjp", None)
-    for sizes in OPS[op]:
+    module = importlib.import_module(f.__module__)
+    for number in numbers:
+        sizes, options, constants = CASES[op][number]
         for dtype in (np.float32, ml_dtypes.bfloat16):
-            own = {n: v for n, v in sizes.items() if v is not None and not (op == "route" and n == "k")}
+            own = {n: v for n, v in sizes.items() if v is not None}
             drawn = {n: x for n, x in refimpl.OPS[op].sample(np.random.default_rng(0), **own).items() if n not in sizes or n in own}
             arranged = refimpl.OPS[op].arrange(drawn) if refimpl.OPS[op].arrange else drawn
-            call = {n: on_device(v, np.float32 if n == "state" else dtype) for n, v in arranged.items()}
-            call |= {"k": sizes.get("k", 2)} if op in ("route", "moe") else {}
-            call |= {"method": "zoh"} if op == "discretize" else {}
-            for more in (
-                ({"method": "fused"}, {"method": "chunkwise", "chunk_length": 16}, {"method": "tensor"}) if op in IN_CHUNKS else ({},)
-            ):
-                y = f(**call, **more)
-                if vjp is not None:
-                    vjp(y, **call, **more)
+            call = {n: on_device(v, np.float32 if n == "state" else dtype) for n, v in arranged.items()} | options
+            methods = ({"method": "fused"}, {"method": "chunkwise", "chunk_length": 16}, {"method": "tensor"})
+            for more in methods if op in IN_CHUNKS else ({},):
+                with unittest.mock.patch.dict(vars(module), constants):
+                    y = f(**call, **more)
+                    if vjp is not None:
+                        vjp(y, **call, **more)
             cp.cuda.Device().synchronize()
 
 
-def sanitize(job: tuple[str, str]) -> dict:
-    op, tool = job
-    more = ["--racecheck-report", "all"] if tool == "racecheck" else []
-    command = [
-        "compute-sanitizer",
-        "--tool",
-        tool,
-        *more,
-        "--error-exitcode",
-        "9",
-        "--print-limit",
-        "5",
-        sys.executable,
-        __file__,
-        "--once",
-        op,
-    ]
+class Job(NamedTuple):
+    tool: str
+    operator: str
+    cases: tuple[int, ...]
+    mistake: int | None = None
+
+
+def sanitize(job: Job) -> dict:
+    tool, op, cases, mistake = job
+    more = ("--racecheck-report", "analysis") if tool == "racecheck" else ()
+    once = (sys.executable, __file__, "--once", op, json.dumps(cases), json.dumps(mistake))
+    command = ("compute-sanitizer", "--tool", tool, *more, "--error-exitcode", "9", "--print-limit", "20", *once)
+    environment = os.environ | ({"REFIMPL_EVERY_LANE_ARRIVES": "1"} if tool == "racecheck" else {})
+    start = time.monotonic()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=environment)
         code, output = done.returncode, done.stdout + done.stderr
     except subprocess.TimeoutExpired as late:
         code, output = -1, f"not done in {late.timeout} s"
     lines = [line for line in output.splitlines() if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]
-    clean = True if code == 0 else False if code == 9 else None  # None: it did not run to its end
-    found = {"operator": op, "tool": tool, "clean": clean, "summary": lines[-1].strip("= ") if lines else output[-300:]}
-    if code:
-        found["output"] = "\n".join(line for line in output.splitlines() if "[0x" not in line)[:6000]  # without foreign frames
-    print(f"{op:20} {tool:10} { {True: 'clean', False: 'NOT CLEAN', None: 'not run'}[clean]:9}  {found['summary'][:120]}", flush=True)
+    summary = lines[-1].strip("= ") if lines else output[-300:]
+    clean = None if code not in (0, 9) else code == 0 and (tool != "racecheck" or ": 0 hazards" in summary)  # None: not to its end
+    found = {"operator": op, "tool": tool, "cases": cases, "clean": clean, "summary": summary}
+    if mistake is not None:
+        found["planted"] = PLANTED[mistake][2:]
+    if not clean:
+        found["output"] = "\n".join(line for line in output.splitlines() if "[0x" not in line)[:8000]  # without foreign frames
+    verdict = {True: "clean", False: "NOT CLEAN", None: "not run"}[clean] if mistake is None else {False: "seen"}.get(clean, "NOT SEEN")
+    print(f"{time.monotonic() - start:4.0f} s  {op:18} {cases!s:18} {tool:9} {verdict:9}  {summary[:110]}", flush=True)
     return found
 
 
+def machine() -> dict:
+    def said(*command):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    device, driver = said("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").split("\n")[0].split(", ")
+    tool = [line for line in said("compute-sanitizer", "--version").splitlines() if "ersion" in line][-1:]
+    date, commit = time.strftime("%Y-%m-%d", time.gmtime()), said("git", "rev-parse", "--short", "HEAD")
+    return {"device": device, "driver": driver, "cuda": " ".join(tool), "date": date, "commit": commit}
+
+
 def main(path: str, ops: list[str]) -> int:
-    jobs = [(op, tool) for tool in TOOLS for op in ops or OPS]  # a kernel compiles once, under the first tool
+    each = [Job("racecheck", op, (n,)) for op in ops or CASES for n in range(len(CASES[op]))]
+    planted = [Job("racecheck", row[0], (row[1],), i) for i, row in enumerate(PLANTED) if row[0] in (ops or CASES)]
+    others = [Job(tool, op, tuple(range(len(CASES[op])))) for tool in TOOLS[1:] for op in ops or CASES]
+    slow = {"attention": 0, "selective_scan": 1, "linear_attention": 2}  # first, since they take longest
+    jobs = sorted(each + planted + others, key=lambda job: slow.get(job.operator, 3))
     with ThreadPoolExecutor(16) as pool:
         rows = list(pool.map(sanitize, jobs))
-    Path(path).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    return int(not all(row["clean"] for row in rows))
+    Path(path).write_text(json.dumps({"measured_on": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    return int(not all(row["clean"] is ("planted" not in row) for row in rows))
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--once":
-        run_once(sys.argv[2])
+        run_once(sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4]))
     else:
         sys.exit(main(sys.argv[1], sys.argv[2:]))
