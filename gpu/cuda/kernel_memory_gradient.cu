@@ -360,68 +360,9 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
     const int first_head = SHARED ? 0 : int(unit % heads);
     const auto of_head = [&](int number) { return G * heads + first_head + number; };
 
-    // A thread's own piece of the next item's tiles: 8 numbers of a row of v and dy, of one or two of S and R.
-    const i64 head_values = T * e, head_states = i64(chunks) * d * e, own_values = (t0 + threadIdx.x / 8) * e + threadIdx.x % 8 * 8;
-    const __nv_bfloat16* next_v = v + (v_heads > 1 ? of_head(0) : G) * head_values + own_values;
-    const __nv_bfloat16* next_y = dy + of_head(0) * head_values + own_values;
-    const i64 own_state = ((of_head(0) * chunks + c) * d + threadIdx.x / 8) * e + threadIdx.x % 8 * 8;
-    const __nv_bfloat16 *next_S = states + own_state, *next_R = adjoints + own_state;
-    const auto tell = [&](int number) {
-        constexpr int PIECES = sizeof(Told) / 16;
-        if (number < each && threadIdx.x < PIECES) {
-            const char* const from = reinterpret_cast<const char*>(all_told + of_head(number) * chunks + c);
-            copy16(reinterpret_cast<char*>(&told[number % 3]) + 16 * threadIdx.x, from + 16 * threadIdx.x);
-        }
-    };
-    const auto fetch = [&](int item, int number, int tile) {  // the next item, if there is one
-        if (item < items) {
-            const int thread = fresh(threadIdx.x), r = thread / 8;
-            char* const to = stages + item % 2 * STAGE + r * 128 + ((thread ^ r) % 8 << 4);
-            if (t0 + L <= T && d == D && tile * E + E <= e) {
-                copy16(to, next_v);
-                copy16(to + VALUES, next_y);
-#pragma unroll
-                for (int i = 0; i < D; i += L) {
-                    copy16(to + 2 * VALUES + i * 128, next_S + i * e);
-                    copy16(to + 2 * VALUES + STATE + i * 128, next_R + i * e);
-                }
-            } else {
-                const bool in_row = tile * E + thread % 8 * 8 < e, there = in_row && t0 + r < T;
-                copy16(to, next_v, there);
-                copy16(to + VALUES, next_y, there);
-#pragma unroll
-                for (int i = 0; i < D; i += L) {
-                    copy16(to + 2 * VALUES + i * 128, next_S + i * e, in_row && r + i < d);
-                    copy16(to + 2 * VALUES + STATE + i * 128, next_R + i * e, in_row && r + i < d);
-                }
-            }
-            if (tile == 0) tell(number + 1);
-            const bool to_head = tile + 1 == tiles;
-            const i64 back = i64(tiles - 1) * E;
-            next_v += to_head ? (v_heads > 1 ? head_values : 0) - back : E;
-            next_y += to_head ? head_values - back : E;
-            next_S += to_head ? head_states - back : E, next_R += to_head ? head_states - back : E;
-        }
-        copies_end();
-    };
-    const auto turn = [&](int item, int number, int tile) {  // an item is there, the next one is asked for
-        copies_wait<0>();
-        meet_all();
-        const bool to_head = tile + 1 == tiles;
-        fetch(item + 1, number + to_head, to_head ? 0 : tile + 1);
-    };
-    const auto hand_on = [&](int number) {  // what was found
-        constexpr int PIECES = sizeof(Found) / 16;
-        Found& to = all_found[of_head(number) * chunks + c];
-        if (threadIdx.x < PIECES) reinterpret_cast<uint4*>(&to)[threadIdx.x] = reinterpret_cast<const uint4*>(&found[number % 2])[threadIdx.x];
-    };
-
     stage<D, CROWD>(Q, q + ((G * q_heads + (q_heads > 1 ? first_head : 0)) * T + t0) * d, T - t0, d, 0);
     stage<D, CROWD>(K, k + ((G * k_heads + (k_heads > 1 ? first_head : 0)) * T + t0) * d, T - t0, d, 0);
-    tell(0);
-    fetch(0, 0, 0);
     for (int i = threadIdx.x; i < 8 * L; i += CROWD) found[i / (4 * L)].column[i / L % 4][i % L] = 0.0f;  // past a group's triangle
-    turn(0, 0, 0);
     const int group = warp % 4, half = warp / 4 % 2, row = 16 * group + g, first = half * (D / 2);
     char* const P_s = stages + items % 2 * STAGE;  // once all items have been read
     const Place at_P = at_stages + items % 2 * STAGE;
@@ -430,8 +371,11 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
     float sum[D / 16][4] = {};  // half the columns of dq or dk
 
     if (warp < 8) {
+        copies_end();
+        copies_wait<0>();
+        meet_all();
         // Of the blocks of 16 keys that are not later than its queries a warp has every second one.
-        float P[4][4] = {}, dP[4][4], read[2], product, diagonal;
+        float P[4][4] = {}, dP[4][4] = {}, read[2] = {0.0f, 0.0f}, product = 0.0f, diagonal = 0.0f;
         unsigned pairs[4][2], by[4][2];  // rounded: two neighbours in one
 #pragma unroll
         for (int own = 0; own < 2; ++own) {
@@ -478,57 +422,35 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                 }
             }
         };
-        fade(0);
-        meet_all();
-        for (int item = 0, number = 0, tile = 0; item < items; ++item) {
-            if (item > 0) turn(item, number, tile);
-            if (tile == 0) {
-                if (number > 0) hand_on(number - 1);
-                read[0] = read[1] = product = diagonal = 0.0f;
-            }
-            if (SHARED || tile == 0) {  // where heads are together each of their tiles is worth something by itself
+        const auto look = [&](int item, const Told& head) {  // at a tile
+            const Place V = at_stages + item % 2 * STAGE, Y = V + VALUES, S = Y + VALUES;
+            const int lane = fresh(threadIdx.x) % 32, row = 16 * group + lane / 4, to_right = along(lane), to_left = across(lane);
+            const Place rows = Y + group * BLOCK + to_left, columns = V + half * BLOCK + to_right;
+            const float since[2] = {head.since[row], head.since[row + 8]};
+            unsigned y[E / 16][4];
 #pragma unroll
-                for (int x = 0; x < 16; ++x) dP[x / 4][x % 4] = 0.0f;
-            }
-            const Told& head = told[number % 3];
-            Found& of = found[number % 2];
-            const bool to_head = tile + 1 == tiles;
-            {
-                const Place V = at_stages + item % 2 * STAGE, Y = V + VALUES, S = Y + VALUES;
-                const int lane = fresh(threadIdx.x) % 32, row = 16 * group + lane / 4, to_right = along(lane), to_left = across(lane);
-                const Place rows = Y + group * BLOCK + to_left, columns = V + half * BLOCK + to_right;
-                const float since[2] = {head.since[row], head.since[row + 8]};
-                unsigned y[E / 16][4];
+            for (int i = 0; i < E / 16; ++i) load_tiles(y[i], rows ^ 32 * i);
+            through(sum, read, y, S + half * (STATE / 2) + to_right, of_half(at_Q + group * BLOCK + to_left), since);
 #pragma unroll
-                for (int i = 0; i < E / 16; ++i) load_tiles(y[i], rows ^ 32 * i);
-                through(sum, read, y, S + half * (STATE / 2) + to_right, of_half(at_Q + group * BLOCK + to_left), since);
+            for (int own = 0; own < 2; ++own) {
+                if (2 * own + half <= group) {
 #pragma unroll
-                for (int own = 0; own < 2; ++own) {
-                    if (2 * own + half <= group) {
-#pragma unroll
-                        for (int i = 0; i < E / 16; ++i) {
-                            unsigned b[4];
-                            load_tiles(b, (columns ^ 32 * i) + 2 * own * BLOCK);
-                            multiply_tiles(dP[2 * own], y[i], b[0], b[1]);
-                            multiply_tiles(dP[2 * own + 1], y[i], b[2], b[3]);
-                        }
+                    for (int i = 0; i < E / 16; ++i) {
+                        unsigned b[4];
+                        load_tiles(b, (columns ^ 32 * i) + 2 * own * BLOCK);
+                        multiply_tiles(dP[2 * own], y[i], b[0], b[1]);
+                        multiply_tiles(dP[2 * own + 1], y[i], b[2], b[3]);
                     }
                 }
-                product += product_of_states<D>(S, S + STATE, warp);
             }
-            if (!SHARED && !to_head) {
-                ++tile;
-                continue;
-            }
+            product += product_of_states<D>(S, S + STATE, warp);
+        };
+        // What the pairs are worth, z, and P of it; `more` than what was found before. `corner`: of r within this group's steps, sums over s < r <= t.
+        const auto weigh = [&](int number, bool more) {
+            const Told& head = told[number % 3];
+            Found& of = found[number % 2];
             const int lane = fresh(threadIdx.x) % 32, g = lane / 4, t4 = lane % 4, row = 16 * group + g;
-            const float since[2] = {head.since[row], head.since[row + 8]};
             const float of_rows[2] = {NORMALISED ? head.of_n[row] : 0.0f, NORMALISED ? head.of_n[row + 8] : 0.0f};
-            if (NORMALISED) {
-                const i64 at_norm = (of_head(number) * chunks + c) * d;
-                through_norm(sum, read, of_rows, ns + at_norm, first, d, Q, row, since);
-                for (int i = 16 * warp + lane; i < min(d, 16 * (warp + 1)); i += 32) product += ns[at_norm + i] * rs[at_norm + i];
-            }
-            // What the pairs are worth, z. `corner`: of r within this group's steps, sums over s < r <= t.
             float corner[2][4] = {};
 #pragma unroll
             for (int mine = 0; mine < 2; ++mine) {
@@ -550,7 +472,7 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                             const float faded = x % 2 ? high(by[j][x / 2]) : low(by[j][x / 2]);
                             const float pair = x % 2 ? high(pairs[j][x / 2]) : low(pairs[j][x / 2]);
                             const float p = (NORMALISED ? dP[j][x] + of_rows[x / 2] : dP[j][x]) * faded;
-                            P[j][x] = fmaf(p, factor[x % 2], P[j][x]);
+                            P[j][x] = SHARED ? fmaf(p, factor[x % 2], P[j][x]) : p * factor[x % 2];
                             dP[j][x] = p * pair;
                         }
 #pragma unroll
@@ -561,7 +483,7 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                     }
                     const float whole_column = over_rows_of_four(columns);
                     float& to_column = of.column[group][16 * block + lane / 16 * 8 + 2 * t4 + lane / 8 % 2];
-                    if (lane % 8 < 4) to_column = whole_column + (SHARED && tile > 0 ? to_column : 0.0f);
+                    if (lane % 8 < 4) to_column = whole_column + (more ? to_column : 0.0f);
 #pragma unroll
                     for (int part = 0; part < 2; ++part) {  // times ones where s < r
                         const int r = 16 * group + 8 * part + g, s = 16 * block + 2 * t4;
@@ -578,21 +500,49 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
             }
             const float whole_corner = over_rows_of_four(later);
             float& to_corner = of.corner[warp][lane / 16 * 8 + 2 * t4 + lane / 8 % 2];
-            if (lane % 8 < 4) to_corner = whole_corner + (SHARED && tile > 0 ? to_corner : 0.0f);
-            if (!to_head) {
-                ++tile;
-                continue;
-            }
+            if (lane % 8 < 4) to_corner = whole_corner + (more ? to_corner : 0.0f);
+        };
+        const auto conclude = [&](int number) {
+            const Told& head = told[number % 3];
+            Found& of = found[number % 2];
+            const int lane = fresh(threadIdx.x) % 32, t4 = lane % 4, row = 16 * group + lane / 4;
 #pragma unroll
             for (int x = 0; x < 2; ++x) {
-                const float whole_read = over_columns(read[x]) * since[x];
-                if (t4 == 0) of.from_state[half][row + 8 * x] = whole_read;
+                const float whole = over_columns(read[x]) * head.since[row + 8 * x];
+                if (t4 == 0) of.from_state[half][row + 8 * x] = whole;
             }
             product = over_rows(over_columns(product)) * head.all[0];
             if (skip) diagonal = over_rows(over_columns(diagonal));
             if (lane == 0) of.kept[warp] = product, of.diagonal[warp] = diagonal;
-            tile = 0;
-            if (++number < each) fade(number);
+        };
+        fade(0);
+        meet_all();
+        if (SHARED) {
+            for (int item = 0, number = 0, tile = 0; item < items; ++item) {
+                if (item > 0) meet_all();
+                look(item, told[number % 3]);
+                weigh(number, tile > 0);  // each tile is worth something by itself
+#pragma unroll
+                for (int x = 0; x < 16; ++x) dP[x / 4][x % 4] = 0.0f;
+                if (++tile < tiles) continue;
+                conclude(number);
+                read[0] = read[1] = product = diagonal = 0.0f;
+                tile = 0;
+                if (++number < each) fade(number);
+            }
+        } else {
+            for (int item = 0; item < items; ++item) {
+                if (item > 0) meet_all();
+                look(item, told[0]);
+            }
+            if (NORMALISED) {
+                const i64 at_norm = (of_head(0) * chunks + c) * d;
+                const float of_rows[2] = {told[0].of_n[row], told[0].of_n[row + 8]}, since[2] = {told[0].since[row], told[0].since[row + 8]};
+                through_norm(sum, read, of_rows, ns + at_norm, first, d, Q, row, since);
+                for (int i = 16 * warp + lane; i < min(d, 16 * (warp + 1)); i += 32) product += ns[at_norm + i] * rs[at_norm + i];
+            }
+            weigh(0, false);
+            conclude(0);
         }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -617,11 +567,76 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
             }
         }
     } else {
-        meet_all();
+        // They also ask for what is next, and hand on what was found: a thread has 8 numbers of two rows of v and dy, of two or four of S and R.
+        const int thread = threadIdx.x - CROWD / 2;
+        const i64 own_values = (t0 + thread / 8) * e + thread % 8 * 8, own_state = ((of_head(0) * chunks + c) * d + thread / 8) * e + thread % 8 * 8;
+        const i64 head_values = T * e, head_states = i64(chunks) * d * e;
+        const __nv_bfloat16* next_v = v + (v_heads > 1 ? of_head(0) : G) * head_values + own_values;
+        const __nv_bfloat16* next_y = dy + of_head(0) * head_values + own_values;
+        const __nv_bfloat16 *next_S = states + own_state, *next_R = adjoints + own_state;
+        char* const own_stage = stages + thread / 8 * 128 + ((thread ^ thread / 8) % 8 << 4);
+        const auto tell = [&](int number) {
+            constexpr int PIECES = sizeof(Told) / 16;
+            if (number < each && thread < PIECES) {
+                const char* const from = reinterpret_cast<const char*>(all_told + of_head(number) * chunks + c);
+                copy16(reinterpret_cast<char*>(&told[number % 3]) + 16 * thread, from + 16 * thread);
+            }
+        };
+        const auto fetch = [&](int item, int number, int tile) {  // the next item, if there is one
+            if (item < items) {
+                char* const to = own_stage + item % 2 * STAGE;
+                if (t0 + L <= T && d == D && tile * E + E <= e) {
+#pragma unroll
+                    for (int i = 0; i < L; i += 32) copy16(to + i * 128, next_v + i * e), copy16(to + VALUES + i * 128, next_y + i * e);
+#pragma unroll
+                    for (int i = 0; i < D; i += 32) {
+                        copy16(to + 2 * VALUES + i * 128, next_S + i * e);
+                        copy16(to + 2 * VALUES + STATE + i * 128, next_R + i * e);
+                    }
+                } else {
+                    const bool in_row = tile * E + thread % 8 * 8 < e;
+#pragma unroll 1
+                    for (int i = 0; i < D; i += 32) {
+                        const int r = thread / 8 + i;
+                        if (i < L) {
+                            copy16(to + i * 128, next_v + i * e, in_row && t0 + r < T);
+                            copy16(to + VALUES + i * 128, next_y + i * e, in_row && t0 + r < T);
+                        }
+                        copy16(to + 2 * VALUES + i * 128, next_S + i * e, in_row && r < d);
+                        copy16(to + 2 * VALUES + STATE + i * 128, next_R + i * e, in_row && r < d);
+                    }
+                }
+                if (tile == 0) tell(number + 1);
+                const bool to_head = tile + 1 == tiles;
+                const i64 back = i64(tiles - 1) * E;
+                next_v += to_head ? (v_heads > 1 ? head_values : 0) - back : E;
+                next_y += to_head ? head_values - back : E;
+                next_S += to_head ? head_states - back : E, next_R += to_head ? head_states - back : E;
+            }
+            copies_end();
+        };
+        const auto turn = [&](int item, int number, int tile) {  // an item is there, the next one is asked for
+            copies_wait<0>();
+            meet_all();
+            const bool to_head = tile + 1 == tiles;
+            fetch(item + 1, number + to_head, to_head ? 0 : tile + 1);
+        };
+        const auto hand_on = [&](int number) {
+            constexpr int PIECES = sizeof(Found) / 16;
+            Found& to = all_found[of_head(number) * chunks + c];
+            if (thread < PIECES) reinterpret_cast<uint4*>(&to)[thread] = reinterpret_cast<const uint4*>(&found[number % 2])[thread];
+        };
+        tell(0);
+        fetch(0, 0, 0);
+        turn(0, 0, 0);
+        meet_all();  // M is there
         float written[2], product;
         for (int item = 0, number = 0, tile = 0; item < items; ++item) {
             if (item > 0) turn(item, number, tile);
-            if (tile == 0) written[0] = written[1] = product = 0.0f;
+            if (tile == 0) {
+                if (number > 0) hand_on(number - 1);
+                written[0] = written[1] = product = 0.0f;
+            }
             const Told& head = told[number % 3];
             const int lane = fresh(threadIdx.x) % 32, g = lane / 4, t4 = lane % 4, row = 16 * group + g;
             const float left[2] = {head.left[row], head.left[row + 8]};  // of a key at the end of the chunk, without its gain
@@ -695,6 +710,7 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
             tile = 0, ++number;
         }
         meet_all();
+        hand_on(each - 1);
 #pragma unroll
         for (int block = 0; block < L / 16; ++block) {
             if (block >= group) {
@@ -710,7 +726,6 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
             }
         }
     }
-    hand_on(each - 1);
     const i64 t = t0 + 16 * group;
     char* const room = stages + (items + 1) % 2 * STAGE + warp * OUT;
     store_rows(room, sum, (warp < 8 ? dq : dk) + (unit * T + t) * d, T - t, d, first);

@@ -24,6 +24,7 @@
 #define __forceinline__ inline
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -44,7 +45,7 @@ struct Index {
     unsigned x, y, z;
 };
 static Index threadIdx, blockIdx, blockDim, gridDim;
-double memory[1 << 15];  // shared memory of a size that the launch says, for any kernel
+alignas(128) double memory[1 << 15];  // shared memory of a size that the launch says, for any kernel
 
 namespace host {
 struct Thread {
