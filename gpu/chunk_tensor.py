@@ -29,14 +29,15 @@ def _memory(width: int, kind: int) -> Kernel:
 
 
 def _states(width: int, normalised: bool) -> Kernel:
-    return Kernel("kernel_memory_gradient.cu", f"memory_states<{width}, {str(normalised).lower()}>")
+    return Kernel("kernel_memory_states.cu", f"memory_states<{width}, {str(normalised).lower()}>")
 
 
 def _gradient(width: int, kind: int) -> Kernel:
-    return Kernel("kernel_memory_gradient.cu", f"memory_gradient<{width}, {kind}>", spills=True, stack=256)
+    return Kernel("kernel_memory_gradient.cu", f"memory_gradient<{width}, {kind}>", spills=True, stack=128)
 
 
-_TELL, _DECAYS, _SUM_HEADS = (Kernel("kernel_memory_gradient.cu", name) for name in ("memory_told", "memory_decays", "sum_heads"))
+_TELL, _DECAYS = (Kernel("kernel_memory_decays.cu", name) for name in ("memory_told", "memory_decays"))
+_SUM_HEADS = Kernel("kernel_sum_heads.cu", "sum_heads")
 KERNELS = tuple(_memory(width, kind) for width in (TILE, WIDEST) for kind in (PLAIN, NORMALISED))
 KERNELS_VJP = (
     *(f(width, kind) for f, kind in ((_states, False), (_gradient, ALONE), (_gradient, TOGETHER)) for width in (TILE, WIDEST)),
@@ -149,7 +150,7 @@ def read_vjp(
     _TELL(warps, (THREADS,), arguments)
     states, norms = (seen.states, seen.norms) if normalised else _walk(k, v, told, state, H)[:2]
     adjoints, of_norms, first, first_norm = _walk(q, dy, told, dlast, H, norm=dnorm, normalised=normalised, back=True)
-    together = q.shape[1] == k.shape[1] == 1 and (H == 1 or not normalised)
+    together = q.shape[1] == k.shape[1] == 1 < H and not normalised
     of_keys = 1 if together else H
     dq, dk = (cp.empty((G, of_keys, T, q.shape[3]), q.dtype) for _ in range(2))
     dv = cp.empty((G, H, T, v.shape[3]), q.dtype)

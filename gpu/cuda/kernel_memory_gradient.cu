@@ -1,7 +1,7 @@
 // The gradient of a matrix memory with one decay per head (kernel_memory.cu), on tensor cores.
 //
 // The idea. With S the state that enters a chunk of 64 steps and R the cotangent of the one that leaves it, the gradient of the chunk needs
-// no other chunk. So one kernel walks and keeps nothing but states, `memory_states`: forwards S, backwards R, in bfloat16,
+// no other chunk. So one kernel walks and keeps nothing but states (kernel_memory_states.cu): forwards S, backwards R, in bfloat16,
 //     S <- e^{A_end} S + sum of e^{A_end - A_s + g_s} k_s v_s^T,      R <- e^{A_end} R + c sum of e^{A_t + f_t} q_t dy_t^T
 // (A: sums of w from the chunk's start; e^g factors of keys, e^f of queries, c of what is read), and another, `memory_gradient`, takes all
 // chunks at once. With M the faded pairs of queries and keys, P the faded pairs of dy and v (+ p of each query, where a normaliser reads n):
@@ -16,321 +16,7 @@
 // through shared memory, made while the head before is at work. `memory_told` says first what the decays of a chunk make of its steps,
 // `memory_decays` last puts the parts of dw together, each a warp for a chunk.
 // What limits it: instructions, of which a third are addresses and what registers do not hold, and with 4 warps a scheduler their latency.
-#include "block_memory.cuh"
-
-constexpr int STAGES = 3;  // of memory_states
-constexpr int OUT = 16 * 128;  // bytes of a warp's 16 rows on their way out
-
-// 16 rows of 8 N numbers that a warp has as tiles of results, to `rows` rows of a matrix, in whole runs of 16 bytes.
-// Piece p of row r stands in place p ^ r % 8, of 4 pieces in place p ^ r / 2 % 4.
-template <int N>
-__device__ __forceinline__ void store_rows(char* room, const float (&tiles)[N][4], __nv_bfloat16* to, i64 rows, int width, int column) {
-    constexpr int ROW = 16 * N, STEP = 32 / N;  // bytes of a row, rows that a warp writes at once
-    const int lane = fresh(threadIdx.x) % 32, g = lane / 4, r = lane / N, p = lane % N;
-    const int own = g * ROW + ((N == 8 ? g : g / 2) << 4) + 4 * (lane % 4), out = r * ROW + ((N == 8 ? p ^ r : p ^ r / 2) << 4);
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-#pragma unroll
-        for (int x = 0; x < 2; ++x)
-            *reinterpret_cast<unsigned*>(room + (own ^ 16 * j) + 8 * x * ROW) = pack(tiles[j][2 * x], tiles[j][2 * x + 1]);
-    }
-    __syncwarp();
-    if (column + 8 * p < width) {
-        to += i64(r) * width + column + 8 * p;
-#pragma unroll
-        for (int i = 0; i < N / 2; ++i) {
-            const int place = N == 8 ? out ^ i % 2 * 64 : out;
-            if (r + STEP * i < rows) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(room + place + i * STEP * ROW);
-            to += STEP * width;
-        }
-    }
-}
-
-// Of a chunk of a head: sums of its decays, their rests with a query's factor and without a key's, what fades a query's read of S (with c) and
-// what a key leaves at the end, the keys' factors, what queries add to P, and the decay of all steps. Exponents are at most 127.
-struct alignas(16) Told {
-    float sums[L], rows[L], columns[L], since[L], left[L], gains[L], of_n[L], all[4];
-};
-// One warp for each chunk of each head. w and gain (G, w_heads, T), of_query (the f) and of_n (G, heads, T), or null; told (G heads, chunks).
-__global__ void __launch_bounds__(THREADS)
-memory_told(const float* w, const float* gain, const float* of_query, const float* of_n, Told* told, i64 T, i64 count, int chunks, int heads,
-            int w_heads, float scale) {
-    const i64 at = i64(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
-    if (at >= count) return;
-    const int lane = threadIdx.x % 32;
-    const i64 of_head = at / chunks, t0 = at % chunks * L, of = (of_head / heads * w_heads + (w_heads > 1 ? of_head % heads : 0)) * T;
-    const Decays x = load_decays(w ? w + of : nullptr, gain ? gain + of : nullptr, of_query ? of_query + of_head * T : nullptr, t0, T);
-    const double first = max(x.w[0], -4096.0f), both = first + max(x.w[1], -4096.0f);
-    double upto = both;
-#pragma unroll
-    for (int away = 1; away < 32; away *= 2) {
-        const double before = __shfl_up_sync(0xffffffffu, upto, away);
-        upto += lane >= away ? before : 0.0;
-    }
-    const double unit = 1.44269504088896341, of_step[2] = {(upto - both + first) * unit, upto * unit};
-    const double all = __shfl_sync(0xffffffffu, upto, 31) * unit;
-    Told& to = told[at];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const int s = 2 * lane + i;
-        const float sum = float(of_step[i]), rest = float(of_step[i] - double(sum)), row = rest + x.of_query[i] * LOG2E;
-        to.sums[s] = sum, to.rows[s] = row, to.columns[s] = rest;
-        to.since[s] = power(min(sum + row, 127.0f), false) * scale;
-        to.left[s] = power(min(float(all - of_step[i]), 127.0f), false);
-        to.gains[s] = exp2_fast(x.of_key[i] * LOG2E);
-        to.of_n[s] = of_n && t0 + s < T ? of_n[of_head * T + t0 + s] : 0.0f;
-    }
-    if (lane < 4) to.all[lane] = power(min(float(all), 127.0f), false);
-}
-
-// keys (G, key_heads, T, d), values (G, value_heads, T, e), backwards queries and dy; told (G heads, chunks); state and last (G, heads, d, e),
-// norm and last_norm (G, heads, d), or null; states (G heads, chunks, d, e), norms (G heads, chunks, d). NORMALISED is backwards: of n too, where
-// each query adds `of_n`. Grid: (G heads, tiles of 64 values).
-template <int D, bool NORMALISED>
-__global__ void __launch_bounds__(THREADS, 2)
-memory_states(const __nv_bfloat16* keys, const __nv_bfloat16* values, const Told* all_told, const float* state, const float* norm,
-              __nv_bfloat16* states, float* norms, float* last, float* last_norm, i64 T, int d, int e, int heads, int key_heads, int value_heads,
-              int backwards) {
-    constexpr int ROWS = L * D * 2, VALUES = L * E * 2, STAGE = ROWS + VALUES, COLUMNS = E * D / 128, TILES = COLUMNS / 8;
-    extern __shared__ __align__(128) double memory[];
-    char* const shared = reinterpret_cast<char*>(memory);
-    __shared__ Told told[STAGES];
-    const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0), lane = threadIdx.x % 32, g = lane / 4, t4 = lane % 4;
-    const i64 of_head = blockIdx.x, G = of_head / heads, h = of_head % heads;
-    const int column = int(blockIdx.y) * E, row = warp % (D / 16) * 16, own = warp / (D / 16) * COLUMNS, chunks = int((T + L - 1) / L);
-    char* const room = shared + STAGES * STAGE + warp * OUT;
-    keys += (G * key_heads + (key_heads > 1 ? h : 0)) * T * d;
-    values += (G * value_heads + (value_heads > 1 ? h : 0)) * T * e;
-
-    const auto chunk = [&](int c) { return backwards ? chunks - 1 - c : c; };
-    const auto fetch = [&](int c) {
-        if (c < chunks) {
-            char* const tiles = shared + c % STAGES * STAGE;
-            const i64 t0 = i64(chunk(c)) * L;
-            stage<D>(tiles, keys + t0 * d, T - t0, d, 0);
-            stage<E>(tiles + ROWS, values + t0 * e, T - t0, e, column);
-            if (threadIdx.x < sizeof(Told) / 16)
-                copy16(reinterpret_cast<char*>(&told[c % STAGES]) + 16 * threadIdx.x,
-                       reinterpret_cast<const char*>(all_told + of_head * chunks + chunk(c)) + 16 * threadIdx.x);
-        }
-        copies_end();
-    };
-
-    float S[TILES][4], n[2] = {0.0f, 0.0f};  // n: a share of it, one of four lanes'
-#pragma unroll
-    for (int x = 0; x < 2; ++x) {
-        const int r = row + g + 8 * x;
-        if (NORMALISED && norm && r < d && t4 == 0) n[x] = norm[of_head * d + r];
-#pragma unroll
-        for (int j = 0; j < TILES; ++j) {
-            const int at_column = column + own + 8 * j + 2 * t4;
-            const bool there = state && r < d && at_column < e;
-            const float2 pair = there ? *reinterpret_cast<const float2*>(state + (of_head * d + r) * e + at_column) : float2{0.0f, 0.0f};
-            S[j][2 * x] = pair.x, S[j][2 * x + 1] = pair.y;
-        }
-    }
-#pragma unroll
-    for (int c = 0; c < STAGES - 1; ++c) fetch(c);
-    for (int c = 0; c < chunks; ++c) {
-        copies_wait<STAGES - 2>();
-        meet_all();
-        fetch(c + STAGES - 1);
-        const i64 kept = (of_head * chunks + chunk(c)) * d + row;
-        store_rows(room, S, states + kept * e, d - row, e, column + own);
-        if (NORMALISED) {
-#pragma unroll
-            for (int x = 0; x < 2; ++x) {
-                const float whole = over_columns(n[x]);
-                if (t4 == 0 && blockIdx.y == 0 && own == 0 && row + g + 8 * x < d) norms[kept + g + 8 * x] = whole;
-            }
-        }
-        const Place K = (place(shared) + c % STAGES * STAGE + row / 64 * PANEL + along(lane)) ^ row % 64 * 2;
-        const Place V = (place(shared) + c % STAGES * STAGE + ROWS + across(lane)) ^ own * 2;
-        const Told& head = told[c % STAGES];
-        const float fade[2] = {head.all[0], head.all[0]};
-        times(S, fade);
-        n[0] *= fade[0], n[1] *= fade[0];
-#pragma unroll
-        for (int block = 0; block < L / 16; ++block) {
-            unsigned a[4];
-            load_tiles_turned(a, K + block * BLOCK);
-#pragma unroll
-            for (int x = 0; x < 2; ++x) {
-                const int s = 16 * block + 8 * x + 2 * t4;
-                float2 by = *reinterpret_cast<const float2*>((backwards ? head.since : head.left) + s);
-                if (!backwards) by.x *= head.gains[s], by.y *= head.gains[s + 1];
-#pragma unroll
-                for (int y = 0; y < 2; ++y) {
-                    const float k0 = low(a[2 * x + y]) * by.x, k1 = high(a[2 * x + y]) * by.y;
-                    if (NORMALISED) n[y] += k0 * head.of_n[s] + k1 * head.of_n[s + 1];
-                    a[2 * x + y] = pack(k0, k1);
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < TILES / 2; ++j) {
-                unsigned b[4];
-                load_tiles_turned(b, (V ^ 32 * j) + block * BLOCK);
-                multiply_tiles(S[2 * j], a, b[0], b[1]);
-                multiply_tiles(S[2 * j + 1], a, b[2], b[3]);
-            }
-        }
-    }
-    if (!last) return;
-#pragma unroll
-    for (int x = 0; x < 2; ++x) {
-        const int r = row + g + 8 * x;
-#pragma unroll
-        for (int j = 0; j < TILES; ++j) {
-            const int at_column = column + own + 8 * j + 2 * t4;
-            if (r < d && at_column < e) *reinterpret_cast<float2*>(last + (of_head * d + r) * e + at_column) = float2{S[j][2 * x], S[j][2 * x + 1]};
-        }
-        if (NORMALISED) {
-            const float whole = over_columns(n[x]);
-            if (t4 == 0 && blockIdx.y == 0 && own == 0 && r < d) last_norm[of_head * d + r] = whole;
-        }
-    }
-}
-
-// What its pairs and states are worth, in parts: column sums of z of 16 queries, what dw_r gets of 16 queries' own steps, and so on.
-struct alignas(16) Found {
-    float column[4][L], corner[8][16], from_state[2][L], to_state[2][L], kept[16], diagonal[8];
-};
-constexpr int WARPS = 16, CROWD = 32 * WARPS;
-
-// One warp: sums of 64 numbers, two a lane, from each on, or of those before each.
-__device__ __forceinline__ float2 sums_from(float2 x) {
-    const int lane = threadIdx.x % 32;
-    float from = x.x + x.y;
-#pragma unroll
-    for (int away = 1; away < 32; away *= 2) {
-        const float more = __shfl_sync(0xffffffffu, from, min(lane + away, 31));
-        from += lane + away < 32 ? more : 0.0f;
-    }
-    const float later = __shfl_sync(0xffffffffu, from, min(lane + 1, 31)), second = x.y + (lane < 31 ? later : 0.0f);
-    return float2{x.x + second, second};
-}
-__device__ __forceinline__ float2 sums_before(float2 x) {
-    const int lane = threadIdx.x % 32;
-    float upto = x.x + x.y;
-#pragma unroll
-    for (int away = 1; away < 32; away *= 2) {
-        const float more = __shfl_up_sync(0xffffffffu, upto, away);
-        upto += lane >= away ? more : 0.0f;
-    }
-    const float last = __shfl_up_sync(0xffffffffu, upto, 1), before = lane > 0 ? last : 0.0f;
-    return float2{before, before + x.x};
-}
-
-// One warp for each chunk of each head: what `memory_gradient` found, put together. dw, dgain (G heads, T), dskip (G heads, chunks) or null.
-__global__ void __launch_bounds__(THREADS)
-memory_decays(const Told* told, const Found* found, float* dw, float* dgain, float* dskip, i64 T, i64 count, int chunks, float scale) {
-    const i64 at = i64(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
-    if (at >= count) return;
-    const Found& of = found[at];
-    const float* const gains = told[at].gains;
-    const int lane = threadIdx.x % 32, r = 2 * lane;
-    const float2 gain = {gains[r], gains[r + 1]};
-    float product = 0.0f;
-#pragma unroll
-    for (int x = 0; x < WARPS; ++x) product += of.kept[x];
-    const float2 written = {of.to_state[0][r] + of.to_state[1][r], of.to_state[0][r + 1] + of.to_state[1][r + 1]};
-    const float2 from = sums_from(float2{of.from_state[0][r] + of.from_state[1][r], of.from_state[0][r + 1] + of.from_state[1][r + 1]});
-    const float2 before = sums_before(float2{written.x * gain.x, written.y * gain.y});
-    float2 column = {of.column[0][r], of.column[0][r + 1]};
-    float2 rectangle = {of.corner[r / 16][r % 16] + of.corner[r / 16 + 4][r % 16], of.corner[r / 16][r % 16 + 1] + of.corner[r / 16 + 4][r % 16 + 1]};
-#pragma unroll
-    for (int i = 1; i < 4; ++i) {  // queries of group i, where they are later than r by far
-        const float2 of_group = {of.column[i][r], of.column[i][r + 1]};
-        column.x += of_group.x, column.y += of_group.y;
-        const float2 more = sums_before(float2{of_group.x * (gain.x * scale), of_group.y * (gain.y * scale)});
-        if (r < 16 * i) rectangle.x += more.x, rectangle.y += more.y;
-    }
-    const i64 t = at % chunks * L + r, to = at / chunks * T + t;
-    if (t < T) dw[to] = rectangle.x + (from.x + before.x) + product, dgain[to] = column.x * scale + written.x;
-    if (t + 1 < T) dw[to + 1] = rectangle.y + (from.y + before.y) + product, dgain[to + 1] = column.y * scale + written.y;
-    if (dskip && lane == 0) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int x = 0; x < 8; ++x) sum += of.diagonal[x];
-        dskip[at] = sum;
-    }
-}
-
-// Sums over the eight rows of a result's lanes, of two tiles' columns (2 t4 and 2 t4 + 1 of each): a lane gets that of tile lane / 16, column
-// lane / 8 % 2.
-__device__ __forceinline__ float over_rows_of_four(const float (&x)[4]) {
-    const bool upper = threadIdx.x & 16, odd = threadIdx.x & 8;
-    const float a = (upper ? x[2] : x[0]) + __shfl_xor_sync(0xffffffffu, upper ? x[0] : x[2], 16);
-    const float b = (upper ? x[3] : x[1]) + __shfl_xor_sync(0xffffffffu, upper ? x[1] : x[3], 16);
-    const float c = (odd ? b : a) + __shfl_xor_sync(0xffffffffu, odd ? a : b, 8);
-    return c + __shfl_xor_sync(0xffffffffu, c, 4);
-}
-
-// What a warp's share of S and R is worth together: of 16 of its rows at a time, the diagonals of products of the upper and the lower eight.
-template <int D> __device__ __forceinline__ float product_of_states(Place S, Place R, int warp) {
-    const int lane = fresh(threadIdx.x) % 32, g = lane / 4, t4 = lane % 4;
-    float x[2][4] = {};
-#pragma unroll
-    for (int i = 0; i < D / 64; ++i) {
-        const int tile = warp * (D / 64) + i;
-        unsigned a[4], b[4];
-        load_tiles(a, (S + tile / 4 * BLOCK + across(lane)) ^ tile % 4 * 32);
-        load_tiles(b, (R + tile / 4 * BLOCK + along(lane)) ^ tile % 4 * 32);
-        multiply_tiles(x[0], a, b[0], b[1]);
-        multiply_tiles(x[1], a, b[2], b[3]);
-    }
-    return g / 2 == t4 ? (g % 2 ? x[0][1] + x[1][3] : x[0][0] + x[1][2]) : 0.0f;
-}
-
-// 8 N columns of a state (64 of whose numbers a row has), of which `state` is the first's place, times 16 rows of 64 numbers, `a`; their
-// products with the same columns of rows of q or k, which lie at `own`, are added to `dot`, and themselves, faded, to `sum`.
-template <int N>
-__device__ __forceinline__ void through(float (&sum)[N][4], float (&dot)[2], const unsigned (&a)[E / 16][4], Place state, Place own,
-                                        const float (&faded)[2]) {
-#pragma unroll
-    for (int j = 0; j < N / 2; ++j) {
-        float x[2][4] = {};
-        unsigned at_own[4];
-#pragma unroll
-        for (int i = 0; i < E / 16; ++i) {
-            unsigned b[4];
-            load_tiles(b, (state ^ 32 * i) + j * BLOCK);
-            multiply_tiles(x[0], a[i], b[0], b[1]);
-            multiply_tiles(x[1], a[i], b[2], b[3]);
-        }
-        load_tiles(at_own, own ^ 32 * j);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                dot[r] = fmaf(x[i][2 * r], low(at_own[2 * i + r]), dot[r]);
-                dot[r] = fmaf(x[i][2 * r + 1], high(at_own[2 * i + r]), dot[r]);
-            }
-#pragma unroll
-            for (int y = 0; y < 4; ++y) sum[2 * j + i][y] = fmaf(x[i][y], faded[y / 2], sum[2 * j + i][y]);
-        }
-    }
-}
-
-// The same with n of each row, which `worth` multiplies.
-template <int N>
-__device__ __forceinline__ void through_norm(float (&sum)[N][4], float (&dot)[2], const float (&worth)[2], const float* n, int first, int d,
-                                             char* X, int row, const float (&faded)[2]) {
-    const int t4 = fresh(threadIdx.x) % 4;
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-        const int at_n = first + 8 * j + 2 * t4;
-        const float2 pair = at_n < d ? *reinterpret_cast<const float2*>(n + at_n) : float2{0.0f, 0.0f};
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const unsigned own = *reinterpret_cast<const unsigned*>(at<L>(X, row + 8 * r, first / 8 + j) + 4 * t4);
-            const float2 more = {worth[r] * pair.x, worth[r] * pair.y};
-            dot[r] += more.x * low(own) + more.y * high(own);
-            sum[j][2 * r] += more.x * faded[r], sum[j][2 * r + 1] += more.y * faded[r];
-        }
-    }
-}
+#include "block_memory_gradient.cuh"
 
 // q, k, v as above; dy (G, heads, T, e); what `memory_told` told; S, R (G heads, chunks, d, e), of n too, ns and rs (G heads, chunks, d);
 // skip (G, heads). dq and dk (G, heads or 1, T, d), dv (G, heads, T, e); found (G heads, chunks).
@@ -385,11 +71,9 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                 float x[2][4] = {};
 #pragma unroll
                 for (int i = 0; i < D / 16; ++i) {
-                    unsigned a[4], b[4];
+                    unsigned a[4];
                     load_tiles(a, (rows ^ i % 4 * 32) + i / 4 * PANEL);
-                    load_tiles(b, (columns ^ i % 4 * 32) + i / 4 * PANEL);
-                    multiply_tiles(x[0], a, b[0], b[1]);
-                    multiply_tiles(x[1], a, b[2], b[3]);
+                    add_overlaps(x[0], x[1], a, (columns ^ i % 4 * 32) + i / 4 * PANEL);
                 }
 #pragma unroll
                 for (int i = 0; i < 4; ++i) pairs[2 * own + i / 2][i % 2] = pack(x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
@@ -435,12 +119,7 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
             for (int own = 0; own < 2; ++own) {
                 if (2 * own + half <= group) {
 #pragma unroll
-                    for (int i = 0; i < E / 16; ++i) {
-                        unsigned b[4];
-                        load_tiles(b, (columns ^ 32 * i) + 2 * own * BLOCK);
-                        multiply_tiles(dP[2 * own], y[i], b[0], b[1]);
-                        multiply_tiles(dP[2 * own + 1], y[i], b[2], b[3]);
-                    }
+                    for (int i = 0; i < E / 16; ++i) add_overlaps(dP[2 * own], dP[2 * own + 1], y[i], (columns ^ 32 * i) + 2 * own * BLOCK);
                 }
             }
             product += product_of_states<D>(S, S + STATE, warp);
@@ -557,13 +236,7 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
             if (block <= group) {
                 unsigned a[4];
                 load_tiles(a, (at_P + group * BLOCK + across(lane)) ^ 32 * block);
-#pragma unroll
-                for (int i = 0; i < D / 32; ++i) {
-                    unsigned b[4];
-                    load_tiles_turned(b, (of_half(at_K + across(lane)) ^ 32 * i) + block * BLOCK);
-                    multiply_tiles(sum[2 * i], a, b[0], b[1]);
-                    multiply_tiles(sum[2 * i + 1], a, b[2], b[3]);
-                }
+                add_product(sum, a, of_half(at_K + across(lane)), block * BLOCK);
             }
         }
     } else {
@@ -654,13 +327,7 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                 for (int i = 0; i < D / 16; ++i) {
                     unsigned a[4];
                     load_tiles(a, (keys ^ i % 4 * 32) + i / 4 * PANEL);
-#pragma unroll
-                    for (int j = 0; j < E / 32; ++j) {
-                        unsigned b[4];
-                        load_tiles_turned(b, ((R + to_left) ^ (half * 64 + 32 * j)) + i * BLOCK);
-                        multiply_tiles(o[2 * j], a, b[0], b[1]);
-                        multiply_tiles(o[2 * j + 1], a, b[2], b[3]);
-                    }
+                    add_product(o, a, (R + to_left) ^ half * 64, i * BLOCK);
                 }
                 times(o, faded);
 #pragma unroll
@@ -668,13 +335,7 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                     if (block >= group) {
                         unsigned a[4];
                         load_tiles_turned(a, ((at_M + number % 2 * PAIRS + to_right) ^ 32 * group) + block * BLOCK);
-#pragma unroll
-                        for (int j = 0; j < E / 32; ++j) {
-                            unsigned b[4];
-                            load_tiles_turned(b, ((Y + to_left) ^ (half * 64 + 32 * j)) + block * BLOCK);
-                            multiply_tiles(o[2 * j], a, b[0], b[1]);
-                            multiply_tiles(o[2 * j + 1], a, b[2], b[3]);
-                        }
+                        add_product(o, a, (Y + to_left) ^ half * 64, block * BLOCK);
                     }
                 }
                 if (skip) {
@@ -716,34 +377,11 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
             if (block >= group) {
                 unsigned a[4];
                 load_tiles_turned(a, ((at_P + along(lane)) ^ 32 * group) + block * BLOCK);
-#pragma unroll
-                for (int i = 0; i < D / 32; ++i) {
-                    unsigned b[4];
-                    load_tiles_turned(b, (of_half(at_Q + across(lane)) ^ 32 * i) + block * BLOCK);
-                    multiply_tiles(sum[2 * i], a, b[0], b[1]);
-                    multiply_tiles(sum[2 * i + 1], a, b[2], b[3]);
-                }
+                add_product(sum, a, of_half(at_Q + across(lane)), block * BLOCK);
             }
         }
     }
     const i64 t = t0 + 16 * group;
     char* const room = stages + (items + 1) % 2 * STAGE + warp * OUT;
     store_rows(room, sum, (warp < 8 ? dq : dk) + (unit * T + t) * d, T - t, d, first);
-}
-
-// Rows of every head, (G, heads, size), summed over the heads: in float32, 8 neighbours a thread.
-__global__ void __launch_bounds__(THREADS)
-sum_heads(const __nv_bfloat16* x, float* y, i64 G, int heads, i64 size) {
-    const i64 at = (i64(blockIdx.x) * THREADS + threadIdx.x) * 8;
-    if (at >= G * size) return;
-    const __nv_bfloat16* from = x + at / size * heads * size + at % size;
-    float sums[8] = {};
-    for (int h = 0; h < heads; ++h, from += size) {
-        const uint4 word = *reinterpret_cast<const uint4*>(from);
-        const unsigned pairs[4] = {word.x, word.y, word.z, word.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[2 * i] += low(pairs[i]), sums[2 * i + 1] += high(pairs[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i += 2) *reinterpret_cast<float2*>(y + at + i) = float2{sums[i], sums[i + 1]};
 }

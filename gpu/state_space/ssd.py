@@ -5,14 +5,22 @@ import math
 import cupy as cp
 import numpy as np
 from refimpl.gpu import chunk_kernels, chunk_policy, chunk_tensor, chunkwise, mirror
-from refimpl.gpu.arrays import cast
+from refimpl.gpu.arrays import cast, or_null
+from refimpl.gpu.launch import Kernel
 from refimpl.gpu.matrix_memory import WIDEST, flat, instances, read, read_vjp
 from refimpl.gpu.precision import widened
 
 from refimpl.core.numerics import constant, sigmoid, silu, silu_derivative, softplus
 from refimpl.ops.state_space import ssd as chapter
 
-KERNELS = (*instances(low_rank=False, before=False), *chunk_kernels.BY_HEAD, *chunk_tensor.KERNELS, *chunk_tensor.KERNELS_VJP)
+_STEPS, _STEPS_VJP = KERNELS_STEPS = tuple(Kernel("kernel_ssd_steps.cu", name) for name in ("ssd_steps", "ssd_steps_vjp"))
+KERNELS = (
+    *instances(low_rank=False, before=False),
+    *chunk_kernels.BY_HEAD,
+    *chunk_tensor.KERNELS,
+    *chunk_tensor.KERNELS_VJP,
+    *KERNELS_STEPS,
+)
 
 
 @mirror.form(chapter.CONTRACT)
@@ -107,18 +115,28 @@ class _Tensor:
     """A call as the kernel on tensor cores takes it: steps are gains of the keys, so that values are x itself."""
 
     def __init__(self, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state):
-        dt, self.A, D, dt_bias = (None if v is None else cast(v, np.dtype(np.float32)) for v in (dt, A, D, dt_bias))
-        self.raw = dt if dt_bias is None else dt + dt_bias[:, None]
-        self.unclipped = softplus(self.raw) if dt_softplus else self.raw
-        x, self.dt, B, C, S = chapter._prepare(x, dt, self.A, B, C, z, dt_bias, dt_softplus, dt_limit, state)
+        A, D, dt_bias = (None if v is None else cast(v, np.dtype(np.float32)) for v in (A, D, dt_bias))
+        given = [v for v in (x, dt[..., None], B, C, z, state) if v is not None]
+        batch = np.broadcast_shapes(*(v.shape[:-3] for v in given))
+        x, dt, B, C = (np.broadcast_to(v, (*batch, *v.shape[-3:])) for v in (x, dt[..., None], B, C))
         self.heads, self.groups, self.T, self.shape = x.shape[:-2], B.shape[:-2], x.shape[-2], x.shape
         self.G, self.sharing = math.prod(self.groups), self.heads[-1] // max(self.groups[-1], 1)
         self.z = None if z is None else self.by_head(np.broadcast_to(z, x.shape), 2)
         self.skip = None if D is None else self.by_head(np.broadcast_to(D, self.heads), 0)
         queries, keys = (v.reshape(self.G, 1, *v.shape[-2:]) for v in (C, B))
-        gain = self.by_head(np.log(self.dt), 1)
-        state = None if state is None else self.by_head(S, 2)
-        self.arguments = (queries, keys, self.by_head(x, 2), self.by_head(self.dt * self.A[:, None], 1), gain, state)
+        self.raw = cp.ascontiguousarray(dt[..., 0])
+        self.of_heads = [or_null(v if v is None else cp.ascontiguousarray(v)) for v in (A, dt_bias)]
+        self.sizes = np.int64(self.T), np.int32(self.heads[-1]), np.int32(dt_softplus), *(np.float32(v) for v in dt_limit)
+        w, gain = (cp.empty(self.raw.shape, np.float32) for _ in range(2))
+        _STEPS((math.prod(self.heads),), (256,), (self.raw, *self.of_heads, w, gain, *self.sizes))
+        state = None if state is None else self.by_head(np.broadcast_to(state, (*self.heads, B.shape[-1], x.shape[-1])), 2)
+        self.arguments = (queries, keys, self.by_head(x, 2), self.by_head(w, 1), self.by_head(gain, 1), state)
+
+    def of_steps(self, dw, dgain):
+        """Cotangents of dt (..., H, T), and of A and the bias, of each sequence by itself, (..., H)."""
+        dt, dA, dbias = cp.empty(self.raw.shape, np.float32), *(cp.empty(self.heads, np.float32) for _ in range(2))
+        _STEPS_VJP((math.prod(self.heads),), (256,), (self.raw, *self.of_heads, dw, dgain, dt, dA, dbias, *self.sizes))
+        return dt, dA, dbias
 
     def by_head(self, v, own):
         """(..., H, own axes) as (groups, heads of each, own axes)."""
@@ -141,15 +159,14 @@ def _in_one_kernel_vjp(dy, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit,
     last = (*heads, B.shape[-1], x.shape[-1])
     dlast = None if dstate is None else call.by_head(np.broadcast_to(dstate, last), 2)
     g = chunk_tensor.read_vjp(dp, *call.arguments, dlast, skip=call.skip)
-    r = g.w.reshape(call.shape[:-1])
-    d_raw = _of_raw(call.A[:, None] * r + g.gain.reshape(r.shape), call.raw, call.unclipped, dt_softplus, dt_limit)
+    d_dt, dA, dbias = call.of_steps(g.w, g.gain)
     gradient = {
         "x": g.v.reshape(call.shape),
-        "dt": d_raw,
-        "A": (call.dt * r).sum(axis=-1),
+        "dt": d_dt,
+        "A": dA,
         "B": chunk_tensor.sum_heads(g.k).reshape(*call.groups, *g.k.shape[2:]),
         "C": chunk_tensor.sum_heads(g.q).reshape(*call.groups, *g.q.shape[2:]),
-        "dt_bias": d_raw.sum(axis=-1),
+        "dt_bias": dbias,
         "state": g.state.reshape(last),
     }
     if D is not None:

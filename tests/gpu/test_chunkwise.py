@@ -308,7 +308,7 @@ def in_one_kernel(name: str):
 
 def tensor_kernels(build, folder: Path, mistake=None, wrong_file=None):
     """All files' kernels on the host; `mistake` is planted in one of them."""
-    kernels = (*chunk_tensor.KERNELS, *chunk_tensor.KERNELS_VJP, *chunk_tensor.KERNELS_NORMALISED_VJP, *mlstm.KERNELS_GATES)
+    kernels = (*chunk_tensor.KERNELS, *chunk_tensor.KERNELS_VJP, *chunk_tensor.KERNELS_NORMALISED_VJP, *mlstm.KERNELS_GATES, *ssd.KERNELS_STEPS)
     kernels, libraries = (*kernels, *channel_tensor.KERNELS, *channel_tensor.KERNELS_VJP), {}
     for file in {k.file: 0 for k in kernels}:
         (folder / file).mkdir()
@@ -329,7 +329,7 @@ def tensor_cores(memory_library, monkeypatch):
 
 def run_on_host(monkeypatch, library):
     monkeypatch.setattr(launch.Kernel, "__call__", lambda kernel, grid, block, args, shared=0: library(kernel, grid, block, args, shared))
-    for module in (channel_tensor, chunk_tensor, mlstm, linear_attention):
+    for module in (channel_tensor, chunk_tensor, mlstm, linear_attention, ssd):
         monkeypatch.setattr(module, "cp", np)
     monkeypatch.setattr(chunk_tensor, "_address", lambda x: 0)  # the host copies every array anyway
     monkeypatch.setattr(chunk_kernels, "Steps", chunk_steps.Steps)
@@ -644,14 +644,19 @@ def test_warps_that_lag_behind_change_nothing(mistake, tmp_path, rng, monkeypatc
 @pytest.mark.parametrize("mistake", [None, ("number % 3", "number % 2")])  # a head is told where the one before is still read
 def test_warps_that_lag_behind_do_not_change_a_gradient(mistake, tmp_path, rng, monkeypatch, host_library):
     """Heads that share queries and keys, so that what one head leaves is read while the next is at work."""
-    library = Library(host_library, tmp_path, [k for k in chunk_tensor.KERNELS_VJP if "<128" not in k.name], mistake)
-    run_on_host(monkeypatch, library)
+    kernels, libraries = [k for k in chunk_tensor.KERNELS_VJP if "<128" not in k.name], {}
+    for file in {k.file: 0 for k in kernels}:
+        (tmp_path / file).mkdir()
+        planted = mistake if file == "kernel_memory_gradient.cu" else None
+        libraries[file] = Library(host_library, tmp_path / file, [k for k in kernels if k.file == file], planted)
+    run_on_host(monkeypatch, lambda kernel, *arguments: libraries[kernel.file](kernel, *arguments))
     shapes = ((1, 4, 130, 72), (1, 1, 130, 40), (1, 1, 130, 40), (1, 4, 130, 72))
     dy, q, k, v = (rng.standard_normal(shape).astype(ml_dtypes.bfloat16) for shape in shapes)
     w, gain = (-abs(rng.standard_normal((1, 4, 130))).astype(np.float32) / 8 for _ in range(2))
     found = []
     for seed in range(5):
-        library.library.lag(ctypes.c_ulonglong(0x9E3779B97F4A7C15 * seed % 2**64))
+        for library in libraries.values():
+            library.library.lag(ctypes.c_ulonglong(0x9E3779B97F4A7C15 * seed % 2**64))
         gradients = chunk_tensor.read_vjp(dy, q, k, v, w, gain, skip=np.ones((1, 4), np.float32))
         found.append(b"".join(x.tobytes() for x in gradients if x is not None))
     assert (len(set(found)) == 1) == (mistake is None)
@@ -679,7 +684,7 @@ TENSOR_MISTAKES = {
     ),
     "the state fades too late": ("kernel_memory.cu", ("power(all + all_rest, halved), power(all + all_rest, halved)", "1.0f, 1.0f")),
     "a query without its own decay": (
-        "kernel_memory_gradient.cu",
+        "kernel_memory_decays.cu",
         ("to.since[s] = power(min(sum + row, 127.0f), false)", "to.since[s] = 1.0f"),
     ),
     "what a gradient asks, of the next chunk": (
@@ -697,9 +702,9 @@ TENSOR_MISTAKES = {
     ),
     "copies nobody waited for": ("kernel_memory.cu", ("copies_wait<0>();", "")),
     "the rectangle's corner": ("kernel_memory_gradient.cu", ("(s < r ? 0x3f80u", "(s <= r ? 0x3f80u")),
-    "what leaves the chunk": ("kernel_memory_gradient.cu", ("(from.x + before.x)", "from.x")),
+    "what leaves the chunk": ("kernel_memory_decays.cu", ("(from.x + before.x)", "from.x")),
     "sums that miss a row": ("kernel_memory_gradient.cu", ("(g + 8 >= r ? corner", "(g + 8 > r ? corner")),
-    "a group of queries too few": ("kernel_memory_gradient.cu", ("if (r < 16 * i) rectangle.x", "if (r < 16 * i - 16) rectangle.x")),
+    "a group of queries too few": ("kernel_memory_decays.cu", ("if (r < 16 * i) rectangle.x", "if (r < 16 * i - 16) rectangle.x")),
 }
 
 
