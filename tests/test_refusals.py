@@ -36,6 +36,19 @@ def test_a_rule_is_named(condition, rule):
     assert rule in str(report)
 
 
+def test_a_rule_without_exceptions_comes_first():
+    """Where nearly everything is refused, what is the same in all calls covers as much as the reason."""
+
+    def one_column(A, B, dt, *, method="zoh"):
+        if B.ndim == A.ndim:
+            raise NotImplementedError("a matrix B")
+        return refimpl.discretize(A, B, dt, method=method)
+
+    report = refimpl.check("discretize", one_column, **HOW, domain=refimpl.Domain(options={"method": ["bilinear"]}))
+    assert report.verdict == "conforms", str(report)
+    assert "B of shape (n, m) (it refuses)" in report.not_checked
+
+
 def test_a_precision_that_is_refused_is_named():
     report = refimpl.check("linear_recurrence", refusing(lambda b, **_: b.dtype.name in ("float64", "complex128")), level="quick")
     assert report.verdict == "conforms"

@@ -150,6 +150,42 @@ def covering(combos: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found or combos[:1]
 
 
+def few(op: Op, choices: dict[str, tuple], combos: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is tried where all combinations would be too many: `covering` ones, and as much as goes together."""
+    found = covering(combos)
+    return [*found, *(full for full in fullest(op, choices) if not any(all(_same(combo[n], full[n]) for n in choices) for combo in found))]
+
+
+def fullest(op: Op, choices: dict[str, tuple]) -> list[dict[str, Any]]:
+    """For each choice that departs from the plainest a combination of as many others as go with it, without repetition.
+
+    An operator may not know two of them together: its `arrange` drops one, or it raises.
+    """
+    plain = {name: values[0] for name, values in choices.items()}
+    departing = {name: values[1] for name, values in choices.items() if len(values) > 1}
+    found: list[dict[str, Any]] = []
+    for first, value in departing.items():
+        if any(not _same(combo[first], plain[first]) for combo in found):
+            continue
+        combo = plain | {first: value}
+        for name, other in departing.items():
+            more = combo | {name: other}
+            if _holds(op, more, plain):
+                combo = more
+        found.append(combo)
+    return found
+
+
+def _holds(op: Op, combo: dict[str, Any], plain: dict[str, Any]) -> bool:
+    """Whether a call of this combination has everything in which it departs, and the operator takes it."""
+    try:
+        call = draw(op, np.random.default_rng(0), default_sizes(op), combo)
+        op.definition(**call)
+    except (Refused, ValueError, IndexError, ZeroDivisionError):
+        return False
+    return all(name in call for name, value in combo.items() if not _same(value, plain[name]))
+
+
 def draw(op: Op, rng: np.random.Generator, sizes: dict[str, Any], combo: dict[str, Any]) -> dict[str, Any]:
     """A call of given sizes with the optional arrays and options of a combination."""
     return choose(op, op.sample(rng, **sizes), sizes, combo)
@@ -202,7 +238,7 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
     plain = combos[0] | returned
     rich = sorted(combos, key=lambda c: -sum(bool(v) for v in c.values() if not callable(v)))
     turn = itertools.cycle(rich)
-    few = [combo | returned for combo in covering(combos)] if level != "quick" else rich[:1]
+    telling = [combo | returned for combo in few(op, chosen, combos)] if level != "quick" else rich[:1]
     seen: set[tuple] = set()
 
     def case(klass: str, sizes: dict, combo: dict, *, hard: str = "", view: str = "contiguous", label: str = "", scale=None, whole: bool = False):
@@ -238,7 +274,7 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
             yield from case("sizes", dict.fromkeys(op.lengths, steps), combo)
         for sizes in op.sizes:
             yield from case("sizes", {**dict.fromkeys(op.lengths, steps), **sizes}, next(turn))
-        for combo in few:  # decoding, of several sequences at once
+        for combo in telling:  # decoding, of several sequences at once
             yield from case("sizes", {**dict.fromkeys(op.lengths, steps), "batch": (3,)}, combo)
     middle = {letter: n for letter, n in zip(op.lengths, (19, 37, 23), strict=False)}
     for combo in combos:
@@ -248,6 +284,8 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
     for sizes in op.sizes:
         yield from case("shapes", dict(sizes), plain)
         yield from case("shapes", {**middle, **sizes}, next(turn))
+        for combo in telling if level != "quick" else ():  # what a choice does may hang on a ratio of heads
+            yield from case("shapes", {**middle, **sizes}, combo)
     for batch in ((), (2,), (2, 3), (2, 1, 2), (9, 2), (33,)) if level != "quick" else ((), (3,)):
         yield from case("shapes", {**middle, "batch": batch}, next(turn))
         yield from case("shapes", {"batch": batch}, plain)
@@ -259,13 +297,13 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
             yield from case("shapes", {**dict.fromkeys(op.lengths, 5), **sizes}, next(turn))
         for letter in letters(op) if op.lengths else ():
             yield from case("shapes", {**dict.fromkeys(op.lengths, 70), letter: 34}, next(turn))
-        for size, combo in itertools.product((16, 64), few):  # what code that reads several numbers at once was written for
+        for size, combo in itertools.product((16, 64), telling):  # what code that reads several numbers at once was written for
             yield from case("shapes", dict.fromkeys(letters(op), size) | dict.fromkeys(op.lengths, 64), combo)
         if not op.lengths:
-            for rows, combo in itertools.product((65, 300), few):
+            for rows, combo in itertools.product((65, 300), telling):
                 yield from case("shapes", {"batch": (rows,)}, combo)
     yield from without_heads(op, seed, combos, domain)
-    yield from _broadcast(op, seed, middle, rich, domain)
+    yield from _broadcast(op, seed, middle, rich, domain, level)
     for hard in op.hard:
         yield from case("hard", {}, plain, hard=hard)
         yield from case("hard", middle, next(turn), hard=hard)
@@ -273,7 +311,7 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
             yield from case("hard", {letter: 67 for letter in op.lengths}, next(turn), hard=hard)
             yield from case("hard", {letter: 130 for letter in op.lengths}, plain, hard=hard)
     for view in VIEWS if level != "quick" else VIEWS[:2]:
-        for combo in few:
+        for combo in telling:
             yield from case("strides", {**middle, "batch": (2,)}, combo, view=view, label=view)
         yield from case("strides", {"batch": (2,)}, plain, view=view, label=view)
     for law in op.laws:
@@ -291,7 +329,7 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
         yield from case("long", {op.lengths[0]: 2100, **{x: 70 for x in op.lengths[1:]}}, plain)
         yield from case("long", {**{x: 300 for x in op.lengths}, "batch": (36,)}, plain, label="more than ten thousand rows")
         yield from case("long", {**{x: 300 for x in op.lengths}, **dict.fromkeys(letters(op)[:1], 8), "batch": (36,)}, plain, label="more than 2^16 elements")
-        for combo in few:
+        for combo in telling:
             yield from case("long", {**{x: 300 for x in op.lengths}, "batch": (2,)}, combo)
         for hard in op.hard if op.stateful else ():  # sums that have gone on for long are where few bits, or a limit, show
             yield from case("hard", {x: 390 for x in op.lengths}, plain, hard=hard)
@@ -367,26 +405,33 @@ def wide(op: Op, sizes: tuple[int, ...] = (32, 48, 64, 66, 80, 96, 128, 130, 260
         yield from ({letter: size, "batch": ()} for size in sizes)
 
 
-def _broadcast(op: Op, seed: int, middle: dict, combos: list[dict], domain: Domain) -> Iterator[Case]:
-    """Every other shape of every array, and each array once for the whole batch, where the candidate's batch axes are free."""
+def _broadcast(op: Op, seed: int, middle: dict, combos: list[dict], domain: Domain, level: str) -> Iterator[Case]:
+    """Every other shape of every array, and each array once for the whole batch, where the candidate's batch axes are free.
+
+    With the most choices at first; with the fewest where there are several blocks of everything; and of a single step.
+    """
     if "batch" not in default_sizes(op):
         return
     free = domain.batch is None and domain.batch_rank is None
-    seen: set[str] = set()
-    for combo in combos:
-        sizes = domain.fit({**default_sizes(op), **middle, "batch": (2,)})
-        if sizes is None:
-            return
-        try:
-            call = draw(op, np.random.default_rng([seed, len(seen), 5]), sizes, combo)
-            variants = list(reshaped(op, call))
-        except (Refused, ValueError, IndexError, ZeroDivisionError):
-            continue
-        for _, label, varied in variants:
-            if label not in seen and (free or "whole batch" not in label):
-                seen.add(label)
-                name = ", ".join([label, described(op, sizes, varied)])
-                yield Case(op.name, "broadcast", name, varied, sizes, recipe={"sizes": sizes, "combo": combo, "hard": ""})
+    rounds = [(middle, combos)]
+    if op.lengths and level != "quick":
+        rounds += [(dict.fromkeys(op.lengths, 150), combos[::-1]), (dict.fromkeys(op.lengths, 1), combos)]
+    for number, (lengths, turns) in enumerate(rounds):
+        seen: set[str] = set()
+        for combo in turns:
+            sizes = domain.fit({**default_sizes(op), **lengths, "batch": (2,)})
+            if sizes is None or not affordable(op, sizes, level, options=combo):
+                break
+            try:
+                call = draw(op, np.random.default_rng([seed, len(seen), 5 + number]), sizes, combo)
+                variants = list(reshaped(op, call))
+            except (Refused, ValueError, IndexError, ZeroDivisionError):
+                continue
+            for _, label, varied in variants:
+                if label not in seen and (free or "whole batch" not in label):
+                    seen.add(label)
+                    name = ", ".join([label, described(op, sizes, varied)])
+                    yield Case(op.name, "broadcast", name, varied, sizes, recipe={"sizes": sizes, "combo": combo, "hard": ""})
 
 
 def _lengths(op: Op, level: str) -> Iterator[dict[str, int]]:

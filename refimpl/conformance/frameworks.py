@@ -94,7 +94,7 @@ class Torch(Numpy):
     def _from_numpy(self, x: np.ndarray):
         torch = self.torch
         x = np.array(x, order="C", copy=True)
-        if x.dtype.kind in "fiubc" and x.dtype.name != "float128" and hasattr(torch, x.dtype.name if x.dtype != bool else "bool"):
+        if x.dtype.isbuiltin == 1 and x.dtype.name != "float128" and hasattr(torch, x.dtype.name):
             return torch.from_numpy(x.reshape(-1)).reshape(x.shape)
         bits = {1: np.uint8, 2: np.int16}[x.dtype.itemsize]
         return torch.from_numpy(x.reshape(-1).view(bits)).view(getattr(torch, x.dtype.name)).reshape(x.shape)

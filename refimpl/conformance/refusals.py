@@ -105,7 +105,7 @@ def _rules(refused: list[Result], answered: list[Result]) -> tuple[list[set[str]
             counts = Counter({c: n for c, n in counts.items() if n >= need and allowed[c] <= exceptions * n})
             if not counts:
                 break
-            best = max(counts, key=lambda c: (counts[c], [not f.startswith("no ") for f in c]))
+            best = max(counts, key=lambda c: (counts[c], -allowed[c], [not f.startswith("no ") for f in c]))
             found.append(set(best))
             refused = [r for r in refused if not set(best) <= set(r.features)]
     return found, refused

@@ -16,9 +16,9 @@ from refimpl.conformance.cases import (
     Support,
     affordable,
     at_random,
-    covering,
     default_sizes,
     described,
+    few,
     parameters,
     wide,
     without_heads,
@@ -62,28 +62,28 @@ def _plans(trial: Trial) -> list[tuple[dict, dict, str, str]]:
     """
     op, combos, middle = trial.op, trial.combos(5), _middle(trial)
     returned = {"return_state": True} if "return_state" in trial.factors() else {}
-    plain, few = combos[0] | returned, [combo | returned for combo in covering(combos)]
-    rich, turn = few[0], itertools.cycle(combo | returned for combo in combos)
+    plain, telling = combos[0] | returned, [combo | returned for combo in few(op, trial.factors(), combos)]
+    rich, turn = telling[0], itertools.cycle(combo | returned for combo in combos)
     plans: list[tuple[dict, dict, str, str]] = []
     for T in _LENGTHS.get(trial.level, _LENGTHS["standard"]) if op.lengths else (0,):
-        plans += [(dict.fromkeys(op.lengths, T), combo, "", "") for combo in (few if T == 0 else (rich, next(turn)))]
+        plans += [(dict.fromkeys(op.lengths, T), combo, "", "") for combo in (telling if T == 0 else (rich, next(turn)))]
     if len(op.lengths) > 1:  # decoding, and a few queries
-        plans += [({**middle, op.lengths[0]: n, op.lengths[1]: m}, combo, "", "") for n, m in ((1, 19), (1, 70), (5, 70)) for combo in few]
+        plans += [({**middle, op.lengths[0]: n, op.lengths[1]: m}, combo, "", "") for n, m in ((1, 19), (1, 70), (5, 70)) for combo in telling]
     batch = {"batch": (2,)} if "batch" in default_sizes(op) else {}
     plans += [(middle | batch, combo, "", "") for combo in combos]
-    plans += [({**middle, **sizes}, combo, "", "") for sizes in op.sizes for combo in (rich, next(turn))]
+    plans += [({**middle, **sizes}, combo, "", "") for sizes in op.sizes for combo in (*telling, next(turn))]
     if not op.lengths and batch:  # sums over many rows, which kernels do in blocks
-        plans += [({"batch": (rows,)}, combo, "", "") for rows in (17, 65, 300) for combo in few]
+        plans += [({"batch": (rows,)}, combo, "", "") for rows in (17, 65, 300) for combo in telling]
     plans += [(middle, rich, "", kind) for kind in ("needle", "zero but state")]
-    plans += [(middle | batch, combo, "", kind) for kind in ("strided", "transposed", "repeated") for combo in few]
-    plans += [(middle | {"batch": (1,)}, combo, "", "") for combo in few if batch]
-    plans += [(middle, combo, "", kind) for kind in (BETWEEN, TWICE, ALONE) for combo in few]
+    plans += [(middle | batch, combo, "", kind) for kind in ("strided", "transposed", "repeated") for combo in telling]
+    plans += [(middle | {"batch": (1,)}, combo, "", "") for combo in telling if batch]
+    plans += [(middle, combo, "", kind) for kind in (BETWEEN, TWICE, ALONE) for combo in telling]
     if trial.level != "quick":
         cheap = affordable(op, {**default_sizes(op), **middle}, trial.level, 50 * _CALLS, rich)
         plans += [(middle, combo, hard, "") for combo in (plain, rich, *(combos[1:4] if cheap else ())) for hard in op.hard]
-        plans += [({**dict.fromkeys(op.lengths, 300), **batch}, combo, "", "") for combo in few if op.lengths]
-        plans += [({**dict.fromkeys(op.lengths, 5), "batch": (33,)}, combo, "", "") for combo in few if batch]
-        turn = itertools.cycle(few)
+        plans += [({**dict.fromkeys(op.lengths, 300), **batch}, combo, "", "") for combo in telling if op.lengths]
+        plans += [({**dict.fromkeys(op.lengths, 5), "batch": (33,)}, combo, "", "") for combo in telling if batch]
+        turn = itertools.cycle(telling)
         for sizes in wide(op, (16, 33, 34, 64, 66, 130, 300, 1100)):
             plans.append(({**dict.fromkeys(op.lengths, 5), **sizes}, next(turn), "", ""))
         rng = np.random.default_rng([trial.seed, 19])
@@ -94,26 +94,35 @@ def _plans(trial: Trial) -> list[tuple[dict, dict, str, str]]:
     return [plan for plan in plans if affordable(op, {**default_sizes(op), **plan[0]}, trial.level, _CALLS, plan[1])]
 
 
-def _reshaped(trial: Trial, to: Precision, sizes: dict, combos: list[dict]) -> Iterator[tuple[Drawn, str]]:
-    """Calls with one array in another of its shapes, one for the whole batch, or without the axis of heads: the gradient is a sum."""
-    seen: set[tuple[str, int]] = set()
+def _reshaped(trial: Trial, to: Precision, middle: dict, combos: list[dict]) -> Iterator[tuple[Drawn, str]]:
+    """Calls with one array in another of its shapes, one for the whole batch, or without the axis of heads: the gradient is a sum.
+
+    Where there are several blocks of everything, once more, since a sum over rows may be that of one block; and of a single step.
+    """
+    op, level = trial.op, trial.level
     free = trial.domain.batch is None and trial.domain.batch_rank is None
-    for number, combo in enumerate(combos if "batch" in default_sizes(trial.op) else ()):
-        batch = (2, 3) if free and number % 2 else (2,)
-        drawn = trial.draw(np.random.default_rng([trial.seed, number, 23]), {**sizes, "batch": batch}, combo, to)
-        if drawn is None:
-            continue
-        for name, label, call in reshaped(trial.op, drawn.call):
-            value = call[name][0] if isinstance(call[name], tuple) else call[name]
-            key = label, len(batch)
-            if key in seen or value.dtype.kind in "iub" or not (free or "whole batch" not in label):
+    rounds = [(middle, combos)]
+    if op.lengths and level != "quick":
+        rounds += [(dict.fromkeys(op.lengths, 130), combos[::-1]), (dict.fromkeys(op.lengths, 1), combos)]
+    for sizes, turns in rounds if "batch" in default_sizes(op) else ():
+        seen: set[tuple[str, int]] = set()
+        for number, combo in enumerate(turns):
+            batch = (2, 3) if free and number % 2 and sizes is middle else (2,)
+            wanted = {**default_sizes(op), **sizes, "batch": batch}
+            drawn = trial.draw(np.random.default_rng([trial.seed, number, 23]), wanted, combo, to) if affordable(op, wanted, level, _CALLS, combo) else None
+            if drawn is None:
                 continue
-            seen.add(key)
-            yield Drawn(call, truth.truth(trial.op, call, to), drawn.sizes), label
-    for case in without_heads(trial.op, trial.seed, combos, trial.domain):
-        one = rounded(trial.op.contract, case.call, to)
+            for name, label, call in reshaped(op, drawn.call):
+                value = call[name][0] if isinstance(call[name], tuple) else call[name]
+                key = label, len(batch)
+                if key in seen or value.dtype.kind in "iub" or not (free or "whole batch" not in label):
+                    continue
+                seen.add(key)
+                yield Drawn(call, truth.truth(op, call, to), drawn.sizes), label
+    for case in without_heads(op, trial.seed, combos, trial.domain):
+        one = rounded(op.contract, case.call, to)
         if one is not None:
-            yield Drawn(one, truth.truth(trial.op, one, to), case.sizes), "one head without its axis"
+            yield Drawn(one, truth.truth(op, one, to), case.sizes), "one head without its axis"
 
 
 def recall_gradient(

@@ -54,7 +54,7 @@ def bound(q, k, v, w, s, causal, unit, store):
 
     Of a score: u (2 |k_j| + 2 |w_tj|), and as much for the largest |k| and |w|, of which maxima may be subtracted before
     e^k and e^w are multiplied, and 40 u for that. Then a weighted mean (`weighted_mean`), and a gate in error by 40 u of
-    itself. `store` allows for k + w, e^k, e^w, the mean and the gate rounded to half precision.
+    itself, and by 2 u of 1, as by tanh. `store` allows for k + w, e^k, e^w, the mean and the gate rounded to half precision.
     """
     size_k, size_w = abs(k).mT[..., None, :], abs(np.where(np.isneginf(w), np.zeros_like(w), w))[..., None, :, :]
     largest = lambda x: np.max(x, axis=-1, keepdims=True, initial=0)
@@ -63,7 +63,7 @@ def bound(q, k, v, w, s, causal, unit, store):
     v_of_channel = v.mT[..., None]
     E = mean_error(s, p, v_of_channel, np.where(np.isneginf(s), np.zeros_like(s), delta), unit=unit, store=store)[..., 0].mT
     o, smallest = abs(mean(p, v, s)), 2.0**-126 if unit > 2.0**-50 else 2.0**-1022
-    return gate * E + (40 * unit + 2 * store) * gate * o + 4 * smallest * (o + 1)
+    return (gate + 2 * unit) * E + ((40 * unit + 2 * store) * gate + 2 * unit) * o + 4 * smallest * (o + 1)
 
 
 def laws(contract):

@@ -405,7 +405,7 @@ OPS = (
         forms={"dense": Form(aft_local, _DENSE, exact=("work", "depth")), "banded": Form(aft_local_banded, _BANDED(lambda K: 5))},
         gradient=aft_local_vjp,
         sample=_sample_local,
-        options={"s": (3, 1, 9), "causal": (False, True)},
+        options={"s": (3, 1, 9, lambda T, **_: 3 * T // 4 + 1), "causal": (False, True)},
         hard=hard(lambda rng, **sizes: _sample_local(rng, **sizes) | {"s": 3}, own=lambda w: np.eye(len(w))),
         error_bound=error_bound_local,
         sizes=({"d": 1}, {"d": 8}),

@@ -68,6 +68,7 @@ HARD = {
     "huge common offset": _with(bias=lambda bias: bias + 3000.0),
     "scores far below zero": _with(bias=lambda bias: bias - 30000.0, sink=lambda sink: sink - 30000.0),  # and below -1e4, where some begin a maximum
     "sink above all": _with(sink=lambda sink: sink + 60.0),
+    "sink whose exponential overflows": _with({"return_lse": True}, sink=lambda sink: sink + 120.0),
     "sink below all": _with(sink=lambda sink: sink - 300.0),
     "values that cancel": _with(v=lambda v: v + 100.0 * _along(v, [1.0, -1.0])),
     "values far from zero": _with(v=lambda v: v + 50.0),
