@@ -9,7 +9,7 @@
 //            Neighbours read the same numbers of the right, next but one the same of the left: then a warp's read of 16 bytes a lane
 //            takes two turns of shared memory, not four, and reads take half the time of the multiply-adds, not all of it;
 //   barriers slices of K (32 features) and V (32 keys) come through a ring, and each has two barriers that count: copies arrived,
-//            warps done. No warp waits for another unless it is more than a slice ahead; so softmax of one falls under products of
+//            readers done. No warp waits for another unless it is more than a slice ahead; so softmax of one falls under products of
 //            the others;
 //   sums     are rescaled only where the maximum has grown by more than 2^8.
 #include "block_attention.cuh"
@@ -144,7 +144,7 @@ attention_float(const Call c, const float* q, const float* k, const float* v, co
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, right = lane / 2, left = lane % 2;
     const int mine = 16 * warp + 4 * left;  // this thread's rows: mine ... mine + 3, mine + 8 ... mine + 11
     if (threadIdx.x == 0)
-        for (int s = 0; s < RING; s++) barrier_init(full + s, 256), barrier_init_for_warps(free + s, 8);
+        for (int s = 0; s < RING; s++) barrier_init(full + s, 256), barrier_init(free + s, 256);
     __syncthreads();
 
     // Slices are copied AHEAD of their use; each side goes round the ring on its own.
@@ -186,7 +186,8 @@ attention_float(const Call c, const float* q, const float* k, const float* v, co
         return buffers + use.stage * BUFFER;
     };
     auto release = [&]() {
-        barrier_arrive_as_warp(free + use.stage);
+        __syncwarp();
+        barrier_arrive(free + use.stage);  // every lane for itself: here it costs nothing
         advance(use);
     };
 

@@ -96,9 +96,9 @@ attention_gradient_ordered(const __grid_constant__ Call c, const __grid_constant
 
     if (threadIdx.x == 0) {
         barrier_init(own_full, 1);
-        for (int s = 0; s < PLACES; s++) barrier_init(full + s, 1), barrier_init_for_warps(free + s, 8);
-        for (int s = 0; s < 2; s++) barrier_init(turn + s, 1), barrier_init_for_warps(added + s, 4);
-        for (int s = 0; s < DS_PLACES; s++) barrier_init_for_warps(ds_full + s, 8);
+        for (int s = 0; s < PLACES; s++) barrier_init(full + s, 1), barrier_init(free + s, 256);
+        for (int s = 0; s < 2; s++) barrier_init(turn + s, 1), barrier_init(added + s, 128);
+        for (int s = 0; s < DS_PLACES; s++) barrier_init(ds_full + s, 256);
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
         *place = atomicAdd(order, 1);  // not blockIdx.x: nobody may wait for a block that has not started
     }
@@ -190,7 +190,8 @@ attention_gradient_ordered(const __grid_constant__ Call c, const __grid_constant
 #pragma unroll
                 for (int x = 0; x < 8; x++) to[x * 128] = make_float4(dp[4 * x], dp[4 * x + 1], dp[4 * x + 2], dp[4 * x + 3]);
                 asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-                barrier_arrive_as_warp(added + me);
+                __syncwarp();
+                barrier_arrive(added + me);
             };
             int i = until - 1, stage = 0, phase = 0;  // the tile of queries and its place
             for (int t = 0; t < count; t++) {
@@ -233,7 +234,8 @@ attention_gradient_ordered(const __grid_constant__ Call c, const __grid_constant
                 for (int x = 0; x < PASSING / 4; x++) ds[x] = pack<T>(dp[2 * x], dp[2 * x + 1]);
                 write_operand(ds, shared_address(ds_tiles) + t % DS_PLACES * DS, 64 * me + thread / 32 * 16);
                 asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-                barrier_arrive_as_warp(ds_full + t % DS_PLACES);
+                __syncwarp();
+                barrier_arrive(ds_full + t % DS_PLACES);
                 if (t > 0) barrier_wait(ds_full + (t - 1) % DS_PLACES, (t - 1) / DS_PLACES % 2);
                 products_begin();
                 multiply_queries(t + DS_PLACES - 1);  // the step before; in the first one it is of nothing, and nothing becomes of it
@@ -244,7 +246,8 @@ attention_gradient_ordered(const __grid_constant__ Call c, const __grid_constant
                 products_wait<0>();
                 hold(dk_acc);
                 hold(dv_acc);
-                barrier_arrive_as_warp(free + stage);
+                __syncwarp();
+                barrier_arrive(free + stage);  // every lane for itself, here and above: it costs nothing
                 if (++stage == PLACES) stage = 0, phase ^= 1;
                 if (i-- == from) i = until - 1;  // on to the next head's
             }

@@ -113,7 +113,7 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
                     }
                 }
             }
-            pass(1, THREADS);
+            if (c + 1 < chunks) pass(1, THREADS);
             unsigned dy[E / 8][2];  // asked for early
             if (KIND == WITNESS) {
 #pragma unroll
@@ -353,7 +353,6 @@ memory_tensor(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat1
         }
         if (warp == READERS && c + 1 < chunks) sum_decays(decays + (c + 1) % 2 * SUMS, load_decays(w, gain, nullptr, start(c + 1), T));
     }
-    if (chunks > 0) meet(1, THREADS);
     if (KIND == WITNESS || (v_heads == 1 && h > 0)) return;  // heads that share a state have all computed it
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {

@@ -1,6 +1,7 @@
 """What the mirror's tests share: how far the kit lets gradients be from the truth, and kernels compiled for the host."""
 
 import ctypes
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -45,6 +46,8 @@ def host_library(host_compiler):
     def build(source: Path) -> ctypes.CDLL:
         library, folders = source.with_suffix(".so"), (source.parent, Path(__file__).parent / "host", launch.FOLDER)
         flags = ["-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-w", "-shared", "-fPIC", *(f"-I{folder}" for folder in folders)]
+        if os.environ.get("REFIMPL_SANITIZE_ADDRESSES"):  # threads have stacks of their own, of which it knows nothing
+            flags += ["-fsanitize=address", "--param=asan-stack=0", "-g1"]
         subprocess.run([host_compiler, *flags, str(source), "-o", str(library)], check=True)
         return ctypes.CDLL(str(library))
 

@@ -7,6 +7,7 @@ of cuBLAS arrive at a few lines of NumPy with cuBLAS's meaning.
 
 import ctypes
 import importlib.util
+import os
 import shutil
 from pathlib import Path
 
@@ -26,7 +27,7 @@ if not MISSING:
 
 OPS = ("ssd", "mlstm", "linear_attention")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-FENCE = 4096  # bytes before and after an array
+FENCE = 0 if "REFIMPL_SANITIZE_ADDRESSES" in os.environ else 4096  # bytes before and after an array; AddressSanitizer has its own
 
 
 # -- an operator in chunks, on arrays of NumPy ------------------------------------------------------------------------

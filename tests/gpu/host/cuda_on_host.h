@@ -191,6 +191,15 @@ template <class... A> const char* types(void (*)(A...)) {
 }  // namespace host
 
 inline void __syncthreads() { host::meet_block(); }
+inline int __syncthreads_or(int x) {
+    static int any;
+    host::meet_block();
+    any = 0;
+    host::meet_block();
+    any |= x;
+    host::meet_block();
+    return any;
+}
 inline void __syncwarp() { host::meet_warp(); }
 template <class X> X __shfl_xor_sync(unsigned, X x, int away) { return host::of_lane<X>(host::show(x), threadIdx.x % 32 ^ away); }
 template <class X> X __shfl_sync(unsigned, X x, int lane) { return host::of_lane<X>(host::show(x), lane); }
