@@ -8,6 +8,7 @@ every lane arrives for itself (``gpu/cuda/barriers.cuh``). That it sees what is 
 of `PLANTED` it must report something.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 IN_CHUNKS = ("linear_attention", "ssd", "mlstm")
 TOOLS = ("racecheck", "memcheck", "initcheck", "synccheck")
-SLOW = ("attention", "linear_attention", "selective_scan")  # these first, and for racecheck one case a run
+SLOW = ("attention", "linear_attention", "selective_scan")  # these first, one case a run
 LIMIT = 100  # seconds of one run
 PLAIN = {"mask": None, "bias": None}
 HEADS = {"Hq": 2, "Hkv": 1}
@@ -152,12 +153,24 @@ class Job(NamedTuple):
     mistake: int | None = None
 
 
+def once(job: Job) -> tuple[tuple[str, ...], dict]:
+    """The command that runs a job's cases, and its environment."""
+    build = {"REFIMPL_EVERY_LANE_ARRIVES": "1"} if job.tool == "racecheck" else {}
+    return (sys.executable, __file__, "--once", job.operator, json.dumps(job.cases), json.dumps(job.mistake)), os.environ | build
+
+
+def compile_ahead(job: Job) -> None:
+    """Without a tool, so that each kernel is compiled once, and CuPy keeps it."""
+    command, environment = once(job)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(command, env=environment, capture_output=True, timeout=2 * LIMIT)
+
+
 def sanitize(job: Job) -> dict:
     tool, op, cases, mistake = job
     more = ("--racecheck-report", "analysis") if tool == "racecheck" else ()
-    once = (sys.executable, __file__, "--once", op, json.dumps(cases), json.dumps(mistake))
-    command = ("compute-sanitizer", "--tool", tool, *more, "--error-exitcode", "9", "--print-limit", "20", *once)
-    environment = os.environ | ({"REFIMPL_EVERY_LANE_ARRIVES": "1"} if tool == "racecheck" else {})
+    run, environment = once(job)
+    command = ("compute-sanitizer", "--tool", tool, *more, "--error-exitcode", "9", "--print-limit", "20", *run)
     start = time.monotonic()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=environment)
@@ -188,16 +201,15 @@ def machine() -> dict:
 
 
 def main(path: str, ops: list[str]) -> int:
-    alone = [op for op in ops or CASES if op in SLOW]
-    each = [Job("racecheck", op, (n,)) for op in alone for n in range(len(CASES[op]))]
+    def jobs(tool: str) -> list[Job]:
+        numbers = {op: range(len(CASES[op])) for op in sorted(ops or CASES, key=lambda op: op not in SLOW)}
+        return [Job(tool, op, c) for op in numbers for c in ([(n,) for n in numbers[op]] if op in SLOW else [tuple(numbers[op])])]
+
     planted = [Job("racecheck", row[0], (row[1],), i) for i, row in enumerate(PLANTED) if row[0] in (ops or CASES)]
-    others = [
-        Job(tool, op, tuple(range(len(CASES[op])))) for tool in TOOLS for op in ops or CASES if (tool, op in SLOW) != ("racecheck", True)
-    ]
-    jobs = sorted(each + planted + others, key=lambda job: SLOW.index(job.operator) if job.operator in SLOW else len(SLOW))
     rows, found = [], {"measured_on": machine()}
     with ThreadPoolExecutor(16) as pool:
-        for ran in as_completed([pool.submit(sanitize, job) for job in jobs]):
+        list(pool.map(compile_ahead, jobs("racecheck") + jobs("memcheck")))
+        for ran in as_completed([pool.submit(sanitize, job) for job in (*planted, *(job for tool in TOOLS for job in jobs(tool)))]):
             rows.append(ran.result())
             Path(path).write_text(json.dumps(found | {"rows": rows}, indent=1) + "\n", encoding="utf-8")  # kept, should the rest not end
     return int(not all(row["clean"] is ("planted" not in row) for row in rows))
