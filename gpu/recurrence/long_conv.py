@@ -15,6 +15,7 @@ from refimpl.ops.recurrence.long_conv import CONTRACT
 _POINTS = {6: 3, 8: 4, 10: 4, 11: 4, 12: 5, 13: 5, 14: 5}  # log2 of half a transform's length: log2 of the complex points of a thread
 LONGEST = 14  # half transforms that fit into Hopper's shared memory; longer sequences are cut into segments
 _FILE = "kernel_long_conv.cu"
+_ROWS = (12, 13, 14)  # of those, the ones that `kernel_long_conv_rows.cu` knows, for sequences of one segment
 _MOST = 320  # products of spectra a row, beyond which one long transform by cuFFT is less work
 
 
@@ -23,9 +24,14 @@ def _kernel(name: str, log: int, *options: bool) -> Kernel:
     return Kernel(_FILE, f"long_conv_{name}<{arguments}>", spills=name == "convolve")  # up to 100 bytes
 
 
+def _of_rows(name: str, log: int) -> Kernel:
+    return Kernel("kernel_long_conv_rows.cu", f"long_conv_{name}<{log - 10}>", spills=name == "rows")  # up to 30 bytes
+
+
 KERNELS = (
     *(_kernel(name, log, flag) for log in _POINTS for name in ("spectra", "convolve") for flag in (False, True)),
     *(_kernel("lags", log) for log in _POINTS),
+    *(_of_rows(name, log) for log in _ROWS for name in ("kernels", "rows")),
     *INSTANCES.values(),
 )
 
@@ -36,16 +42,18 @@ def long_conv(u, kernel, skip=None):
 
     Notes
     -----
-    Real float32, float16 and bfloat16: transforms of at most 2^15 points inside a block (``kernel_long_conv.cu``), in float32;
-    sequences beyond 16384 steps as sums over segments. float64, complex, and sequences so long that one transform is less
+    Real float32, float16 and bfloat16: transforms of at most 2^15 points inside a block, in float32 (``kernel_long_conv_rows.cu`` for
+    more than 2048 steps, else ``kernel_long_conv.cu``); sequences beyond 16384 steps as sums over segments. float64, complex, and sequences so long that one transform is less
     work: cuFFT. Where time is contiguous (a transposed (batch, channel, time) array of float32) nothing is copied; other layouts are
     transposed in one pass over the data, and back.
     """
     plan = _Plan.of(u, kernel)
     if plan is None:
         return _by_cufft(u, kernel, skip)
-    rows, spectra = plan.rows(u), plan.spectra_of_kernel(kernel)
-    return plan.result(plan.convolve(rows, spectra, plan.direct(skip)), u)
+    rows, direct = plan.rows(u), plan.direct(skip)
+    if plan.in_one_transform():
+        return plan.result(plan.convolve_rows(rows, plan.rows_of_kernel(kernel), direct), u)
+    return plan.result(plan.convolve(rows, plan.spectra_of_kernel(kernel), direct), u)
 
 
 @mirror.gradient(CONTRACT)
@@ -136,16 +144,38 @@ class _Plan:
     def room(self, lanes: int):
         return cp.empty((lanes, self.segments, self.S // 2, 4), cp.float32)
 
-    def spectra_of_kernel(self, kernel):
+    def rows_of_kernel(self, kernel):
         shape = (*self.batch_shape, self.K, self.c) if self.own_kernels else (self.K, self.c)
         kernel = cp.broadcast_to(kernel, shape) if self.own_kernels else kernel.reshape(shape)
         kernel = kernel[..., : self.T, :]
         rows = kernel.swapaxes(-1, -2) if _time_is_contiguous(kernel) else transposed(kernel, cp.float32)
         rows = rows.reshape(self.channels, -1)
-        rows = rows if rows.strides[-1] == rows.itemsize else cp.ascontiguousarray(rows)
+        return rows if rows.strides[-1] == rows.itemsize else cp.ascontiguousarray(rows)
+
+    def spectra_of_kernel(self, kernel):
         out = cp.empty((self.channels, self.windows, self.S // 2, 4), cp.float32)
-        self._spectra(rows[None], out, self.windows, True)
+        self._spectra(self.rows_of_kernel(kernel)[None], out, self.windows, True)
         return out
+
+    @property
+    def shared_of_rows(self) -> int:
+        """Points, ring and table of `long_conv_rows`."""
+        return 8 * self.S + self.S // 32 * (8 * 16 + (3 + 2**14 // self.S) * 8)
+
+    def in_one_transform(self) -> bool:
+        """Whether `convolve_rows` can do it."""
+        return self.segments == 1 and self.log in _ROWS and self.shared_of_rows <= shared_memory() - 1024
+
+    def convolve_rows(self, rows, kernels, skip):
+        threads = self.S // 32
+        kept = cp.empty((self.channels, self.S // 2, 4), cp.float32)
+        sizes = np.int64(kernels.strides[0] // kernels.itemsize), kept, np.int32(kernels.shape[1])
+        _of_rows("kernels", self.log)((self.channels,), (threads,), (kernels, *sizes), 8 * self.S)
+        y = cp.empty((self.batch, self.channels, self.T), cp.float32)
+        grid = min(self.batch * self.channels, multiprocessors() * (512 // threads))
+        sizes = np.int64(self.batch), np.int64(self.channels), np.int32(self.T)
+        _of_rows("rows", self.log)((grid,), (threads,), (rows, *_strides(rows), y, kept, skip, *sizes), self.shared_of_rows)
+        return y
 
     def spectra_of_rows(self, rows):
         out = self.room(self.batch * self.channels)

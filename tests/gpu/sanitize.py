@@ -43,6 +43,7 @@ class Case(NamedTuple):
 CASES = {
     "long_conv": (
         *(Case({"T": 9, "K": 6}), Case({"T": 100, "K": 100, "batch": (3,)}), Case({"T": 700, "K": 700, "c": 2})),
+        *(Case({"T": 2500, "K": 2500, "c": 2, "batch": (3,)}), Case({"T": 8192, "K": 40, "c": 1}), Case({"T": 9001, "K": 9001, "c": 1})),
         Case({"T": 16500, "K": 16500, "c": 1}),  # two segments
     ),
     "linear_attention": (
