@@ -13,9 +13,9 @@
 // A block takes a chunk and walks over tiles of 64 values, and over heads that share queries and keys: their P and what S and R give are
 // summed in registers, so that dq and dk are written once. Eight warps have queries, 16 rows of each two: half the columns of dq each, and
 // every second block of 16 keys of M and P. Eight have keys: half the columns of dk and of dv. M goes from the former to the latter
-// through shared memory, made while the head before is at work. `memory_told` says first what the decays of a chunk make of its steps,
-// `memory_decays` last puts the parts of dw together, each a warp for a chunk.
-// What limits it: instructions, of which a third are addresses and what registers do not hold, and with 4 warps a scheduler their latency.
+// through shared memory, made while the head before is at work. The latter, who have registers to spare, also copy: the next tiles while one is at
+// work, and what was found. kernel_memory_decays.cu says first what the decays of a chunk make of its steps, and puts the parts of dw together last.
+// What limits it: with 4 warps a scheduler latency, of loads from shared memory first, and then memory.
 #include "block_memory_gradient.cuh"
 
 // q, k, v as above; dy (G, heads, T, e); what `memory_told` told; S, R (G heads, chunks, d, e), of n too, ns and rs (G heads, chunks, d);
@@ -49,7 +49,8 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
     stage<D, CROWD>(Q, q + ((G * q_heads + (q_heads > 1 ? first_head : 0)) * T + t0) * d, T - t0, d, 0);
     stage<D, CROWD>(K, k + ((G * k_heads + (k_heads > 1 ? first_head : 0)) * T + t0) * d, T - t0, d, 0);
     for (int i = threadIdx.x; i < 8 * L; i += CROWD) found[i / (4 * L)].column[i / L % 4][i % L] = 0.0f;  // past a group's triangle
-    const int group = warp % 4, half = warp / 4 % 2, row = 16 * group + g, first = half * (D / 2);
+    // Late queries have more keys than early ones, and every fourth warp has the same scheduler: it gets some of both.
+    const int half = warp / 4 % 2, group = (warp ^ half * 3) % 4, row = 16 * group + g, first = half * (D / 2);
     char* const P_s = stages + items % 2 * STAGE;  // once all items have been read
     const Place at_P = at_stages + items % 2 * STAGE;
     // The place of a half's columns of q and k.
@@ -178,7 +179,7 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
                 later[x] = (g >= r ? corner[x / 2][x % 2] : 0.0f) + (g + 8 >= r ? corner[x / 2][x % 2 + 2] : 0.0f);
             }
             const float whole_corner = over_rows_of_four(later);
-            float& to_corner = of.corner[warp][lane / 16 * 8 + 2 * t4 + lane / 8 % 2];
+            float& to_corner = of.corner[4 * half + group][lane / 16 * 8 + 2 * t4 + lane / 8 % 2];
             if (lane % 8 < 4) to_corner = whole_corner + (more ? to_corner : 0.0f);
         };
         const auto conclude = [&](int number) {
