@@ -37,7 +37,7 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
     char* const K = Q + ROWS;
     const Place at_Q = place(Q), at_K = at_Q + ROWS, at_stages = at_K + ROWS, at_M = at_stages + 2 * STAGE;
     char* const stages = K + ROWS;
-    char* const M_s = stages + 2 * STAGE;  // of two heads
+    char* const M_s = stages + 2 * STAGE;  // of two heads, each
     char* const dv_s = M_s + 2 * PAIRS;
     const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0), lane = threadIdx.x % 32, g = lane / 4, t4 = lane % 4;
     const int chunks = int((T + L - 1) / L), c = blockIdx.x % chunks;
@@ -315,47 +315,45 @@ memory_gradient(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloa
             const int lane = fresh(threadIdx.x) % 32, g = lane / 4, t4 = lane % 4, row = 16 * group + g;
             const float left[2] = {head.left[row], head.left[row + 8]};  // of a key at the end of the chunk, without its gain
             const float faded[2] = {left[0] * head.gains[row], left[1] * head.gains[row + 8]};
-            {
-                const Place V = at_stages + item % 2 * STAGE, Y = V + VALUES, R = Y + VALUES + STATE;
-                const int to_right = along(lane), to_left = across(lane);
-                const Place keys = at_K + group * BLOCK + to_left, rows = V + group * BLOCK + to_left;
-                unsigned values[E / 16][4];
+            const Place V = at_stages + item % 2 * STAGE, Y = V + VALUES, R = Y + VALUES + STATE;
+            const int to_right = along(lane), to_left = across(lane);
+            const Place keys = at_K + group * BLOCK + to_left, rows = V + group * BLOCK + to_left;
+            unsigned values[E / 16][4];
 #pragma unroll
-                for (int i = 0; i < E / 16; ++i) load_tiles(values[i], rows ^ 32 * i);
-                through(sum, written, values, R + half * (STATE / 2) + to_right, of_half(keys), faded);
-                float o[E / 16][4] = {};  // half the columns of dv
+            for (int i = 0; i < E / 16; ++i) load_tiles(values[i], rows ^ 32 * i);
+            through(sum, written, values, R + half * (STATE / 2) + to_right, of_half(keys), faded);
+            float o[E / 16][4] = {};  // half the columns of dv
 #pragma unroll
-                for (int i = 0; i < D / 16; ++i) {
-                    unsigned a[4];
-                    load_tiles(a, (keys ^ i % 4 * 32) + i / 4 * PANEL);
-                    add_product(o, a, (R + to_left) ^ half * 64, i * BLOCK);
-                }
-                times(o, faded);
-#pragma unroll
-                for (int block = 0; block < L / 16; ++block) {
-                    if (block >= group) {
-                        unsigned a[4];
-                        load_tiles_turned(a, ((at_M + number % 2 * PAIRS + to_right) ^ 32 * group) + block * BLOCK);
-                        add_product(o, a, (Y + to_left) ^ half * 64, block * BLOCK);
-                    }
-                }
-                if (skip) {
-                    const float skipped = skip[of_head(number)];
-                    const int at_own = (row * 128 + 4 * t4 + (g << 4)) ^ half * 64;
-                    const char* const dy_s = stages + item % 2 * STAGE + VALUES;
-#pragma unroll
-                    for (int j = 0; j < E / 16; ++j) {
-#pragma unroll
-                        for (int x = 0; x < 2; ++x) {
-                            const unsigned own = *reinterpret_cast<const unsigned*>(dy_s + (at_own ^ 16 * j) + x * (BLOCK / 2));
-                            o[j][2 * x] += skipped * low(own), o[j][2 * x + 1] += skipped * high(own);
-                        }
-                    }
-                }
-                const i64 t = t0 + 16 * group;
-                store_rows(dv_s + (warp - 8) * (OUT / 2), o, dv + (of_head(number) * T + t) * e, T - t, e, tile * E + 32 * half);
-                product += product_of_states<D>(R - STATE, R, warp);
+            for (int i = 0; i < D / 16; ++i) {
+                unsigned a[4];
+                load_tiles(a, (keys ^ i % 4 * 32) + i / 4 * PANEL);
+                add_product(o, a, (R + to_left) ^ half * 64, i * BLOCK);
             }
+            times(o, faded);
+#pragma unroll
+            for (int block = 0; block < L / 16; ++block) {
+                if (block >= group) {
+                    unsigned a[4];
+                    load_tiles_turned(a, ((at_M + number % 2 * PAIRS + to_right) ^ 32 * group) + block * BLOCK);
+                    add_product(o, a, (Y + to_left) ^ half * 64, block * BLOCK);
+                }
+            }
+            if (skip) {
+                const float skipped = skip[of_head(number)];
+                const int at_own = (row * 128 + 4 * t4 + (g << 4)) ^ half * 64;
+                const char* const dy_s = stages + item % 2 * STAGE + VALUES;
+#pragma unroll
+                for (int j = 0; j < E / 16; ++j) {
+#pragma unroll
+                    for (int x = 0; x < 2; ++x) {
+                        const unsigned own = *reinterpret_cast<const unsigned*>(dy_s + (at_own ^ 16 * j) + x * (BLOCK / 2));
+                        o[j][2 * x] += skipped * low(own), o[j][2 * x + 1] += skipped * high(own);
+                    }
+                }
+            }
+            const i64 t = t0 + 16 * group;
+            store_rows(dv_s + (warp - 8) * (OUT / 2), o, dv + (of_head(number) * T + t) * e, T - t, e, tile * E + 32 * half);
+            product += product_of_states<D>(R - STATE, R, warp);
             if (++tile < tiles) continue;
             if (NORMALISED) {
                 const i64 at_norm = (of_head(number) * chunks + c) * d;
