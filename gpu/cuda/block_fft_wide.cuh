@@ -9,8 +9,8 @@
 // one backwards, both of which have the roots of unity.
 //
 // The layout. Blocks a and 32 - a of the second pass belong to one warp. So a warp reads in the third pass what it wrote in the second,
-// and the butterflies of frequencies f + 1024 i and their mirror images 1024 - f + 1024 i can be one thread's. Only the exchange between first
-// and second pass needs a barrier.
+// and the butterflies of frequencies f + 1024 i and their mirror images 1024 - f + 1024 i can be one thread's. Only the exchange between
+// first and second pass needs a barrier.
 //     In shared memory a point stands in its run of 16 where the bits above tell (`place`), so that no two lanes of a half-warp meet
 // in one bank: neighbours (first pass), neighbours in 16/R blocks (second), runs of R points, two at a time (third).
 #pragma once
@@ -39,11 +39,11 @@ __device__ __forceinline__ void transform_turned(Complex* x, Complex w) {
 #pragma unroll
         for (int k = 0; k < (half + 1) / 2; ++k) {
             const Complex root = {cosine32(k * (16 / half)), (INVERSE ? 1.0f : -1.0f) * cosine32(k * (16 / half) - 8)};
-            const Complex v = k == 0 ? power[level] : times(power[level], root);
+            const Complex v = k == 0 ? power[level] : times(power[level], root), quarter = INVERSE ? Complex{-v.y, v.x} : Complex{v.y, -v.x};
 #pragma unroll
             for (int at = k; at < R; at += 2 * half) {
                 turned_butterfly(z[at], z[at + half], v);
-                if (half > 1) turned_butterfly(z[at + half / 2], z[at + half + half / 2], INVERSE ? Complex{-v.y, v.x} : Complex{v.y, -v.x});
+                if (half > 1) turned_butterfly(z[at + half / 2], z[at + half + half / 2], quarter);
             }
         }
     }
@@ -116,9 +116,10 @@ struct WideFFT {
 #pragma unroll
         for (int unit = 0; unit < UNITS; ++unit) {
             const Complex base = roots(3 + unit), w = times(base, base);
-            const float c = cosine32(32 / R), s = -cosine32(32 / R - 8);
             const bool self = unit == 0 && j == 0;  // its other butterfly is 512
-            const Complex mirrored = times({c, s}, conjugate(w)), other = {self ? cosine32(16 / R) : mirrored.x, self ? -cosine32(16 / R - 8) : mirrored.y};
+            const Complex of_512 = {cosine32(16 / R), -cosine32(16 / R - 8)};
+            const Complex mirrored = times({cosine32(32 / R), -cosine32(32 / R - 8)}, conjugate(w));
+            const Complex other = {self ? of_512.x : mirrored.x, self ? of_512.y : mirrored.y};
             transform_turned<r, false>(x + 2 * unit * R, w);
             transform_turned<r, false>(x + (2 * unit + 1) * R, other);
         }
@@ -160,8 +161,8 @@ struct WideFFT {
         }
     }
 
-    // The registers of pair `slot` of a unit: a frequency and its mirror image. SELF: of thread 0's first unit, where a butterfly is its own
-    // mirror image; slot 0 are the frequencies 0 and M/2, each by itself.
+    // The registers of pair `slot` of a unit: a frequency and its mirror image. SELF: of thread 0's first unit, where a butterfly is
+    // its own mirror image; slot 0 are the frequencies 0 and M/2, each by itself.
     template <bool SELF>
     static __device__ __forceinline__ void pair(int unit, int slot, int& one, int& other) {
         const int x = 2 * unit * R, y = x + R;
@@ -178,7 +179,8 @@ struct WideFFT {
         const int i = one % R, quarter = i % (R / 2);
         const bool of_512 = SELF && one / R % 2;  // base e^(-pi i/2R)
         const int angle = quarter * (32 / R) + (of_512 ? 16 / R : 0);  // of 64 to a turn
-        const Complex w = SELF ? Complex{cosine64(angle), -cosine64(angle - 16)} : quarter == 0 ? base : times(base, {cosine64(angle), -cosine64(angle - 16)});
+        const Complex turned = {cosine64(angle), -cosine64(angle - 16)};
+        const Complex w = SELF ? turned : quarter == 0 ? base : times(base, turned);
         return i < R / 2 ? w : Complex{w.y, -w.x};
     }
 
@@ -187,6 +189,7 @@ struct WideFFT {
         constexpr float odd[8] = {0.99518472667219693f, 0.95694033573220882f, 0.88192126434835505f, 0.77301045336273699f,
                                   0.63439328416364549f, 0.47139673682599764f, 0.29028467725446233f, 0.09801714032956060f};
         k = k < 0 ? -k : k;
-        return k % 2 == 0 ? cosine32(k / 2) : k < 16 ? odd[k / 2] : k < 32 ? -odd[(31 - k) / 2] : k < 48 ? -odd[(k - 33) / 2] : odd[(63 - k) / 2];
+        if (k % 2 == 0) return cosine32(k / 2);
+        return k < 16 ? odd[k / 2] : k < 32 ? -odd[(31 - k) / 2] : k < 48 ? -odd[(k - 33) / 2] : odd[(63 - k) / 2];
     }
 };

@@ -4,6 +4,7 @@
 // m <= i of u; each term is the first half of a circular convolution of length N, of segment m, padded by S zeros, with the 2 S
 // rows of the kernel around (i - m) S (overlap-save, in blocks of the kernel too). So everything is transforms of N real points, which
 // fit into one block, and products of spectra; a single segment, T <= S, is the usual padded convolution.
+// (kernel_long_conv_rows.cu does that in fewer instructions, for more than 2048 steps and without the gradient.)
 //
 // The layout. A block (threads x, y) holds blockDim.y transforms at once. Time is contiguous. Spectra are kept in the order of the
 // registers, two numbers to a float4: nobody else needs them. `work` counts (channel, row of the batch), rows fastest, so that

@@ -10,10 +10,11 @@
 //
 // The layout. A block takes one row after the other; blocks that run together have rows of the same few channels, so that their S
 // and D come from the L2 cache. Nothing is waited for from afar: what a transform does not need of its shared memory at the time
-// receives copies. Half of S and D arrives during the first two passes, in a ring; the other half in the third, in the warp's own range; the
-// row once more, for `skip`, and the next row, in the last pass, in the places of the thread's (or its neighbour's) points.
+// receives copies. Half of S and D arrives during the first two passes, in a ring; the other half in the third, in the warp's own range;
+// the row once more, for `skip`, and the next row, in the last pass, in the places of the thread's (or its neighbour's) points.
 //
-// What limits it. Instructions, some 3600 a row and thread, of which 3000 are arithmetic: two blocks of a multiprocessor issue 2.8 of 4 a cycle.
+// What limits it. Instructions, 3650 a row and thread, of which 3000 are arithmetic: two blocks of a multiprocessor issue 2.6 in a
+// cycle that could take four. Loads are not waited for, and shared memory is busy half of the time.
 #include "async_copy.cuh"
 #include "block_fft_wide.cuh"
 
@@ -138,7 +139,8 @@ long_conv_kernels(const float* kernels, i64 channel_stride, float4* kept, int K)
 // y (batch, channels, T), contiguous; u with strides of batch and channels.
 template <int r>
 __global__ void __launch_bounds__(WideFFT<r>::THREADS, WideFFT<r>::BLOCKS)
-long_conv_rows(const float* u, i64 batch_stride, i64 channel_stride, float* y, const float4* kept, const float* skip, i64 batch, i64 channels, int T) {
+long_conv_rows(const float* u, i64 batch_stride, i64 channel_stride, float* y, const float4* kept, const float* skip,
+               i64 batch, i64 channels, int T) {
     using F = WideFFT<r>;
     constexpr int THREADS = F::THREADS;
     extern __shared__ float4 memory[];

@@ -43,8 +43,8 @@ def long_conv(u, kernel, skip=None):
     Notes
     -----
     Real float32, float16 and bfloat16: transforms of at most 2^15 points inside a block, in float32 (``kernel_long_conv_rows.cu`` for
-    more than 2048 steps, else ``kernel_long_conv.cu``); sequences beyond 16384 steps as sums over segments. float64, complex, and sequences so long that one transform is less
-    work: cuFFT. Where time is contiguous (a transposed (batch, channel, time) array of float32) nothing is copied; other layouts are
+    more than 2048 steps, else ``kernel_long_conv.cu``); sequences beyond 16384 steps as sums over segments. float64, complex,
+    and sequences so long that one transform is less work: cuFFT. Where time is contiguous (a transposed (batch, channel, time) array of float32) nothing is copied; other layouts are
     transposed in one pass over the data, and back.
     """
     plan = _Plan.of(u, kernel)

@@ -1,4 +1,4 @@
-"""The long convolution of single rows, compiled by g++ for the host (``host/cuda_on_host.h``): every length of transform, warps that lag behind."""
+"""Long convolution of single rows, compiled by g++ for the host (``host/cuda_on_host.h``): each length of transform, warps that lag behind."""
 
 import ctypes
 
@@ -97,7 +97,7 @@ def test_nothing_of_one_row_reaches_another(kernels):
         ("        __syncwarp();\n        F::inverse", "        F::inverse"),
         ("wait_for_copies<1>();\n            __syncwarp();", "wait_for_copies<1>();"),
         ("if (b >= batch) b -= batch, ++c;", ""),
-        ("self ? cosine32(16 / R) : mirrored.x", "mirrored.x"),
+        ("self ? of_512.x : mirrored.x", "mirrored.x"),
     ],
 )
 def test_mistakes_are_found(tmp_path, host_library, mistake):
