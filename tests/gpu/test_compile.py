@@ -98,6 +98,19 @@ def test_a_stack_is_seen(monkeypatch):
     assert resources(Kernel("deep.cu", "deep<float>"), "sm_90")["stack bytes"] >= 400 > STACK
 
 
+@pytest.mark.slow
+def test_the_build_for_racecheck_compiles_and_has_other_barriers(monkeypatch):
+    from refimpl.gpu.compile import table
+    from refimpl.gpu.launch import FOLDER, kernels
+
+    of_file = {kernel.file: kernel for found in kernels().values() for kernel in found}  # one of each
+    chosen = [k for file, k in of_file.items() if "will_come(" in (FOLDER / file).read_text(encoding="utf-8")]
+    before = {row["kernel"]: row["static shared bytes"] for row in table(chosen, each=1)}
+    monkeypatch.setenv("REFIMPL_EVERY_LANE_ARRIVES", "1")
+    after = {row["kernel"]: row["static shared bytes"] for row in table(chosen, each=1)}
+    assert len(before) >= 7 and all(after[name] >= before[name] + 16 * 8 for name in before)  # the barriers that were the machine's
+
+
 def test_every_chapter_of_the_mirror_lists_its_kernels():
     from refimpl.gpu.launch import FOLDER, kernels
 
