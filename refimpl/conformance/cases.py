@@ -286,7 +286,7 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
         yield from case("shapes", {**middle, **sizes}, next(turn))
         for combo in telling if level != "quick" else ():  # what a choice does may hang on a ratio of heads
             yield from case("shapes", {**middle, **sizes}, combo)
-    for batch in ((), (2,), (2, 3), (2, 1, 2), (9, 2), (33,)) if level != "quick" else ((), (3,)):
+    for batch in ((), (2,), (2, 3), (2, 1, 2), (2, 1, 2, 1, 3), (9, 2), (33,)) if level != "quick" else ((), (3,)):
         yield from case("shapes", {**middle, "batch": batch}, next(turn))
         yield from case("shapes", {"batch": batch}, plain)
     if level != "quick":
@@ -331,11 +331,13 @@ def cases(op: Op, *, level: str, seed: int, support: Support, domain: Domain) ->
         yield from case("long", {**{x: 300 for x in op.lengths}, **dict.fromkeys(letters(op)[:1], 8), "batch": (36,)}, plain, label="more than 2^16 elements")
         for combo in telling:
             yield from case("long", {**{x: 300 for x in op.lengths}, "batch": (2,)}, combo)
-        for hard in op.hard if op.stateful else ():  # sums that have gone on for long are where few bits, or a limit, show
+        for hard in op.hard if len(op.lengths) == 1 else ():  # sums that have gone on for long are where few bits, or a limit, show
             yield from case("hard", {x: 390 for x in op.lengths}, plain, hard=hard)
         if op.stateful and "return_state" in chosen:  # states have no axis of time: only many sequences make many numbers
             yield from case("long", {**{x: 9 for x in op.lengths}, "batch": (400,)}, plain, label="many sequences")
     elif not op.lengths and level != "quick":
+        for hard in op.hard:
+            yield from case("hard", dict.fromkeys(letters(op)[:1], 300), plain, hard=hard)
         yield from case("long", {"batch": (10007,)}, plain, label="more than ten thousand rows")
         yield from case("long", {**dict.fromkeys(letters(op)[:1], 9), "batch": (8009,)}, plain, label="more than 2^16 elements")
 
@@ -413,13 +415,15 @@ def _broadcast(op: Op, seed: int, middle: dict, combos: list[dict], domain: Doma
     if "batch" not in default_sizes(op):
         return
     free = domain.batch is None and domain.batch_rank is None
-    rounds = [(middle, combos)]
+    rounds: list[tuple[dict, tuple[int, ...], list[dict]]] = [(middle, (2,), combos)]
     if op.lengths and level != "quick":
-        rounds += [(dict.fromkeys(op.lengths, 150), combos[::-1]), (dict.fromkeys(op.lengths, 1), combos)]
-    for number, (lengths, turns) in enumerate(rounds):
+        rounds += [(dict.fromkeys(op.lengths, 150), (2,), combos[::-1]), (dict.fromkeys(op.lengths, 1), (2,), combos)]
+    if free:
+        rounds += [(middle, (2, 3), combos)]
+    for number, (lengths, batch, turns) in enumerate(rounds):
         seen: set[str] = set()
         for combo in turns:
-            sizes = domain.fit({**default_sizes(op), **lengths, "batch": (2,)})
+            sizes = domain.fit({**default_sizes(op), **lengths, "batch": batch})
             if sizes is None or not affordable(op, sizes, level, options=combo):
                 break
             try:
@@ -428,7 +432,7 @@ def _broadcast(op: Op, seed: int, middle: dict, combos: list[dict], domain: Doma
             except (Refused, ValueError, IndexError, ZeroDivisionError):
                 continue
             for _, label, varied in variants:
-                if label not in seen and (free or "whole batch" not in label):
+                if label not in seen and (free or "batch" not in label) and (len(batch) == 1 or "batch axis" in label):
                     seen.add(label)
                     name = ", ".join([label, described(op, sizes, varied)])
                     yield Case(op.name, "broadcast", name, varied, sizes, recipe={"sizes": sizes, "combo": combo, "hard": ""})

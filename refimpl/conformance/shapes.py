@@ -31,29 +31,41 @@ def reshaped(op: Op, call: dict[str, Any]) -> Iterator[tuple[str, str, dict[str,
                 yield array.argument, f"{array.name} of shape {shape}", put(cut)
     if 1 in batch or not batch:
         return
+    first = entries[0][0].argument  # against its rank the others' shapes are told apart
     for array, value, put in entries:
         if _own_batch(array, value, layout[array.argument]) == batch:
             one = put(value[(slice(0, 1),) * len(batch)])
             if shared(op, one):
                 yield array.argument, f"one {array.name} for the whole batch", one
+            if len(batch) > 1:
+                yield array.argument, f"one {array.name} for a batch axis", put(value[:1])
+                if len(array.shapes) == 1 and array.argument != first:
+                    yield array.argument, f"{array.name} with a batch axis fewer", put(value[0])
         if not layout[array.argument] and value.ndim and shared(op, fewer := put(value[0])):
             yield array.argument, f"{array.name} with an axis fewer", fewer
     state = call.get("state")
     if state is not None and all(own == batch for own in _batches_of_state(op, call)):
-        first = [v[(slice(0, 1),) * len(batch)] for v in (state if isinstance(state, tuple) else (state,))]
-        one = {**call, "state": _like(state, first)}
+        parts = [v[(slice(0, 1),) * len(batch)] for v in (state if isinstance(state, tuple) else (state,))]
+        one = {**call, "state": _like(state, parts)}
         if shared(op, one):
             yield "state", "one state for the whole batch", one
 
 
 def shared(op: Op, call: dict[str, Any]) -> list[str]:
-    """The arrays of a call that have fewer batch entries than the others, and serve several."""
+    """The arrays of a call that have fewer batch entries than the others, and serve several, in words."""
     arrays = _inputs(op, call)
     layout = op.contract.layout(**arrays)
     _, batch = op.contract.sizes(**arrays)
     entries = [(a, v) for a, v, _ in op.contract.entries(call) if isinstance(v, np.ndarray)]
-    found = [a.name for a, v in entries if (own := _own_batch(a, v, layout[a.argument])) is not None and own != batch]
-    return [*found, "state"] if any(own != batch for own in _batches_of_state(op, call)) else found
+    found = [(a.name, own) for a, v in entries if (own := _own_batch(a, v, layout[a.argument])) is not None and own != batch]
+    found += [("state", own) for own in _batches_of_state(op, call) if own != batch][:1]
+    return [_sharing(name, own, batch) for name, own in found]
+
+
+def _sharing(name: str, own: tuple[int, ...], batch: tuple[int, ...]) -> str:
+    if own and len(own) < len(batch):
+        return f"{name} with a batch axis fewer"
+    return f"one {name} for the whole batch" if max(own, default=1) == 1 else f"one {name} for a batch axis"
 
 
 def _batches_of_state(op: Op, call: dict[str, Any]) -> list[tuple[int, ...]]:

@@ -47,7 +47,7 @@ def traits(op: Op, call: dict, view: str = "contiguous") -> tuple[str, ...]:
     for name, axes in op.contract.layout(**arrays).items():
         if axes != layout.get(name, axes):
             found.append(f"{name} of shape ({', '.join(['...', *axes]) if axes else ''})")
-    found += [f"one {name} for the whole batch" for name in shared(op, call)]
+    found += shared(op, call)
     found += empty(op, call)
     found += [f"{view}{STRIDED}"] if view != "contiguous" else []
     _, batch = op.contract.sizes(**arrays)

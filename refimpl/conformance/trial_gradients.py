@@ -82,6 +82,8 @@ def _plans(trial: Trial) -> list[tuple[dict, dict, str, str]]:
         cheap = affordable(op, {**default_sizes(op), **middle}, trial.level, 50 * _CALLS, rich)
         plans += [(middle, combo, hard, "") for combo in (plain, rich, *(combos[1:4] if cheap else ())) for hard in op.hard]
         plans += [({**dict.fromkeys(op.lengths, 300), **batch}, combo, "", "") for combo in telling if op.lengths]
+        plans += [(dict.fromkeys(op.lengths, 600), combo, "", "") for combo in (plain, rich) if op.lengths]
+        plans += [(dict.fromkeys(op.lengths, 200), plain, hard, "") for hard in op.hard if len(op.lengths) == 1]
         plans += [({**dict.fromkeys(op.lengths, 5), "batch": (33,)}, combo, "", "") for combo in telling if batch]
         turn = itertools.cycle(telling)
         for sizes in wide(op, (16, 33, 34, 64, 66, 130, 300, 1100)):
@@ -115,7 +117,7 @@ def _reshaped(trial: Trial, to: Precision, middle: dict, combos: list[dict]) -> 
             for name, label, call in reshaped(op, drawn.call):
                 value = call[name][0] if isinstance(call[name], tuple) else call[name]
                 key = label, len(batch)
-                if key in seen or value.dtype.kind in "iub" or not (free or "whole batch" not in label):
+                if key in seen or value.dtype.kind in "iub" or not (free or "batch" not in label):
                     continue
                 seen.add(key)
                 yield Drawn(call, truth.truth(op, call, to), drawn.sizes), label

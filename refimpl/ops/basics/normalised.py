@@ -49,10 +49,10 @@ def _mean(x):
 def hard_rows(sample):
     """Rows at which norms break, of a sample with x."""
 
-    def draws(change):
+    def draws(change, options=None):
         def draw(rng, **sizes):
             call = sample(rng, **sizes)
-            return call | {"x": change(rng, call["x"])}
+            return call | {"x": change(rng, call["x"])} | (options or {})
 
         return draw
 
@@ -60,7 +60,10 @@ def hard_rows(sample):
         "rows of zeros": draws(lambda rng, x: x * (rng.random((*x.shape[:-1], 1)) < 0.5)),
         "constant rows": draws(lambda rng, x: 0 * x + x[..., :1]),
         "far from 0": draws(lambda rng, x: x + 4096),
+        "far from 0, one of them a step further": draws(lambda rng, x: 256 + 2.0 * (np.arange(x.shape[-1]) == x.shape[-1] // 2) + 0 * x),
         "narrower than eps": draws(lambda rng, x: x * 2.0**-10),
+        "narrow, and a smaller eps": draws(lambda rng, x: x * 2.0**-13, {"eps": 1e-12}),
+        "very narrow, and hardly an eps": draws(lambda rng, x: x * 2.0**-24, {"eps": 1e-20}),
         "large": draws(lambda rng, x: x * 2.0**40),
         # float16 code that squares as it is overflows beyond 256, which the contract lets it
         "one needle": draws(lambda rng, x: np.where(np.arange(x.shape[-1]) == 0, 200.0, x / 1000)),

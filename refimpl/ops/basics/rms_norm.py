@@ -161,10 +161,10 @@ def _sample(rng, *, c=9, batch=(7,)):
     }
 
 
-def _with(x=lambda rng, x: x, gate=lambda rng, gate: gate):
+def _with(x=lambda rng, x: x, gate=lambda rng, gate: gate, options=None):
     def draw(rng, **sizes):
         call = _sample(rng, **sizes)
-        return call | {"x": x(rng, call["x"]), "gate": gate(rng, call["gate"])}
+        return call | {"x": x(rng, call["x"]), "gate": gate(rng, call["gate"])} | (options or {})
 
     return draw
 
@@ -214,6 +214,8 @@ OPS = (
         hard={
             "rows of zeros": _with(lambda rng, x: x * (rng.random((*x.shape[:-1], 1)) < 0.5)),
             "as small as eps": _with(lambda rng, x: x * 2.0**-10),
+            "small, and a smaller eps": _with(lambda rng, x: x * 2.0**-13, options={"eps": 1e-12}),
+            "very small, and hardly an eps": _with(lambda rng, x: x * 2.0**-24, options={"eps": 1e-20}),
             "much smaller than eps": _with(lambda rng, x: x * 2.0**-30),
             "large": _with(lambda rng, x: x * 2.0**40),
             "one needle": _with(lambda rng, x: np.where(np.arange(x.shape[-1]) == 0, 200.0, x / 1000)),  # squares overflow in float16 beyond 256

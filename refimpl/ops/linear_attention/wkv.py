@@ -346,6 +346,7 @@ OPS = (
             "an old state outweighs all": _with(state=_raised(60), w=lambda rng, w: w / 16),
             "hardly any decay": _with(w=lambda rng, w: w * 2.0**-20),
             "every step counts alike": _with(k=lambda rng, k: k / 16, w=lambda rng, w: w * 2.0**-20),  # den counts the steps
+            "fast decay": _with(w=lambda rng, w: w + 3),
             "only the last step is left": _with(w=lambda rng, w: w + 60),
             "bonuses of -60 and +60": _with(u=lambda rng, u: u + 60 * np.where(np.arange(u.shape[-1]) % 2, 1, -1)),
             "one needle": _with(k=lambda rng, k: k + 40 * (np.arange(k.shape[-2]) == k.shape[-2] // 3)[:, None]),

@@ -257,6 +257,7 @@ OPS = (
             "on the unit circle": _with(A_bar=lambda rng, A: ssm_system.of_norm_one(A)),
             "integrators": _with(A_bar=lambda rng, A: np.ones_like(A)),
             "nothing stays": _with(A_bar=lambda rng, A: np.where(rng.random(A.shape) < 0.5, 0, A)),
+            "slightly unstable": _with(A_bar=lambda rng, A: ssm_system.of_norm_one(A) * (1 + 2.0**-9)),
             "maps of one for all": _with(B_bar=lambda rng, B: B[:1], C=lambda rng, C: C[:1]),
             "a pure delay": _with(shift_kernel=_last_tap, skip=lambda rng, s: 0 * s),
             "differences of large keys": _with(

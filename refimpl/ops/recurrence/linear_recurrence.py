@@ -383,6 +383,7 @@ OPS = (
             "alternating decay -1": _with(a=lambda rng, a: -np.ones_like(a)),
             "constant decay": _with(a=lambda rng, a: a[..., :1, :]),
             "one needle": _with(b=lambda rng, b: b * (np.arange(b.shape[-2]) == b.shape[-2] // 3)[:, None], state=lambda rng, s: s * 0),
+            "a state that fades": _with(b=lambda rng, b: b * 0, a=lambda rng, a: a * 0.3),
             "complex decay": _with(
                 a=lambda rng, a: a * np.exp(1j * rng.uniform(-3, 3, a.shape)),
                 b=lambda rng, b: b + 1j * rng.standard_normal(b.shape),

@@ -51,6 +51,10 @@ HARD = {
     "softplus in both tails": _with(
         options={"dt_softplus": True}, dt=lambda rng, d: np.where(rng.random(d.shape) < 0.3, rng.choice([-1e3, 100.0], d.shape), d)
     ),
+    "steps nearly shut": _with(options={"dt_softplus": True}, dt=lambda rng, d: d - 14),
+    "one input, then strong decay": _with(
+        x=lambda rng, x: x * (np.arange(x.shape[-2]) == 0)[:, None], dt=lambda rng, d: 0 * d + 1, A=lambda rng, A: A - 4, state=lambda rng, s: 0 * s
+    ),
     "gate in both tails": _with(z=lambda rng, z: np.where(rng.random(z.shape) < 0.5, rng.choice([-1e3, -30.0, -8.0, 50.0, 1e3], z.shape), z)),
     "one needle": _with(x=lambda rng, x: x * (np.arange(x.shape[-2]) == x.shape[-2] // 3)[:, None], state=lambda rng, s: 0 * s),
     "cancelling states": _with(B=lambda rng, B: np.broadcast_to(B[..., :1], B.shape), C=_cancels),

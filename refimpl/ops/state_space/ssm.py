@@ -363,6 +363,7 @@ OPS = (
             {"c": 1, "n": 1},
             {"dense": True},
             {"dense": True, "shared": True, "n": 3, "batch": (2,)},
+            {"dense": True, "n": 12},
             {"shared": True},
             {"c": 20, "n": 17},
             {"batch": (2, 3)},

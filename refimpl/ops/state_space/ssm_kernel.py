@@ -259,7 +259,7 @@ OPS = (
         error_bound=error_bound,
         references=("gu2022s4, equations (4)-(5)", "gu2022s4d, section 3.2", "higham2002, section 3.3"),
         lengths=("L",),
-        sizes=({"c": 1, "n": 1}, {"dense": True}, {"dense": True, "shared": True, "n": 3}, {"shared": True}, {"n": 33}, {"c": 40}),
+        sizes=({"c": 1, "n": 1}, {"dense": True}, {"dense": True, "shared": True, "n": 3}, {"dense": True, "n": 12}, {"shared": True}, {"n": 33}, {"c": 40}),
         laws=(
             linear(CONTRACT, "B_bar"),
             linear(CONTRACT, "C"),
