@@ -1,5 +1,7 @@
 """From a call by the contract's names to a call as the candidate wants it, and its answer back into the contract's form."""
 
+import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,8 @@ from refimpl.conformance.frameworks import framework as make_framework
 from refimpl.conformance.invoke import Answer, Invoker, Request
 from refimpl.conformance.worker import Child, keywords, load, source
 from refimpl.op import Op
+
+_MISSING = re.compile(r"missing \d+ required (positional|keyword-only) argument")
 
 
 class Candidate:
@@ -34,6 +38,7 @@ class Candidate:
         self.framework = framework
         self.op, self.layout = op, Layout(op, layout) if layout else None
         self.fixed = fixed or {}
+        self._demanded: dict[str, Any] = {}  # options without a default in its signature, with the contract's
         self.can_differentiate = vjp is not None or framework != "numpy"
         self.vjp = plain_name(vjp) if vjp is not None else ""
         if isolate:
@@ -111,7 +116,20 @@ class Candidate:
         answer.message = printable(answer.message)
         if answer.status == "ERROR" and self.support.keywords is None and "unexpected keyword argument" in answer.message:
             return Answer(status="NOT_APPLICABLE", message=answer.message)
+        missing = set(re.findall(r"'(\w+)'", answer.message)) if answer.status == "ERROR" and _MISSING.search(answer.message) else set()
+        if missing and not missing & (request.keywords.keys() | set(request.names)):
+            return self._without(request, answer, missing)
         return answer
+
+    def _without(self, request: Request, answer: Answer, missing: set[str]) -> Answer:
+        """What a signature demands and the contract does not: options get their defaults, an array that is not given is a refusal."""
+        _, optional, options = parameters(self.op)
+        known = {n: v for n, v in options.items() if v is not inspect.Parameter.empty} | ({"return_state": False} if self.op.stateful else {})
+        if missing <= known.keys():
+            self._demanded |= {n: known[n] for n in missing}
+            request.keywords = self._demanded | request.keywords
+            return self._ask(request)
+        return Answer(status="NOT_APPLICABLE", message=answer.message) if missing <= {*optional, *known, "state"} else answer
 
     def _request(self, call: dict, **more) -> Request:
         required, _, _ = parameters(self.op)
@@ -119,7 +137,7 @@ class Candidate:
         call = {n: np.asarray(v) if n in arrays and isinstance(v, np.generic) else v for n, v in call.items()}  # 0-d arithmetic gives scalars
         if self.layout:
             call = {n: self.layout.argument_in(n, v, call) for n, v in call.items()}
-        return Request([call[n] for n in required], {n: call[n] for n in self.passed(call)}, required, **more)
+        return Request([call[n] for n in required], self._demanded | {n: call[n] for n in self.passed(call)}, required, **more)
 
     def _back(self, result, nested: bool):
         """A result in the contract's form; without a state, (y, (a, b)) is taken for (y, a, b)."""

@@ -476,6 +476,8 @@ def hard_call(op: Op, name: str, rng, sizes: dict, combo: dict, support: Support
         given = op.hard[name](rng, **sizes)
     except (IndexError, ZeroDivisionError, ValueError):
         return None
+    # zero times a negative number is -0, which some sort before 0
+    given = {n: np.asarray(v + 0.0) if isinstance(v, np.ndarray) and v.dtype.kind in "fc" else v for n, v in given.items()}
     required, optional, defaults = parameters(op)
     changed = _changed(op, before, sizes, given)
     needed = {n for n in changed if n not in required and support.takes(n) and True in domain.options.get(n, (True,))}

@@ -38,6 +38,7 @@ def features(op: Op, case: Case, call: dict[str, Any], unusual: tuple[str, ...])
     layout = op.contract.layout(**{n: v for n, v in call.items() if n in arrays})
     found += [f"{name} of shape ({', '.join(axes)})" for name, axes in layout.items()]
     found += unusual if COMPLEX in unusual else ("real arrays", *unusual)
+    found += [f"complex {name}" for name in layout if COMPLEX in unusual and np.iscomplexobj(call[name])]
     sizes = {letter: size for letter, size in case.sizes.items() if isinstance(size, int)}
     usual = default_sizes(op)
     found += [f"{letter} = {size}" for letter, size in sizes.items() if size < min(2, usual.get(letter, 2))]  # groups are one anyhow
@@ -61,10 +62,16 @@ def weigh(report: Report) -> None:
         if not answered:
             rules.setdefault(dtype, []).append(dtype)
             continue
-        found, left = _rules(refused, answered)
-        telling = [c for c in answered if not _trivial(c.features) and not any(rule <= set(c.features) for rule in found)]
-        if not telling:
+        for exceptions in (EXCEPTIONS, 0.0):  # where little is answered, all of it may be taken for exceptions
+            found, left = _rules(refused, answered, exceptions)
+            telling = [c for c in answered if not _trivial(c.features) and not any(rule <= set(c.features) for rule in found)]
+            if telling:
+                break
+        else:
             found, left = [], refused
+        if telling and not exceptions and not report.reason:
+            names = ", ".join(" with ".join(sorted(rule)) for rule in found[:3])
+            report.reason = f"it answers {len(answered)} of {len(asked)} calls in {dtype} and refuses {names}; with domain= more are made of what it supports"
         for rule in found:
             rules.setdefault(" with ".join(sorted(rule, key=lambda f: (f.startswith("no "), f))), []).append(dtype)
         if left:
@@ -90,19 +97,19 @@ def _trivial(found: tuple[str, ...]) -> bool:
     return any(f.endswith((" = 0", " = 1")) for f in found)
 
 
-def _rules(refused: list[Result], answered: list[Result]) -> tuple[list[set[str]], list[Result]]:
+def _rules(refused: list[Result], answered: list[Result], exceptions: float) -> tuple[list[set[str]], list[Result]]:
     """Features, alone or two together, of which calls were refused: those that cover most first; and what none covers.
 
     A rule of one feature may have a few exceptions: a filter whose decay is constant in time takes an array over time too,
     where it holds the same value everywhere.
     """
     found: list[set[str]] = []
-    for size, exceptions, need, most in ((1, EXCEPTIONS, 1, 100), (2, 0.0, _PAIRS_NEED, _RULES)):
+    for size, share, need, most in ((1, exceptions, 1, 100), (2, 0.0, _PAIRS_NEED, _RULES)):
         combos = ((c, r) for r in answered for c in itertools.combinations(sorted(r.features), size))
         allowed = Counter(c for c, r in combos if not _trivial(r.features) or _trivial(c))  # what a single step looks like says nothing
         for _ in range(most):
             counts = Counter(c for r in refused for c in itertools.combinations(sorted(r.features), size))
-            counts = Counter({c: n for c, n in counts.items() if n >= need and allowed[c] <= exceptions * n})
+            counts = Counter({c: n for c, n in counts.items() if n >= need and allowed[c] <= share * n})
             if not counts:
                 break
             best = max(counts, key=lambda c: (counts[c], -allowed[c], [not f.startswith("no ") for f in c]))

@@ -425,6 +425,7 @@ OPS = (
         hard={
             "an expert without tokens": _with(_leaning(lambda E: np.where(np.arange(E) == E // 2, -20.0, np.arange(E) / 2))),
             "all tokens to the same experts": _with(_leaning(lambda E: -8.0 * np.arange(E)[::-1])),
+            "logits beyond the range of exponentials": _with(_leaning(lambda E: 120.0 + np.arange(E))),
             "exact ties": _with(_integers),
             "a router that says nothing": _with(lambda rng, router, **_: {"router": 0 * router}),
             "tokens of zero": _with(_some_zero),

@@ -268,6 +268,7 @@ OPS = (
             "exact ties": _with(lambda rng, x: rng.integers(0, 2, x.shape) * 1.0),
             "all equal": _with(lambda rng, x: x * 0),
             "a common offset": _with(lambda rng, x: x + 8192),
+            "some roundings apart": _with(lambda rng, x: 1 + 2.0**-18 * rng.permuted(np.arange(x.size).reshape(x.shape) % max(x.shape[-1], 1), axis=-1)),
             "far apart": _with(lambda rng, x: 16 * x),
             "all far below zero": _with(lambda rng, x: x - 25),
             "closed experts": _with(lambda rng, x: np.where(rng.random(x.shape) < 0.3, -1e9, x)),

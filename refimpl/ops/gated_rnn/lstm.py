@@ -316,6 +316,7 @@ OPS = (
         hard={
             "saturated": _with(x=lambda rng, x: 1e6 * x),  # all of it: half way out, kernels differ in what 1 - σ is
             "everything is kept": _with(b=_gates(None, 40.0, None, None)),
+            "gates nearly open": _with(b=_gates(7.0, 7.0, None, 7.0)),
             "nothing is kept": _with(b=_gates(None, -1e3, None, None)),
             "nothing is written": _with(b=_gates(-1e3, None, None, None)),
             "a counter": _with(b=_gates(40.0, 40.0, 40.0, None), R=lambda rng, R: 0 * R, W=lambda rng, W: 0 * W),

@@ -323,7 +323,7 @@ OPS = (
         forms={"round": Form(absmax_quantize, _cost(6, 6, 2), exact=("work",))},
         gradient=None,
         sample=_activations,
-        options={"bits": (8, 4, 2)},
+        options={"bits": (8, 4, 2, 12, 16)},
         hard={
             "all zero": _with(_activations, lambda rng, x: 0 * x),
             "some rows of zeros": _with(_activations, lambda rng, x: x * (rng.random((*x.shape[:-1], 1)) < 0.5)),

@@ -65,6 +65,7 @@ HARD = {
         options={"delta_softplus": True},
         delta=lambda rng, d: np.where(rng.random(d.shape) < 0.3, rng.choice([-1e3, 100.0], d.shape), d),
     ),
+    "long steps by the bias": _with(options={"delta_softplus": True}, delta_bias=lambda rng, b: b + 4),
     "steps nearly shut": _with(options={"delta_softplus": True}, delta=lambda rng, d: d - 14),
     "one input, then strong decay": _with(u=_first, delta=lambda rng, d: 0 * d + 1, A=lambda rng, A: A - 22, state=lambda rng, s: 0 * s),
     "gate in both tails": _with(z=lambda rng, z: np.where(rng.random(z.shape) < 0.5, rng.choice([-1e3, -30.0, -8.0, 50.0, 1e3], z.shape), z)),

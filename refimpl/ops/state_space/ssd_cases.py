@@ -51,6 +51,7 @@ HARD = {
     "softplus in both tails": _with(
         options={"dt_softplus": True}, dt=lambda rng, d: np.where(rng.random(d.shape) < 0.3, rng.choice([-1e3, 100.0], d.shape), d)
     ),
+    "long steps by the bias": _with(options={"dt_softplus": True}, dt_bias=lambda rng, b: b + 4),
     "steps nearly shut": _with(options={"dt_softplus": True}, dt=lambda rng, d: d - 14),
     "one input, then strong decay": _with(
         x=lambda rng, x: x * (np.arange(x.shape[-2]) == 0)[:, None], dt=lambda rng, d: 0 * d + 1, A=lambda rng, A: A - 4, state=lambda rng, s: 0 * s
