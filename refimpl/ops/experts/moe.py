@@ -347,6 +347,12 @@ def _with(change, **options):
     return draw
 
 
+def _far_apart(rng, x, router, **_):
+    """Logits of about 30, 60, ... for every token."""
+    lean = 30.0 * np.arange(1, router.shape[1] + 1)
+    return {"x": np.concatenate([np.ones_like(x[..., :1]), x[..., 1:]], axis=-1), "router": np.concatenate([lean[None, :], router[1:] / 64])}
+
+
 def _leaning(lean):
     """A router that leans towards some experts, by what a feature that is always 1 adds to their logits."""
 
@@ -425,7 +431,7 @@ OPS = (
         hard={
             "an expert without tokens": _with(_leaning(lambda E: np.where(np.arange(E) == E // 2, -20.0, np.arange(E) / 2))),
             "all tokens to the same experts": _with(_leaning(lambda E: -8.0 * np.arange(E)[::-1])),
-            "logits beyond the range of exponentials": _with(_leaning(lambda E: 120.0 + np.arange(E))),
+            "logits beyond the range of exponentials": _with(_far_apart),
             "exact ties": _with(_integers),
             "a router that says nothing": _with(lambda rng, router, **_: {"router": 0 * router}),
             "tokens of zero": _with(_some_zero),

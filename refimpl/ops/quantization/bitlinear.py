@@ -304,7 +304,7 @@ OPS = (
         },
         gradient=bitlinear_vjp,
         sample=_sample,
-        options={"weights": WEIGHTS, "activation_bits": (8, 4, 2, 16)},
+        options={"weights": WEIGHTS, "activation_bits": (8, 4, 2)},
         hard={
             "tokens of zeros": _with(x=lambda rng, x: x * (rng.random((*x.shape[:-1], 1)) < 0.5)),
             "weights of zeros": _with(w=lambda rng, w: 0 * w),
@@ -312,6 +312,7 @@ OPS = (
             "tiny weights": _with(w=lambda rng, w: w * 2.0**-40),
             "one outlier": _with(x=lambda rng, x: np.where(np.arange(x.shape[-1]) == 0, 512.0, x / 64)),
             "exactly half": _with(x=_exactly_half),
+            "sixteen bits": _with(options={"activation_bits": 16}, x=lambda rng, x: rng.uniform(-2, 2, x.shape)),
             "all of one sign": _with(x=lambda rng, x: abs(x) + 1, w=lambda rng, w: abs(w) + 1),
             "weights at their mean": _with(
                 options={"weights": "binary"}, w=lambda rng, w: np.sign(np.trunc(np.arange(w.size).reshape(w.shape) - (w.size - 1) / 2))
