@@ -171,3 +171,28 @@ def test_as_many_values_as_keys_in_sizes_of_a_tile():
     assert report.verdict == "conforms", str(report)
     found = ", ".join(report.not_checked)
     assert all(words in found for words in ("n other than multiples of 64", "m other than multiples of 64", "d other than 32, 64 and 128", "e other than d"))
+
+
+def test_what_a_signature_demands_is_given_or_named():
+    """An option gets the contract's default; where an array is demanded, calls without it are a rule."""
+
+    def rms_norm(x, weight, eps):
+        return refimpl.rms_norm(x, weight, eps=eps)
+
+    report = refimpl.check("rms_norm", rms_norm, **HOW)
+    assert report.verdict == "conforms", str(report)
+    assert "no weight (it refuses)" in report.not_checked and "eps" not in report.not_checked
+
+
+def test_an_argument_that_nobody_knows_is_an_error():
+    assert refimpl.check("rms_norm", lambda x, weight, width: refimpl.rms_norm(x, weight), **HOW).verdict != "conforms"
+
+
+def test_one_who_answers_little_is_told_what_to_say():
+    def capped(q, k, v, *, softcap=None, scale=None):
+        if softcap is None or q.shape[:-2] != k.shape[:-2]:
+            raise NotImplementedError("without a cap")
+        return refimpl.attention(q, k, v, softcap=softcap, scale=scale)
+
+    report = refimpl.check("attention", capped, **HOW)
+    assert report.verdict == "inconclusive" and "softcap=None" in report.reason and "domain=" in report.reason, str(report)

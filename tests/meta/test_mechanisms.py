@@ -8,8 +8,10 @@ import pytest
 
 import refimpl
 from refimpl.conformance import trial_gradients
-from refimpl.conformance.cases import covering
+from refimpl.conformance.cases import Support, covering, default_sizes, factors, fullest, hard_call
+from refimpl.conformance.domain import Domain
 from refimpl.conformance.mutants import edited
+from refimpl.conformance.shapes import reshaped
 from refimpl.ops.gated_rnn import gru, lstm
 
 checking = importlib.import_module("refimpl.conformance.check")  # the package's `check` is its function
@@ -193,3 +195,29 @@ def test_angles_may_be_constants_but_not_have_a_wrong_gradient(wrong):
     report = check("rope", refimpl.rope, gradients=True, candidate_vjp=vjp)
     assert report.verdict == ("wrong" if wrong else "conforms")
     assert wrong or any(line.endswith("(zero: a constant to it)") for line in report.not_checked)
+
+
+def test_what_goes_together_is_tried_together():
+    """beta and `normalize` exclude each other: each with all the rest."""
+    op = refimpl.OPS["linear_attention"]
+    full = fullest(op, factors(op, Support(), Domain()))
+    assert [(bool(combo["beta"]), combo["normalize"]) for combo in full] == [(True, False), (False, True)]
+    assert all(combo["decay"] and combo["state"] and combo["scale"] for combo in full)
+
+
+@pytest.mark.parametrize("operator", ["route", "moe", "expert_choice"])
+def test_zeros_of_hard_inputs_are_positive(operator):
+    """Some sort -0 before 0: then equals are not equal."""
+    op = refimpl.OPS[operator]
+    for hard in op.hard:
+        call = hard_call(op, hard, np.random.default_rng(0), default_sizes(op), {}, Support(), Domain())
+        for value in (call or {}).values():
+            if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+                assert not np.any(np.signbit(value) & (value == 0)), hard
+
+
+def test_arrays_may_lack_one_of_two_batch_axes():
+    op = refimpl.OPS["swiglu"]
+    call = op.sample(np.random.default_rng(0), **default_sizes(op) | {"batch": (2, 3)})
+    labels = {label for _, label, _ in reshaped(op, call)}
+    assert {"one up for a batch axis", "up with a batch axis fewer"} <= labels
