@@ -38,7 +38,6 @@ def features(op: Op, case: Case, call: dict[str, Any], unusual: tuple[str, ...])
     layout = op.contract.layout(**{n: v for n, v in call.items() if n in arrays})
     found += [f"{name} of shape ({', '.join(axes)})" for name, axes in layout.items()]
     found += unusual if COMPLEX in unusual else ("real arrays", *unusual)
-    found += [f"complex {name}" for name in layout if COMPLEX in unusual and np.iscomplexobj(call[name])]
     sizes = {letter: size for letter, size in case.sizes.items() if isinstance(size, int)}
     usual = default_sizes(op)
     found += [f"{letter} = {size}" for letter, size in sizes.items() if size < min(2, usual.get(letter, 2))]  # groups are one anyhow

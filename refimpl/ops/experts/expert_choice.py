@@ -188,7 +188,6 @@ OPS = (
             "tokens that say nothing": _with(_some_undecided),
             "nothing to choose": _with(lambda rng, x: 0 * x),
             "a common offset": _with(lambda rng, x: x + 8),
-            "beyond the range of exponentials": _with(lambda rng, x: x + 128),
         },
         error_bound=error_bound,
         references=("zhou2022, section 3.2",),

@@ -384,8 +384,6 @@ OPS = (
             "constant decay": _with(a=lambda rng, a: a[..., :1, :]),
             "one needle": _with(b=lambda rng, b: b * (np.arange(b.shape[-2]) == b.shape[-2] // 3)[:, None], state=lambda rng, s: s * 0),
             "a state that fades": _with(b=lambda rng, b: b * 0, a=lambda rng, a: a * 0.3),
-            "complex decay, real input": _with(a=lambda rng, a: a * np.exp(1j * rng.uniform(-3, 3, a.shape)), state=lambda rng, s: s + 1j * s[..., ::-1]),
-            "real decay, complex input": _with(b=lambda rng, b: b + 1j * rng.standard_normal(b.shape)),
             "complex decay": _with(
                 a=lambda rng, a: a * np.exp(1j * rng.uniform(-3, 3, a.shape)),
                 b=lambda rng, b: b + 1j * rng.standard_normal(b.shape),
