@@ -29,7 +29,7 @@ from refimpl.core.numerics import constant, silu, silu_derivative, silu_rounding
 from refimpl.core.options import at_least_zero
 from refimpl.laws import carries_nan
 from refimpl.op import Cost, Form, Law, Op
-from refimpl.ops.basics.normalised import underflow
+from refimpl.ops.basics.normalised import small_rows, underflow
 
 CONTRACT = Contract(
     "rms_norm",
@@ -214,8 +214,8 @@ OPS = (
         hard={
             "rows of zeros": _with(lambda rng, x: x * (rng.random((*x.shape[:-1], 1)) < 0.5)),
             "as small as eps": _with(lambda rng, x: x * 2.0**-10),
-            "small, and a smaller eps": _with(lambda rng, x: x * 2.0**-13, options={"eps": 1e-12}),
-            "very small, and hardly an eps": _with(lambda rng, x: x * 2.0**-24, options={"eps": 1e-20}),
+            "small, and a smaller eps": _with(lambda rng, x: small_rows(x, 2.0**-13), options={"eps": 1e-12}),
+            "very small, and hardly an eps": _with(lambda rng, x: small_rows(x, 2.0**-24), options={"eps": 1e-20}),
             "much smaller than eps": _with(lambda rng, x: x * 2.0**-30),
             "large": _with(lambda rng, x: x * 2.0**40),
             "one needle": _with(lambda rng, x: np.where(np.arange(x.shape[-1]) == 0, 200.0, x / 1000)),  # squares overflow in float16 beyond 256
