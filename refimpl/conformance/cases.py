@@ -432,7 +432,7 @@ def _broadcast(op: Op, seed: int, middle: dict, combos: list[dict], domain: Doma
             except (Refused, ValueError, IndexError, ZeroDivisionError):
                 continue
             for _, label, varied in variants:
-                if label not in seen and (free or "batch" not in label) and (len(batch) == 1 or "batch axis" in label):
+                if label not in seen and (free or "batch" not in label) and (len(batch) == 1 or "axis" in label):
                     seen.add(label)
                     name = ", ".join([label, described(op, sizes, varied)])
                     yield Case(op.name, "broadcast", name, varied, sizes, recipe={"sizes": sizes, "combo": combo, "hard": ""})

@@ -31,8 +31,6 @@ def reshaped(op: Op, call: dict[str, Any]) -> Iterator[tuple[str, str, dict[str,
                 yield array.argument, f"{array.name} of shape {shape}", put(cut)
     if 1 in batch or not batch:
         return
-    told_apart = any(len(array.shapes) > 1 for array, _, _ in entries)
-    first = entries[0][0].argument if told_apart else ""  # whose rank the others' shapes are told apart by
     for array, value, put in entries:
         if _own_batch(array, value, layout[array.argument]) == batch:
             one = put(value[(slice(0, 1),) * len(batch)])
@@ -40,8 +38,8 @@ def reshaped(op: Op, call: dict[str, Any]) -> Iterator[tuple[str, str, dict[str,
                 yield array.argument, f"one {array.name} for the whole batch", one
             if len(batch) > 1:
                 yield array.argument, f"one {array.name} for a batch axis", put(value[:1])
-            if len(array.shapes) == 1 and array.argument != first and shared(op, fewer := put(value[0])):
-                yield array.argument, f"{array.name} with a batch axis fewer", fewer
+        if not layout[array.argument] and value.ndim and shared(op, fewer := put(value[0])):
+            yield array.argument, f"{array.name} with an axis fewer", fewer
     state = call.get("state")
     if state is not None and all(own == batch for own in _batches_of_state(op, call)):
         parts = [v[(slice(0, 1),) * len(batch)] for v in (state if isinstance(state, tuple) else (state,))]
@@ -63,7 +61,7 @@ def shared(op: Op, call: dict[str, Any]) -> list[str]:
 
 def _sharing(name: str, own: tuple[int, ...], batch: tuple[int, ...]) -> str:
     if len(own) < len(batch):
-        return f"{name} with a batch axis fewer"
+        return f"{name} with an axis fewer"
     return f"one {name} for the whole batch" if max(own, default=1) == 1 else f"one {name} for a batch axis"
 
 

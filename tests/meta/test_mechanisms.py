@@ -216,8 +216,8 @@ def test_zeros_of_hard_inputs_are_positive(operator):
                 assert not np.any(np.signbit(value) & (value == 0)), hard
 
 
-def test_arrays_may_lack_one_of_two_batch_axes():
+def test_arrays_may_serve_one_of_two_batch_axes():
     op = refimpl.OPS["swiglu"]
     call = op.sample(np.random.default_rng(0), **default_sizes(op) | {"batch": (2, 3)})
     labels = {label for _, label, _ in reshaped(op, call)}
-    assert {"one up for a batch axis", "up with a batch axis fewer"} <= labels
+    assert {"one up for a batch axis", "up with an axis fewer"} <= labels
