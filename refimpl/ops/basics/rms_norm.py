@@ -129,7 +129,8 @@ def error_bound(x, weight=None, *, unit, store=0.0, eps=1e-6, gate=None, gate_fi
     """|computed - exact|, elementwise, of any form; relative to y.
 
     The mean of c squares is off by c + 2 roundings, its root by half of them; a silu by 8, and 4 |g| for a fast
-    exponential, which a gate that comes first brings into the root as well. Half-precision code that is written out
+    exponential, which a gate that comes first brings into the root as well; and by 2 |g| of 1, where σ is made of tanh,
+    which in the root weighs as much as what it is of. Half-precision code that is written out
     rounds squares, their mean, with ε, its root, the quotient, and every step of the gate's silu.
     """
     h = x * silu(gate) if gate is not None and gate_first else x
@@ -137,7 +138,10 @@ def error_bound(x, weight=None, *, unit, store=0.0, eps=1e-6, gate=None, gate_fi
     relative = unit * (x.shape[-1] / 2 + 8) + 4 * store + underflow(store) / np.where(total == 0, 1, total)
     if gate is not None:
         off = unit * (10 + 4 * abs(gate)) + store + silu_rounding(gate, store) / np.maximum(abs(silu(gate)), np.finfo(gate.dtype).tiny)
-        relative = relative + off + (np.max(off, axis=-1, keepdims=True, initial=0) if gate_first else 0)
+        of_tanh = 2 * unit * np.minimum(abs(gate), 2.0**10) / np.maximum(abs(silu(gate)), np.finfo(gate.dtype).tiny)
+        relative = relative + off + of_tanh
+        if gate_first:
+            relative = relative + np.max(off, axis=-1, keepdims=True, initial=0) + _mean(h * h * of_tanh * (1 + of_tanh)) / np.where(total == 0, 1, total)
     return abs(rms_norm(x, weight, eps=eps, gate=gate, gate_first=gate_first)) * relative
 
 
