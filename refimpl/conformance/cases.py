@@ -425,7 +425,7 @@ def _broadcast(op: Op, seed: int, middle: dict, combos: list[dict], domain: Doma
         for combo in turns:
             sizes = domain.fit({**default_sizes(op), **lengths, "batch": batch})
             if sizes is None or not affordable(op, sizes, level, options=combo):
-                break
+                continue
             try:
                 call = draw(op, np.random.default_rng([seed, len(seen), 5 + number]), sizes, combo)
                 variants = list(reshaped(op, call))
